@@ -1,0 +1,1 @@
+"""Serving runtimes: one folder per backend, and the built-in targets."""

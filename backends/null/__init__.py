@@ -1,0 +1,61 @@
+"""A backend without a runtime: it writes what it was given, so that the whole pipeline can be tested and inspected."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from compile_sparse.backends.null.safetensors_stream import write_safetensors
+from compile_sparse.compiler.contract import Lowered, Probe
+from compile_sparse.compiler.errors import EnvironmentFailure
+from compile_sparse.compiler.file_digests import digest_file
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.targets import Target
+
+__all__ = ["NullBackend"]
+
+_WHY = "This target has no runtime."
+
+
+class NullBackend:
+    """Writes ``program.txt`` (the graph, printed) and ``weights.safetensors`` (as stored in the program)."""
+
+    name = "null"
+
+    def probe(self, target: Target) -> Probe:
+        """Never available."""
+        return Probe(
+            available=False, runtime="null", why_not=_WHY, hint="Choose another target; see 'compile-sparse targets'."
+        )
+
+    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+        """Nothing is refused: every program can be printed."""
+        return ()
+
+    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write the program into the empty folder ``out``; memory follows the largest tensor.
+
+        Raises:
+            ModelError: CS2001 when the program was captured without weights.
+        """
+        listing = out / "program.txt"
+        lines = [f"# {program.kind} for {target.name}"]
+        lines += [f"# weight {node}: {binding.tensor} ({binding.kind})" for node, binding in program.bindings.items()]
+        lines += [f"# alias {name}: {bound}" for name, bound in sorted(program.aliases.items())]
+        listing.write_text("\n".join([*lines, str(program.graph), ""]), encoding="utf-8")
+        weights = out / "weights.safetensors"
+        with progress.task("writing weights", total=len(program.weights)) as task:
+            digest = write_safetensors(weights, program.weights, on_tensor=task.advance)
+        return Lowered(
+            files={listing.name: digest_file(listing)[0], weights.name: digest}, form={"weights": "as stored"}
+        )
+
+    def worker_command(self, target: Target) -> Sequence[str]:
+        """There is nothing to start.
+
+        Raises:
+            EnvironmentFailure: CS5010, always.
+        """
+        raise EnvironmentFailure("CS5010", "Nothing can be measured.", where=f"target {target.name}", why=_WHY)

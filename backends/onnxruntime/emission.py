@@ -1,0 +1,190 @@
+"""Walks a program and emits one or a few ONNX nodes per operator.
+
+Emitters register by qualified operator name and live in ``emit_*.py`` by family. A *lazy* emitter runs only when another one asks
+for its value: a weight that a linear packs itself is never written in float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import fx
+
+from compile_sparse.backends.onnxruntime.graph_writer import GraphWriter, element_type, numpy_type
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.raising.matching import dimensions, qualified_name
+from compile_sparse.compiler.skip import Skip
+
+__all__ = ["Emission", "Unsupported", "emits"]
+
+Emitted = str | Sequence[str]
+Emitter = Callable[["Emission", fx.Node], Emitted]
+
+_EMITTERS: dict[str, Emitter] = {}
+_LAZY: set[str] = set()
+_WRITABLE = (torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
+
+
+class Unsupported(Exception):
+    """Raised by an emitter for arguments it cannot express; the message is a sentence without a full stop."""
+
+
+def emits(*names: str, lazy: bool = False) -> Callable[[Emitter], Emitter]:
+    """Register an emitter for qualified operator names such as ``aten::add``."""
+
+    def register(emitter: Emitter) -> Emitter:
+        for name in names:
+            _EMITTERS[name] = emitter
+            if lazy:
+                _LAZY.add(name)
+        return emitter
+
+    return register
+
+
+class Emission:
+    """State of one lowering: the program, the graph written so far and the ONNX name of every value.
+
+    Sizes (symbolic integers) are int64 tensors of shape ``[1]``, which concatenate into shapes without further nodes.
+
+    Attributes:
+        forms: how many times each runtime form was used, for the report.
+        unsupported: operators nothing was emitted for; when there are any the graph is incomplete.
+        skips: operators that could not use their fast form.
+    """
+
+    def __init__(self, program: Program, graph: GraphWriter, on_weight: Callable[[], None] = lambda: None) -> None:
+        self.program, self.graph = program, graph
+        self.forms: dict[str, int] = {}
+        self.unsupported: list[Skip] = []
+        self.skips: list[Skip] = []
+        self.shared: dict[Any, Any] = {}
+        self._on_weight = on_weight
+        self._names: dict[fx.Node, Emitted] = {}
+
+    def run(self) -> None:
+        """Emit every node; operators without an emitter are collected instead of stopping at the first."""
+        for node in self.program.graph.nodes:
+            if node.op != "call_function" or node in self._names or qualified_name(node) in _LAZY:
+                continue
+            try:
+                self._emit(node)
+            except Unsupported as reason:
+                where = _source_of(node)
+                why = f"{qualified_name(node)} has no ONNX form here: {reason}."
+                self.unsupported.append(Skip(where, "CS2311", why, "Report the model; an emitter can be added."))
+                self._names[node] = [""] * 64 if isinstance(node.meta.get("val"), (list, tuple)) else ""
+
+    def _emit(self, node: fx.Node) -> None:
+        emitter = _EMITTERS.get(qualified_name(node))
+        if emitter is None:
+            raise Unsupported("no emitter is registered for it")
+        emitted = emitter(self, node)
+        self._names.setdefault(node, emitted)
+
+    def bind(self, node: fx.Node, name: Emitted) -> None:
+        """Set the value of a node: inputs, and nodes fused into an earlier one."""
+        self._names[node] = name
+
+    def names(self, node: fx.Node) -> Emitted:
+        """Name or names of a node's value, emitting it now when it is a weight or lazy."""
+        if node not in self._names:
+            if node.op == "placeholder":
+                self._names[node] = self.stored(node)
+            else:
+                self._emit(node)
+        return self._names[node]
+
+    def value(self, node: fx.Node) -> str:
+        """Name of a node with a single value."""
+        name = self.names(node)
+        return name if isinstance(name, str) else name[0]
+
+    def tensor(self, operand: Any, dtype: torch.dtype | None = None) -> str:
+        """A node, size or Python number as a tensor, cast to ``dtype`` when that differs."""
+        if not isinstance(operand, fx.Node):
+            kind = dtype or (torch.float32 if isinstance(operand, float) else torch.int64)
+            return self.graph.constant(_clipped(operand, kind), str(numpy_type(kind)))
+        name = self.value(operand)
+        have = self.dtype(operand)
+        if not isinstance(operand.meta["val"], torch.Tensor):
+            name = self.graph.call("Squeeze", [name], hint="size")
+        return name if dtype in (None, have) else self.graph.call("Cast", [name], to=element_type(dtype))
+
+    def dtype(self, operand: Any) -> torch.dtype:
+        """Element type of an operand; sizes are int64."""
+        value = operand.meta.get("val") if isinstance(operand, fx.Node) else operand
+        if isinstance(value, torch.Tensor):
+            return value.dtype
+        if isinstance(value, bool):
+            return torch.bool
+        return torch.float32 if isinstance(value, (float, torch.SymFloat)) else torch.int64
+
+    def integers(self, values: Sequence[Any]) -> str:
+        """An int64 vector of Python integers and sizes."""
+        if all(isinstance(value, int) for value in values):
+            return self.graph.constant(list(values))
+        parts = [self.value(v) if isinstance(v, fx.Node) else self.graph.constant([v]) for v in values]
+        return parts[0] if len(parts) == 1 else self.graph.call("Concat", parts, axis=0, hint="shape")
+
+    def size(self, node: fx.Node, dim: int) -> str:
+        """Size of one dimension, shape ``[1]``."""
+        return self.graph.call("Shape", [self.value(node)], start=dim, end=dim + 1, hint="size")
+
+    def rank(self, node: fx.Node) -> int:
+        """Number of dimensions."""
+        return len(dimensions(node))
+
+    def axis(self, node: fx.Node, dim: int) -> int:
+        """``dim`` counted from the front."""
+        return dim % max(self.rank(node), 1)
+
+    def stored(
+        self,
+        placeholder: fx.Node,
+        suffix: str = "",
+        shape: Sequence[int] | None = None,
+        dtype: str | None = None,
+        change: Callable[[torch.Tensor], np.ndarray] | None = None,
+    ) -> str:
+        """A weight as an initializer; ``change`` lays its values out for the kernel.
+
+        Raises:
+            Unsupported: the weight's dtype has no place in a CPU graph.
+        """
+        tensor = self.program.tensor_of(placeholder)
+        if tensor is None:
+            raise Unsupported(f"{placeholder.name} is neither an input nor a weight")
+        source = self.program.weights[tensor]
+        if source.dtype not in _WRITABLE:
+            raise Unsupported(f"weight {tensor} has dtype {source.dtype}; this backend writes float32 models")
+
+        def make() -> np.ndarray:
+            self._on_weight()
+            values = source.load().detach()
+            return values.contiguous().numpy() if change is None else change(values)
+
+        kind = dtype or str(numpy_type(source.dtype))
+        return self.graph.weight(tensor + suffix, source.shape if shape is None else shape, kind, make)
+
+    def count(self, form: str) -> None:
+        """Note that a runtime form was used once more."""
+        self.forms[form] = self.forms.get(form, 0) + 1
+
+
+def _clipped(value: Any, dtype: torch.dtype) -> Any:
+    """Python constants that stand for infinity in another dtype saturate instead of overflowing."""
+    if dtype.is_floating_point and isinstance(value, float) and value == value and abs(value) != float("inf"):
+        limit = torch.finfo(dtype).max
+        return max(-limit, min(limit, value))
+    return value
+
+
+def _source_of(node: fx.Node) -> str:
+    """Node name with the module it came from."""
+    stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
+    path = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
+    return f"{node.name} ({path[-1]})" if path and path[-1] else node.name

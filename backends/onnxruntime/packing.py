@@ -1,0 +1,37 @@
+"""Bytes of a MatMulNBits weight.
+
+Codes are unsigned with an implicit zero point in the middle of their range (8 for 4 bits, 128 for 8), in blocks along the
+contraction; the last block is padded with the zero point. ``B: [N, ceil(K / block), block * bits / 8]``; with 4 bits the even
+position is the low half of a byte.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+__all__ = ["pack_blocks", "packed_shape", "pad_scales"]
+
+
+def packed_shape(outer: int, inner: int, bits: int, block: int) -> tuple[int, int, int]:
+    """Shape of the packed bytes."""
+    return outer, -(-inner // block), block * bits // 8
+
+
+def pack_blocks(codes: np.ndarray, bits: int, block: int) -> np.ndarray:
+    """Pack signed ``codes [N, K]`` (int8, in ``[-2^(bits-1), 2^(bits-1) - 1]``)."""
+    outer, inner = codes.shape
+    shape = packed_shape(outer, inner, bits, block)
+    middle = 1 << (bits - 1)
+    padded = np.full((outer, shape[1] * block), middle, np.uint8)
+    # The sum fits in 8 bits, so wrapping arithmetic gives the exact code.
+    padded[:, :inner] = codes.view(np.uint8) + np.uint8(middle) if codes.flags.c_contiguous else (
+        np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
+    )
+    if bits == 4:
+        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
+    return padded.reshape(shape)
+
+
+def pad_scales(scales: np.ndarray, outer: int, groups: int) -> np.ndarray:
+    """Scales as contiguous float32 ``[N, groups]``."""
+    return np.ascontiguousarray(scales.reshape(outer, groups), dtype=np.float32)

@@ -1,0 +1,1 @@
+"""Capture, intermediate representation, axes, planning, pipeline, artifact, verification and command line."""

@@ -1,0 +1,1 @@
+"""The axis algebra: what may be removed together, found in the graph."""

@@ -1,0 +1,95 @@
+"""Matrix products: the contracted dimensions are one axis, the others pass through."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.rules.registry import Labels, rule
+from compile_sparse.compiler.axes.sizes import shape_of
+from compile_sparse.compiler.axes.step import Step
+
+__all__: list[str] = []
+
+
+@rule("linear")
+def linear(step: Step) -> Labels:
+    """``y[..., o] = sum_i x[..., i] W[o, i] + b[o]``."""
+    x, weight, bias = step.label("input"), step.label("weight"), step.optional("bias")
+    step.tie(x[-1], weight[1])
+    step.contract(step.arguments["input"], len(x) - 1, step.arguments["weight"], weight[1])
+    if bias is not None:
+        step.tie(weight[0], bias[0])
+    step.produce(step.arguments["weight"], weight[0])
+    return [*x[:-1], weight[0]]
+
+
+@rule("mm", "bmm", "matmul")
+def matmul(step: Step) -> Labels | None:
+    """``y[..., m, n] = sum_k a[..., m, k] b[..., k, n]``; leading dimensions broadcast."""
+    left, right = step.node.args[0], step.node.args[1]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)  # tensors by schema
+    return _product(step, left, right, step.value)
+
+
+def _product(step: Step, left: fx.Node, right: fx.Node, value: torch.Tensor) -> Label | None:
+    a, b = step.label(left), step.label(right)
+    if len(a) < 2 or len(b) < 2:
+        return None
+    step.tie(a[-1], b[-2])
+    step.contract(left, len(a) - 1, right, a[-1])
+    # Either side may hold the weights; a later reader keeps the contacts whose weight side is a parameter.
+    step.contract(right, len(b) - 2, left, a[-1])
+    batch = step.broadcast([a[:-2], b[:-2]], shape_of(value)[:-2])
+    for axis in batch:
+        step.role(axis, "batch_matmul")
+    step.produce(right, b[-1])
+    step.produce(left, a[-2])
+    return [*batch, a[-2], b[-1]]
+
+
+@rule("addmm", "baddbmm")
+def addmm(step: Step) -> Labels | None:
+    """``beta * c + alpha * (a @ b)``."""
+    _, left, right = step.node.args[:3]
+    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)  # tensors by schema
+    out = _product(step, left, right, step.value)
+    if out is None:
+        return None
+    return step.broadcast([out, step.label(step.first)], shape_of(step.value))
+
+
+@rule("einsum")
+def einsum(step: Step) -> Labels | None:
+    """Letters are axes; letters missing on the right are summed over."""
+    equation = step.arguments["equation"].replace(" ", "")
+    if "->" not in equation or "." in equation:
+        return None
+    left, right = equation.split("->")
+    axes = {}
+    for term, node in zip(left.split(","), step.arguments["tensors"], strict=True):
+        if len(set(term)) != len(term):  # a diagonal
+            return None
+        for letter, axis in zip(term, step.label(node), strict=True):
+            axes[letter] = step.tie(axes[letter], axis) if letter in axes else axis
+    for letter in axes:
+        if letter not in right:
+            step.role(axes[letter], "contract")
+    return [axes[letter] for letter in right]
+
+
+@rule("transformers::grouped_mm_fallback", "_grouped_mm")
+def grouped_mm(step: Step) -> Labels | None:
+    """Rows ``x[t, k]`` in runs, one run per expert: ``y[t, n] = sum_k x[t, k] W[e(t), k, n]``, ends of runs in ``offs[e]``."""
+    tensors = step.operands
+    if len(tensors) < 3:
+        return None
+    x, weight, ends = (step.label(node) for node in tensors[:3])
+    if len(x) != 2 or len(weight) != 3 or len(ends) != 1:
+        return None
+    step.tie(weight[0], ends[0])
+    step.tie(x[1], weight[1])
+    step.contract(tensors[0], 1, tensors[1], weight[1])
+    step.produce(tensors[1], weight[2])
+    return [x[0], weight[2]]

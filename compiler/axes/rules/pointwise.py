@@ -1,0 +1,60 @@
+"""Element by element: every dimension keeps its axis, operands broadcast.
+
+torch tags such operators itself, per overload (``min.other`` is pointwise, ``min.dim`` is not), so there is no table. A few
+are pointwise but untagged; random ones are excluded because fewer elements draw other numbers.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from compile_sparse.compiler.axes.rules.registry import Labels, rule
+from compile_sparse.compiler.axes.sizes import shape_of
+from compile_sparse.compiler.axes.step import Step
+
+__all__ = ["labels"]
+
+_UNTAGGED = {"__and__", "__or__", "__xor__", "floor_divide", "masked_fill", "bitwise_and", "bitwise_or"}
+_SEVERAL_OUTPUTS = {"frexp"}
+
+
+def labels(step: Step) -> Labels | None:
+    """The broadcast of all tensor operands, for an operator torch tags as pointwise."""
+    target = step.node.target
+    assert isinstance(target, torch._ops.OpOverload)  # the dispatcher checks
+    tagged = torch.Tag.pointwise in target.tags and torch.Tag.nondeterministic_seeded not in target.tags
+    if not (tagged or step.name in _UNTAGGED) or step.name in _SEVERAL_OUTPUTS:
+        return None
+    if not step.operands or target._schema.is_mutable:
+        return None
+    return step.broadcast([step.label(operand) for operand in step.operands], shape_of(step.value))
+
+
+@rule("where")
+def where(step: Step) -> Labels | None:
+    """``where(condition, a, b)``; the one-argument form returns positions."""
+    if "self" not in step.arguments or "other" not in step.arguments:
+        return None
+    return step.broadcast([step.label(operand) for operand in step.operands], shape_of(step.value))
+
+
+@rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh_copy", "type_as")
+def copy(step: Step) -> Labels | None:
+    """Same values, perhaps another dtype or memory layout."""
+    step.pass_domain(step.first)
+    return step.label(step.first)
+
+
+@rule("dropout", "native_dropout")
+def dropout(step: Step) -> Labels | None:
+    """Identity in evaluation; random in training, which is not labelled."""
+    if step.name == "native_dropout" or step.arguments.get("train", True):
+        return None
+    return step.label(step.first)
+
+
+@rule("zeros_like", "ones_like", "empty_like", "full_like")
+def filled_like(step: Step) -> Labels:
+    """Constants of an operand's shape; the operand's values are not read."""
+    step.domain(step.first)
+    return step.label(step.first)

@@ -1,0 +1,43 @@
+"""The ``compile_sparse::`` quantize and dequantize operators."""
+
+from __future__ import annotations
+
+from compile_sparse.compiler.axes.algebra import factors, find, regroup
+from compile_sparse.compiler.axes.rules.registry import Labels, rule
+from compile_sparse.compiler.axes.step import Step
+
+__all__: list[str] = []
+
+
+@rule("compile_sparse::dequantize_weight")
+def dequantize_weight(step: Step) -> Labels | None:
+    """``q * scale``: output channels share the scale's first axis; whole groups may go, positions within a group may not."""
+    q, scale = step.label("q"), step.label("scale")
+    axis, group = step.arguments["axis"], step.arguments["group_size"]
+    step.tie(scale[0], q[1 - axis])
+    if group:
+        size = find(q[axis]).size
+        reason = "quantization groups have a fixed size"
+        if isinstance(size, int) and size % group == 0:
+            groups, inner = regroup(factors(q[axis]), [size // group, group])
+            step.tie(scale[1], groups)
+            step.freeze(inner, reason)
+        else:
+            step.freeze(q[axis], reason)
+            step.freeze(scale[1], reason)
+    return q
+
+
+@rule("compile_sparse::quantize_dynamic")
+def quantize_dynamic(step: Step) -> Labels:
+    """Codes with one scale for the whole tensor: its range is taken over the kept positions."""
+    source = step.label("x")
+    for axis in source:
+        step.role(axis, "reduce_range")
+    return (source, [], [])
+
+
+@rule("compile_sparse::dequantize_activation")
+def dequantize_activation(step: Step) -> Labels:
+    """Element by element."""
+    return step.label("codes")

@@ -1,0 +1,65 @@
+"""Evaluate what depends on neither the inputs nor the trained weights, once.
+
+Position tables, rotary frequencies and the like then are plain buffers: ops whose value depends on a size (``arange``) no
+longer stand between them and the rest, so pruning can slice them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import prod
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.editing import add_weight
+from compile_sparse.compiler.program import Binding, Program
+from compile_sparse.compiler.weights import ResidentTensor, TensorSource
+
+__all__ = ["fold_constants"]
+
+MAX_ELEMENTS = 1 << 24
+"""A folded result larger than this (64 MB of float32) stays an expression."""
+
+
+def fold_constants(program: Program) -> Program:
+    """Replace the frontier of the input-independent region by buffers. Edits ``program``'s graph in place."""
+    known: dict[fx.Node, torch.Tensor] = {}
+    for node in program.graph.nodes:
+        name = program.tensor_of(node)
+        if name is not None and program.bindings[node.name].kind == "buffer":
+            source = program.weights[name]
+            if isinstance(source, ResidentTensor):
+                known[node] = source.value
+        elif _foldable(node, known):
+            known[node] = _evaluate(node, known)
+    frontier = [
+        node
+        for node in known
+        if node.op == "call_function" and any(user not in known for user in node.users)
+    ]
+    bindings = dict(program.bindings)
+    added: dict[str, TensorSource] = {}
+    for index, node in enumerate(frontier):
+        name = f"folded_{index}"
+        source = ResidentTensor(known[node].contiguous())
+        placeholder = add_weight(program, bindings, name, Binding(name, "buffer"), source)
+        added[name] = source
+        node.replace_all_uses_with(placeholder)
+    return replace(program, bindings=bindings, weights=program.weights.updated(added))
+
+
+def _foldable(node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> bool:
+    value = node.meta.get("val")
+    if node.op != "call_function" or not isinstance(value, torch.Tensor):
+        return False
+    if not all(isinstance(size, int) for size in value.shape) or prod(value.shape) > MAX_ELEMENTS:
+        return False
+    tags = getattr(node.target, "tags", ())
+    return torch.Tag.nondeterministic_seeded not in tags and all(n in known for n in node.all_input_nodes)
+
+
+def _evaluate(node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
+    result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
+    return result

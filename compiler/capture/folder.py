@@ -1,0 +1,152 @@
+"""A Hugging Face model folder, opened without running anything in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compile_sparse.compiler.errors import ModelError, UsageError
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+__all__ = ["ModelFolder", "open_folder"]
+
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+MAX_CONFIG_BYTES = 4 * 1024 * 1024
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A folder with a config.json that transformers' own classes understand.
+
+    Attributes:
+        path: the folder.
+        config: parsed by the config class of its ``model_type``.
+        model_class: the transformers class named by ``architectures``.
+    """
+
+    path: Path
+    config: PretrainedConfig
+    model_class: type[PreTrainedModel]
+
+    def digest(self) -> str:
+        """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
+        total = hashlib.sha256()
+        for path in [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]:
+            with path.open("rb") as handle:
+                total.update(f"{path.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\0".encode())
+        return total.hexdigest()
+
+
+def open_folder(model: str | Path) -> ModelFolder:
+    """Open a folder, or fetch a hub id when a hub is reachable.
+
+    Raises:
+        UsageError: CS1002 no such folder; CS1003 config.json missing or unreadable.
+        ModelError: CS2002 the architecture is not one of transformers' own.
+    """
+    path = Path(model).expanduser()
+    if not path.is_dir():
+        path = _from_hub(str(model))
+    raw = _read_config(path)
+    return ModelFolder(path.resolve(), *_classes(raw, path))
+
+
+def _from_hub(model: str) -> Path:
+    why = "The path does not exist."
+    if HUB_ID.fullmatch(model) and not Path(model).parent.exists():
+        from huggingface_hub import snapshot_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            # The file patterns leave pickles and remote code behind.
+            return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
+        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+            why = f"There is no such folder, and the hub gave nothing for this id ({type(error).__name__})."
+    raise UsageError(
+        "CS1002",
+        f"There is no model at {model!r}.",
+        where="MODEL",
+        why=why,
+        hint="Give a folder with config.json and *.safetensors, as save_pretrained writes it.",
+    )
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    if not file.is_file():
+        raise UsageError(
+            "CS1003",
+            "The model folder has no config.json.",
+            where=path.name,
+            why="A Hugging Face folder is recognised by its config.json.",
+            hint="Point MODEL at the folder that save_pretrained wrote.",
+        )
+    try:
+        if file.stat().st_size > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
+        raw = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it is not a JSON object")
+    except (ValueError, RecursionError, OSError) as error:
+        raise UsageError(
+            "CS1003", "config.json cannot be read.", where=str(file.name), why=str(error), hint="Restore the file."
+        ) from error
+    return raw
+
+
+def _classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
+
+    from compile_sparse.compiler.capture.skeleton import quiet_transformers
+
+    model_type = raw.get("model_type")
+    if not isinstance(model_type, str) or model_type not in CONFIG_MAPPING:
+        remote = " It names code of its own (auto_map), which is never run." if raw.get("auto_map") else ""
+        raise ModelError(
+            "CS2002",
+            f"The model type {model_type!r} is unknown.",
+            where=f"{path.name}/config.json",
+            why=f"transformers {transformers.__version__} has no class for it.{remote}",
+            hint="Use a model type of transformers, or a newer transformers.",
+        )
+    try:
+        with quiet_transformers():
+            config = CONFIG_MAPPING[model_type].from_dict(raw)
+    except (TypeError, ValueError, KeyError, AttributeError) as error:
+        raise UsageError(
+            "CS1003",
+            "config.json has values its model type rejects.",
+            where=f"{path.name}/config.json",
+            why=str(error),
+            hint="Compare it with a config of the same model_type.",
+        ) from error
+    names = raw.get("architectures") or []
+    if names:
+        model_class = getattr(transformers, str(names[0]), None)
+        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+            raise ModelError(
+                "CS2002",
+                f"The architecture {names[0]!r} is unknown.",
+                where=f"{path.name}/config.json, architectures",
+                why=f"transformers {transformers.__version__} has no such model class.",
+                hint="Use an architecture of transformers, or a newer transformers.",
+            )
+        return config, model_class
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_MAPPING
+    if type(config) not in mapping:
+        raise ModelError(
+            "CS2002",
+            "config.json names no architecture.",
+            where=f"{path.name}/config.json, architectures",
+            why=f"{model_type!r} has no default model class.",
+            hint="Add an 'architectures' list with the class that was trained.",
+        )
+    return config, mapping[type(config)]

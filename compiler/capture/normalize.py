@@ -1,0 +1,79 @@
+"""Bring an exported graph into the form the IR's spec demands.
+
+- ``view`` becomes ``reshape``: a view that is legal now may not be after a pass changed strides.
+- attention states its scale: the default depends on a size that pruning may change.
+- operations without effect on values are removed (full-range slices, copies, same-type casts, ``* 1.0``), and so are
+  assertions, which keep dead values alive.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Mapping
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from compile_sparse.compiler.editing import op_name, schema_arguments
+from compile_sparse.compiler.program import Binding
+
+__all__ = ["normalize"]
+
+aten = torch.ops.aten
+COPIES = {"clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fresh", "dropout"}
+END = 2**62  # export writes "to the end" as the largest int64
+
+
+def normalize(
+    exported: ExportedProgram, bindings: Mapping[str, Binding]
+) -> tuple[fx.GraphModule, dict[str, Binding]]:
+    """A graph module of our own with the rules above applied, and the bindings under its placeholder names."""
+    graph = fx.Graph()
+    copied: dict[fx.Node, fx.Node] = {}
+    result = graph.graph_copy(exported.graph, copied)  # type: ignore[arg-type]
+    graph.output(result)
+    renamed = {copied[n].name: bindings[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.name in bindings}
+    for node in list(graph.nodes):
+        if node.op == "call_function":
+            _normalize_node(node)
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    graph.lint()
+    return fx.GraphModule(torch.nn.Module(), graph), renamed
+
+
+def _normalize_node(node: fx.Node) -> None:
+    name = op_name(node)
+    if name in ("view", "_unsafe_view"):
+        node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], list(node.args[1])), {}  # type: ignore[call-overload]
+    elif name == "scaled_dot_product_attention" and schema_arguments(node)["scale"] is None:
+        query = node.args[0].meta["val"]  # type: ignore[union-attr]
+        node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(query.shape[-1])}
+    elif _has_no_effect(node, name):
+        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+
+
+def _has_no_effect(node: fx.Node, name: str) -> bool:
+    if name in COPIES:
+        return not (name == "dropout" and schema_arguments(node)["train"])
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
+        return False
+    value, before = node.meta["val"], source.meta.get("val")
+    if not isinstance(before, torch.Tensor) or value.dtype != before.dtype:
+        return False
+    if name in ("_to_copy", "to"):
+        return True
+    if name == "slice":
+        arguments = schema_arguments(node)
+        end = arguments["end"]
+        whole = end is None or (isinstance(end, int) and end >= END)
+        return arguments["start"] in (None, 0) and arguments["step"] == 1 and whole
+    if name == "expand":
+        return before.ndim == value.ndim and all(size == -1 for size in node.args[1])  # type: ignore[union-attr]
+    if node.target is aten.mul.Tensor or node.target is operator.mul:
+        return node.args[1] == 1 and not isinstance(node.args[1], bool)
+    if node.target is aten.add.Tensor:
+        return node.args[1] == 0 and not isinstance(node.args[1], (bool, fx.Node))
+    return False

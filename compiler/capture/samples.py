@@ -1,0 +1,156 @@
+"""Sample inputs for export: which inputs the model takes, which axes are dynamic, what the outputs are called.
+
+The sample tensors are real, not fake: decomposing a program exported from fake inputs corrupts the heap in torch 2.13. They are
+tiny. The forward passes that reveal cache and output shapes run in the fake mode.
+
+Sizes of the sample are all different and at least 2, because export turns an axis of size 1, or two axes of equal size, into a
+constant or into one symbol.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils import _pytree as pytree
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.cache_utils import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from compile_sparse.compiler.errors import ModelError
+from compile_sparse.compiler.program import Input, ModelKind, Output
+
+__all__ = ["Sample", "sample_for"]
+
+BATCH, QUERY, PAST = 2, 3, 5
+DYNAMIC = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What ``torch.export`` needs, and the meaning of each flat input and output.
+
+    Attributes:
+        kind: decoder, encoder or vision.
+        kwargs: keyword arguments of ``forward``.
+        dynamic_shapes: per keyword.
+        inputs: in flat order, ``placeholder`` still empty.
+        outputs: in flat order.
+    """
+
+    kind: ModelKind
+    kwargs: dict[str, Any]
+    dynamic_shapes: dict[str, Any]
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+
+
+def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
+    """Build the sample for a fake ``model``.
+
+    Raises:
+        ModelError: CS2007 when the model is of a kind that is not supported.
+    """
+    config = model.config
+    if type(model).__name__ in _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and not config.is_encoder_decoder:
+        return _decoder(model, mode)
+    if config.is_encoder_decoder:
+        raise _unsupported(model, "it is an encoder-decoder model")
+    if model.main_input_name == "pixel_values":
+        return _vision(model, config, mode)
+    if model.main_input_name == "input_ids":
+        return _encoder(model, mode)
+    raise _unsupported(model, f"its main input is {model.main_input_name!r}")
+
+
+def _names(mapping: Any) -> set[str]:
+    names: set[str] = set()
+    for value in mapping.values():
+        names.update(value if isinstance(value, (tuple, list)) else [value])
+    return names
+
+
+def _unsupported(model: PreTrainedModel, why: str) -> ModelError:
+    return ModelError(
+        "CS2007",
+        f"{type(model).__name__} is not a kind of model that can be captured.",
+        where="config.json, architectures",
+        why=f"Decoders, text encoders and image models are supported; {why}.",
+        hint="Compile the encoder or the decoder on its own.",
+    )
+
+
+def _decoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
+    accepted = inspect.signature(model.forward).parameters
+    with mode, torch.no_grad():
+        # A cache built without a config keeps every layer at full length; sliding windows then live in the mask, which
+        # exports with dynamic sizes where a windowed cache would not.
+        cache = DynamicCache()
+        model(input_ids=torch.ones(BATCH, PAST, dtype=torch.long), past_key_values=cache, use_cache=True)
+    kwargs: dict[str, Any] = {
+        "input_ids": torch.ones(BATCH, QUERY, dtype=torch.long),
+        "attention_mask": torch.ones(BATCH, PAST + QUERY, dtype=torch.long),
+    }
+    if "position_ids" in accepted:
+        kwargs["position_ids"] = torch.zeros(BATCH, QUERY, dtype=torch.long)
+    layers = len(cache.layers)
+    if not layers:
+        raise _unsupported(model, "it keeps no key-value cache")
+    dynamic: dict[str, Any] = {name: {0: DYNAMIC, 1: DYNAMIC} for name in kwargs}
+    kwargs["past_key_values"] = _real(cache)
+    dynamic["past_key_values"] = [{0: DYNAMIC, 2: DYNAMIC}] * (2 * layers)
+    inputs = [Input("", name, name) for name in kwargs if name != "past_key_values"]  # type: ignore[arg-type]
+    outputs = [Output("logits", "logits")]
+    for layer in range(layers):
+        for part in ("key", "value"):
+            inputs.append(Input("", f"past_key_values.{layer}.{part}", f"past_{part}", layer))  # type: ignore[arg-type]
+            outputs.append(Output(f"present.{layer}.{part}", f"present_{part}", layer))  # type: ignore[arg-type]
+    return Sample("decoder", kwargs | {"use_cache": True}, dynamic, tuple(inputs), tuple(outputs))
+
+
+def _real(cache: DynamicCache) -> DynamicCache:
+    """The same cache with zeros for values."""
+    real = DynamicCache()
+    for index, layer in enumerate(cache.layers):
+        key, value = (torch.zeros(tuple(t.shape), dtype=t.dtype) for t in (layer.keys, layer.values))
+        real.update(key, value, index)
+    return real
+
+
+def _encoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
+    accepted = inspect.signature(model.forward).parameters
+    names = [n for n in ("input_ids", "attention_mask", "token_type_ids") if n in accepted]
+    kwargs = {n: torch.ones(BATCH, PAST, dtype=torch.long) for n in names}
+    dynamic = {name: {0: DYNAMIC, 1: DYNAMIC} for name in names}
+    return _plain("encoder", model, mode, kwargs, dynamic)
+
+
+def _vision(model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode) -> Sample:
+    size = getattr(config, "image_size", 224)
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    kwargs = {"pixel_values": torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width)}
+    return _plain("vision", model, mode, kwargs, {"pixel_values": {0: DYNAMIC}})
+
+
+def _plain(
+    kind: ModelKind,
+    model: PreTrainedModel,
+    mode: FakeTensorMode,
+    kwargs: dict[str, Any],
+    dynamic: dict[str, Any],
+) -> Sample:
+    with mode, torch.no_grad():
+        result = model(**{name: mode.from_tensor(value) for name, value in kwargs.items()})
+    outputs: list[Output] = []
+    for name, value in result.items():
+        leaves = pytree.tree_leaves(value)
+        role = "logits" if name == "logits" else "hidden"
+        outputs += [
+            Output(name if len(leaves) == 1 else f"{name}.{i}", role)  # type: ignore[arg-type]
+            for i in range(len(leaves))
+        ]
+    inputs = tuple(Input("", name, name) for name in kwargs)  # type: ignore[arg-type]
+    return Sample(kind, kwargs, dynamic, inputs, tuple(outputs))

@@ -1,0 +1,104 @@
+"""Options shared by ``compile`` and ``explain``, and how their text becomes values.
+
+Only the form ``KEY=VALUE`` is checked here; what a value may be is the recipe's business, so that flags, YAML and Python
+obey one set of rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import click
+
+__all__ = ["debug_option", "json_option", "measurement_options", "recipe_options"]
+
+_Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+def _named_fractions(
+    ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
+) -> dict[str, float] | None:
+    named: dict[str, float] = {}
+    for key, text in _pairs(values, "KIND=FRACTION"):
+        try:
+            number = float(text)
+        except ValueError:
+            raise click.BadParameter(f"{text!r} is not a number.", ctx, parameter) from None
+        if not 0.0 < number < 1.0:
+            raise click.BadParameter(
+                f"{key}={text}: the fraction removed must lie strictly between 0 and 1; 0.25 removes a quarter.",
+                ctx,
+                parameter,
+            )
+        named[key] = number
+    return named or None
+
+
+def _named_files(ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]) -> dict[str, str] | None:
+    return dict(_pairs(values, "SLICE=FILE")) or None
+
+
+def _pairs(values: tuple[str, ...], form: str) -> list[tuple[str, str]]:
+    pairs: dict[str, str] = {}
+    for value in values:
+        key, separator, text = value.partition("=")
+        if not (separator and key and text):
+            raise click.BadParameter(f"{value!r} does not have the form {form}.")
+        if key in pairs:
+            raise click.BadParameter(f"{key!r} is given twice.")
+        pairs[key] = text
+    return list(pairs.items())
+
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
+debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+
+_MEASUREMENT = (
+    click.option(
+        "--eval", "eval_", metavar="SLICE=FILE", multiple=True, callback=_named_files,
+        help="A named quality slice, JSONL; repeatable.",
+    ),
+    click.option("--workload", metavar="KEY=N,...", help="What is measured, e.g. prompt=128,output=64,batch=1."),
+    click.option(
+        "--gate", "gates", metavar="EXPR", multiple=True,
+        help="Condition for exit code 0, e.g. 'decode_tok_s>=1.2x' or 'ppl[en]<=1.05x'; repeatable.",
+    ),
+)  # fmt: skip
+
+_RECIPE = (
+    click.argument("model"),
+    click.option("--target", required=True, help="Runtime and hardware; see 'compile-sparse targets'."),
+    click.option("--recipe", metavar="FILE|NAME", help="YAML recipe or a built-in one; other options override it."),
+    click.option(
+        "--prune", metavar="KIND=FRACTION", multiple=True, callback=_named_fractions,
+        help="Remove this share of channels, heads, width, layers, experts or conv; repeatable.",
+    ),
+    click.option("--criterion", metavar="NAME", help="How importance is scored: magnitude, activation, ..."),
+    click.option("--sparsity", metavar="PATTERN", help="Zeros: 2:4, N:M, 0.5 or block=16x16:0.5."),
+    click.option("--low-rank", metavar="FRACTION", type=float, help="Remove this share by factorisation."),
+    click.option("--quantize", metavar="SCHEME", help="w8a8, w8a16, w4a16, w4a16-g32, fp8, ..."),
+    click.option("--quantizer", metavar="NAME", help="How integers are chosen: rtn, gptq, awq, smoothquant."),
+    click.option("--calibration", metavar="FILE", help="JSONL the model is observed on."),
+    click.option("--calibration-samples", metavar="N", type=int, help="Windows of calibration text."),
+    click.option("--sequence-length", metavar="N", type=int, help="Tokens per calibration and evaluation window."),
+    *_MEASUREMENT,
+    click.option("--seed", metavar="N", type=int, help="For anything random.  [default: 0]"),
+    click.option("--allow-code", is_flag=True, help="Accept MODEL as package.module:factory, which runs its code."),
+    click.option("--allow-useless", is_flag=True, help="Accept what the target cannot exploit."),
+)  # fmt: skip
+
+
+def _applied(options: tuple[_Decorator, ...]) -> _Decorator:
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+recipe_options = _applied(_RECIPE)
+"""MODEL, --target and everything that shapes a recipe."""
+measurement_options = _applied(_MEASUREMENT)
+"""--eval, --workload, --gate."""

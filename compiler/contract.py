@@ -1,0 +1,132 @@
+"""What a pass and a backend promise. Third parties implement these and register them as entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from compile_sparse.compiler.calibration import CalibrationStream
+    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.progress import Progress
+    from compile_sparse.compiler.skip import Skip
+    from compile_sparse.compiler.targets import Target
+
+__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe"]
+
+
+@dataclass(frozen=True)
+class PassContext:
+    """What a pass may use besides the program.
+
+    Attributes:
+        target: the contract of the runtime and hardware compiled for.
+        calibration: text the model is observed on, or None.
+        progress: where long work reports; never None (a silent one exists).
+        plan_only: weights are absent or must not be read: decide sizes, not values.
+        seed: for anything random.
+    """
+
+    target: Target
+    progress: Progress
+    calibration: CalibrationStream | None = None
+    plan_only: bool = False
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """What a pass did.
+
+    Attributes:
+        program: the new program (the old one is untouched).
+        modified: whether anything changed; the runner checks it against a structural digest.
+        requested, achieved: the amounts, for the report.
+        skips: everything left alone, with reasons.
+        notes: sentences for people.
+    """
+
+    program: Program
+    modified: bool
+    requested: Mapping[str, Any] = field(default_factory=dict)
+    achieved: Mapping[str, Any] = field(default_factory=dict)
+    skips: Sequence[Skip] = ()
+    notes: Sequence[str] = ()
+
+
+class Pass(Protocol):
+    """One transformation. Entry-point group ``compile_sparse.passes``; the entry is a pydantic model class (the pass's options
+    are its fields) with these members. ``stage`` is one of ``pass_registry.STAGES``; a recipe in another order is refused.
+    """
+
+    name: str
+    stage: str
+
+    def useless_on(self, target: Target) -> Sequence[Skip]:
+        """What the target cannot exploit although this pass would do it; a compilation then needs ``--allow-useless``."""
+        ...
+
+    def run(self, program: Program, context: PassContext) -> PassResult: ...
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether a runtime works here.
+
+    Attributes:
+        available: it can load and run artifacts on this machine.
+        runtime, version, device: what was found; version is empty when nothing was.
+        why_not, hint: the reason and the remedy when unavailable.
+    """
+
+    available: bool
+    runtime: str
+    version: str = ""
+    device: str = ""
+    why_not: str = ""
+    hint: str = ""
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What lowering wrote.
+
+    Attributes:
+        files: paths relative to the output folder -> sha256 hex digest, computed while writing.
+        form: the runtime form chosen, in a few words per aspect (attention, linear formats, ...).
+        limits: what the runtime must respect (padding side, batching of chunked prefill, ...), as sentences.
+        skips: what could not use the fast form, with reasons.
+    """
+
+    files: Mapping[str, str]
+    form: Mapping[str, Any] = field(default_factory=dict)
+    limits: Sequence[str] = ()
+    skips: Sequence[Skip] = ()
+
+
+class Backend(Protocol):
+    """A serving runtime. Entry-point group ``compile_sparse.backends``; the entry is a class without constructor arguments.
+
+    ``load`` and ``measure`` are not methods here: they are operations of the backend's worker process (see
+    ``compile_sparse.compiler.worker``), started with ``worker_command``. No vendor package is imported in this process.
+    """
+
+    name: str
+
+    def probe(self, target: Target) -> Probe:
+        """Which runtime, version and device is here, or why not. Never raises."""
+        ...
+
+    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+        """What this runtime cannot express or will run slowly. Needs no weights and no hardware."""
+        ...
+
+    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write what the runtime loads into the empty folder ``out``."""
+        ...
+
+    def worker_command(self, target: Target) -> Sequence[str]:
+        """Command line of the measuring process (JSON lines on stdin and stdout)."""
+        ...

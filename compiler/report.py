@@ -1,0 +1,207 @@
+"""``report.json``: what was done to a model and what it measurably changed.
+
+Parts that were not measured are absent, never zero. Decoders report tokens and perplexity; encoders and vision models report
+``samples_s`` and the agreement of outputs in their place.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Change",
+    "Fidelity",
+    "GateResult",
+    "Interval",
+    "MeasuredWorkload",
+    "ModelSection",
+    "PassSection",
+    "Percentiles",
+    "Performance",
+    "Quality",
+    "Ratios",
+    "Report",
+    "RuntimeSection",
+    "SkipEntry",
+    "Slice",
+    "Speed",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RuntimeSection(_Section):
+    """What executed the artifact."""
+
+    name: str
+    version: str = ""
+    device: str = ""
+
+
+class Change(_Section):
+    """A quantity of the dense baseline and of the compiled model."""
+
+    baseline: int = Field(ge=0)
+    compiled: int = Field(ge=0)
+
+
+class ModelSection(_Section):
+    """Size of the model."""
+
+    kind: Literal["decoder", "encoder", "vision"] | None = None
+    parameters: Change = Field(description="trained elements")
+    artifact_bytes: Change | None = Field(default=None, description="bytes of what the runtime loads")
+    zeros: float | None = Field(default=None, ge=0, le=1, description="share of stored weights that are zero, 0 to 1")
+
+
+class SkipEntry(_Section):
+    """One thing left alone, and why."""
+
+    where: str
+    code: str
+    why: str
+    hint: str = ""
+
+
+class PassSection(_Section):
+    """What one pass was asked, and did."""
+
+    name: str
+    requested: dict[str, Any] = Field(default_factory=dict)
+    achieved: dict[str, Any] = Field(default_factory=dict)
+    seconds: float | None = Field(default=None, ge=0, description="wall-clock seconds")
+    peak_rss_bytes: int | None = Field(default=None, ge=0, description="highest resident memory, bytes")
+    skips: tuple[SkipEntry, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Fidelity(_Section):
+    """The runtime's output against the program run in torch, on the same inputs."""
+
+    tokens: int | None = Field(default=None, ge=0, description="decoders: positions compared")
+    samples: int | None = Field(default=None, ge=0, description="encoders and vision: inputs compared")
+    mean_abs_logprob_diff: float | None = Field(default=None, ge=0, description="decoders, nats")
+    max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
+    mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
+    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="share of equal arg-max, 0 to 1")
+
+
+class MeasuredWorkload(_Section):
+    """What was run."""
+
+    batch: int = Field(ge=1, description="requests or samples at once")
+    prompt_tokens: int | None = Field(default=None, ge=1, description="decoders, tokens per request")
+    output_tokens: int | None = Field(default=None, ge=1, description="decoders, tokens per request")
+    rounds: int = Field(ge=1, description="alternating measurements of each model")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the runtime")
+
+
+class Percentiles(_Section):
+    """A distribution, in the unit of its field."""
+
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+class Speed(_Section):
+    """Performance of one model."""
+
+    prefill_tok_s: float | None = Field(default=None, gt=0, description="prompt tokens per second, whole batch")
+    decode_tok_s: float | None = Field(default=None, gt=0, description="generated tokens per second, whole batch")
+    samples_s: float | None = Field(default=None, gt=0, description="encoders and vision: inputs per second")
+    ttft_ms: Percentiles | None = Field(default=None, description="time to first token, milliseconds")
+    tpot_ms: Percentiles | None = Field(default=None, description="time per output token, milliseconds")
+    latency_ms: Percentiles | None = Field(
+        default=None, description="encoders and vision: time per batch, milliseconds"
+    )
+    peak_rss_bytes: int | None = Field(default=None, ge=0, description="of the measuring process, bytes")
+    roofline: float | None = Field(default=None, ge=0, description="share of memory bandwidth reached while decoding")
+
+
+class Interval(_Section):
+    """Compiled over baseline, with its 95 % confidence interval."""
+
+    value: float = Field(gt=0)
+    ci95: tuple[float, float]
+
+
+class Ratios(_Section):
+    """Compiled over baseline. Rates above 1 are gains; times and bytes below 1 are."""
+
+    prefill_tok_s: Interval | None = None
+    decode_tok_s: Interval | None = None
+    samples_s: Interval | None = None
+    workload: Interval | None = Field(default=None, description="speed of the whole workload, from per-round totals")
+    ttft_ms: dict[str, Interval] | None = None
+    tpot_ms: dict[str, Interval] | None = None
+    peak_rss_bytes: Interval | None = None
+
+
+class Performance(_Section):
+    """Baseline and compiled model, measured in alternation in one runtime."""
+
+    workload: MeasuredWorkload
+    baseline: Speed
+    compiled: Speed
+    ratio: Ratios
+
+
+class Slice(_Section):
+    """Quality on one named set of inputs, compiled against baseline."""
+
+    ppl_baseline: float | None = Field(default=None, gt=0)
+    ppl_compiled: float | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0, description="of perplexities; below 1 is better")
+    ci95: tuple[float, float] | None = Field(default=None, description="of the ratio")
+    kl: float | None = Field(default=None, description="mean KL divergence from the baseline, nats")
+    top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="encoders: of output vectors")
+    samples: int | None = Field(default=None, ge=0, description="windows or inputs")
+    tokens: int | None = Field(default=None, ge=0, description="predicted tokens")
+
+
+class Quality(_Section):
+    """Quality by slice; the worst is the one with the highest perplexity ratio or the lowest agreement."""
+
+    slices: dict[str, Slice]
+    worst_slice: str | None = None
+
+
+class GateResult(_Section):
+    """A judged gate; see ``verify/gates.py``."""
+
+    gate: str
+    value: float | None
+    bound: float | None = None
+    passed: bool
+    why: str = ""
+
+
+class Report(_Section):
+    """The whole file."""
+
+    schema_version: Literal[1] = 1
+    target: str
+    verdict: Literal["faster", "smaller-only", "slower", "no-gain", "refused", "unverified"]
+    verdict_why: str = ""
+    runtime: RuntimeSection | None = None
+    model: ModelSection
+    passes: tuple[PassSection, ...] = ()
+    fidelity: Fidelity | None = None
+    performance: Performance | None = None
+    quality: Quality | None = None
+    gates: tuple[GateResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> str:
+        """Text of ``report.json``: absent parts are left out, a gate's missing value stays ``null``."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        if "gates" in data:
+            data["gates"] = [gate.model_dump(mode="json") for gate in self.gates]
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

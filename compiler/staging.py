@@ -1,0 +1,226 @@
+"""Building an artifact beside its final place, so that there is never half of one.
+
+::
+
+    .NAME.staging-KEY/          one per command; the same command finds it again and resumes
+        lock                    held while a process builds here
+        stages.json             stages that are complete, with the digests of the files they left
+        content/                becomes NAME by one rename, after everything in it is durable
+    .NAME.old-KEY               the artifact being replaced, between two renames
+
+The manifest is written last inside ``content``, so whatever was killed at whatever point, ``NAME`` is the old artifact,
+nothing, or the complete new one.
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from filelock import FileLock, Timeout
+
+from compile_sparse.compiler.durable import as_disk_failure, disk_errors, sync_folder, sync_tree, write_durably
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.file_digests import folder_digests, list_files
+from compile_sparse.compiler.manifest import FileEntry, Manifest
+
+__all__ = ["MANIFEST", "REPORT", "Staging"]
+
+MANIFEST = "manifest.json"
+REPORT = "report.json"
+_STAGES = "stages.json"
+
+
+class Staging:
+    """Context manager for one build.
+
+    ::
+
+        with Staging(out, key=cache_key(inputs), force=force) as staging:
+            lowered = staging.completed("lowered")
+            if lowered is None:
+                lowered = lower(staging.fresh("model"))
+                staging.complete("lowered", lowered)
+            staging.write("report.json", report)
+            staging.publish(lambda files: Manifest(..., files=files))
+
+    Leaving the block without ``publish`` (an error, Ctrl-C, a kill) keeps the folder, so the same key resumes.
+
+    Args:
+        out: final place; must not exist (an empty folder may) unless ``force``.
+        key: hexadecimal digest of everything the result depends on.
+        force: replace an existing artifact. Anything else at ``out`` is never deleted.
+
+    Raises:
+        UsageError: CS1020 when ``out`` is taken.
+        EnvironmentFailure: CS5003 disk errors, also those raised inside the block; CS5004 another process builds the same.
+    """
+
+    def __init__(self, out: str | Path, *, key: str, force: bool = False) -> None:
+        self.out = Path(os.path.abspath(out))
+        self.force = force
+        self._key = key[:16]
+        self.root = self.out.parent / f".{self.out.name}.staging-{self._key}"
+        self._old = self.out.parent / f".{self.out.name}.old-{self._key}"
+        self._lock = FileLock(self.root / "lock")
+        self._published = False
+
+    @property
+    def folder(self) -> Path:
+        """What will become ``out``."""
+        return self.root / "content"
+
+    def __enter__(self) -> Self:
+        with disk_errors(self.out):
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            self._recover()
+            self._check_out()
+            self._acquire()
+            self.folder.mkdir(exist_ok=True)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._published:
+            shutil.rmtree(self.root, ignore_errors=True)
+            self._remove_stale()
+        self._lock.release()
+        if isinstance(error, OSError) and (failure := as_disk_failure(error, self.out)):
+            raise failure from error
+
+    def fresh(self, name: str) -> Path:
+        """An empty folder ``name`` inside the staging folder; what a stopped attempt left in it is removed."""
+        folder = self.folder / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        return folder
+
+    def write(self, name: str, data: str | bytes) -> Path:
+        """Write a small file durably."""
+        path = self.folder / name
+        write_durably(path, data.encode() if isinstance(data, str) else data)
+        return path
+
+    def complete(self, stage: str, data: Mapping[str, Any] | None = None) -> None:
+        """Record that ``stage`` is done, with what later stages need from it (plain JSON data)."""
+        sync_tree(self.folder)
+        stages = self._stages()
+        stages[stage] = {"data": dict(data or {}), "files": folder_digests(self.folder)}
+        write_durably(self.root / _STAGES, json.dumps(stages).encode())
+
+    def completed(self, stage: str) -> dict[str, Any] | None:
+        """Data of a stage that an earlier, stopped run completed; None when it must be done.
+
+        The files it left are compared with their digests; files that a later, incomplete stage added do not matter.
+        """
+        record = self._stages().get(stage)
+        if record is None:
+            return None
+        files = {name: (digest, size) for name, (digest, size) in record["files"].items()}
+        try:
+            present = list_files(self.folder)
+            found = folder_digests(self.folder, without=set(present) - set(files))
+        except (OSError, ValueError):
+            return None
+        data: dict[str, Any] = record["data"]
+        return data if found == files else None
+
+    def publish(
+        self, manifest: Callable[[dict[str, FileEntry]], Manifest], *, known: Mapping[str, str] | None = None
+    ) -> Path:
+        """Digest all files, write the manifest, make everything durable and move it to ``out``.
+
+        Args:
+            manifest: makes the manifest from the entry of every file.
+            known: digests that this process computed while writing, by path inside the artifact.
+        """
+        with disk_errors(self.out):
+            (self.folder / MANIFEST).unlink(missing_ok=True)
+            digests = folder_digests(self.folder, known=known)
+            entries = {name: FileEntry(sha256=digest, bytes=size) for name, (digest, size) in digests.items()}
+            sync_tree(self.folder)
+            text = json.dumps(manifest(entries).model_dump(mode="json"), indent=2, ensure_ascii=False)
+            self.write(MANIFEST, text + "\n")
+            self._check_out()
+            if self.out.exists() and any(self.out.iterdir()):
+                shutil.rmtree(self._old, ignore_errors=True)
+                os.rename(self.out, self._old)
+            os.rename(self.folder, self.out)
+            sync_folder(self.out.parent)
+            self._published = True
+            shutil.rmtree(self._old, ignore_errors=True)
+        return self.out
+
+    def _stages(self) -> dict[str, Any]:
+        try:
+            found = json.loads((self.root / _STAGES).read_bytes())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def _recover(self) -> None:
+        """Put an artifact back that a killed run had moved aside."""
+        for old in self._siblings("old"):
+            if self.out.exists():
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                os.rename(old, self.out)
+
+    def _siblings(self, kind: str) -> list[Path]:
+        return sorted(self.out.parent.glob(f".{glob.escape(self.out.name)}.{kind}-*"))
+
+    def _remove_stale(self) -> None:
+        """Remove what stopped commands with other options left behind, unless one of them is running."""
+        for other in self._siblings("staging"):
+            if other == self.root:
+                continue
+            lock = FileLock(other / "lock")
+            try:
+                lock.acquire(timeout=0)
+            except (Timeout, OSError):
+                continue
+            shutil.rmtree(other, ignore_errors=True)
+            lock.release()
+
+    def _check_out(self) -> None:
+        if not os.path.lexists(self.out):
+            return
+        ours = self.out.is_dir() and not self.out.is_symlink()
+        if ours and not any(self.out.iterdir()):
+            return
+        replaceable = ours and (self.out / MANIFEST).is_file()
+        if not (self.force and replaceable):
+            raise UsageError(
+                "CS1020",
+                "The output folder exists.",
+                where=str(self.out),
+                why="It holds an artifact." if replaceable else "It does not hold an artifact, so it is not replaced.",
+                hint="Give --force to replace it, or another --out." if replaceable else "Give another --out.",
+            )
+
+    def _acquire(self) -> None:
+        """Lock the staging folder. Another process may publish and remove it between creation and locking; then retry."""
+        while True:
+            self.root.mkdir(exist_ok=True)
+            try:
+                self._lock.acquire(timeout=0)
+            except Timeout:
+                raise EnvironmentFailure(
+                    "CS5004",
+                    "Another process is compiling to the same folder.",
+                    where=str(self.out),
+                    why=f"It holds {self.root.name}/lock.",
+                    hint="Wait for it, or give another --out.",
+                ) from None
+            except FileNotFoundError:
+                continue
+            if (self.root / "lock").exists():
+                return
+            self._lock.release()

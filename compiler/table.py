@@ -1,0 +1,179 @@
+"""Reports, plans and registries as tables for people (rich; printed by the command line)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["doctor_table", "plan_table", "report_table", "targets_table"]
+
+_STYLES = {"faster": "bold green", "smaller-only": "cyan", "slower": "bold red", "refused": "bold red"}
+_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
+
+
+def report_table(report: Mapping[str, Any]) -> RenderableType:
+    """Verdict, measurements, passes and gates of a report."""
+    verdict = str(report.get("verdict", "unverified"))
+    head = Text.assemble((verdict, _STYLES.get(verdict, "yellow")), f"  {report.get('verdict_why', '')}")
+    parts: list[RenderableType] = [head, _measurements(report)]
+    parts += [_passes(report["passes"])] if report.get("passes") else []
+    parts += [_gates(report["gates"])] if report.get("gates") else []
+    parts += [Text(f"note: {note}") for note in report.get("notes", ())]
+    return Group(*parts)
+
+
+def plan_table(plan: Mapping[str, Any]) -> RenderableType:
+    """What ``explain`` found: sizes, passes, groups, refusals."""
+    model = plan.get("model", {})
+    parts: list[RenderableType] = [
+        Text(f"{model.get('kind', 'model')}, {model.get('layers', '?')} layers, for {plan.get('target', '?')}"),
+        _sizes(plan),
+    ]
+    parts += [_passes(plan["passes"])] if plan.get("passes") else []
+    if groups := plan.get("groups"):
+        table = _table("what may be removed together", "axis", "count", "size", "left alone because")
+        for group in groups:
+            frozen = group.get("frozen")
+            reason = "" if not frozen else "fixed" if frozen is True else str(frozen)
+            table.add_row(escape(str(group["kind"])), f"{group['count']:,}", _plain(group["size"]), escape(reason))
+        parts.append(table)
+    if refusals := plan.get("refusals"):
+        parts.append(_skips("refused", refusals))
+    return Group(*parts)
+
+
+def targets_table(targets: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """The registry, one line per target."""
+    table = _table("targets", "target", "backend", "baseline", "summary")
+    for target in targets:
+        table.add_row(*(escape(str(target[key])) for key in ("name", "backend", "baseline_precision", "summary")))
+    return table
+
+
+def doctor_table(probes: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Which runtimes work here, and why the others don't."""
+    table = _table("runtimes on this machine", "target", "works", "runtime", "device", "why not", "hint")
+    for probe in probes:
+        runtime = f"{probe.get('runtime', '')} {probe.get('version', '')}".strip()
+        works = "yes" if probe.get("available") else "no"
+        cells = (probe.get("target"), works, runtime, probe.get("device"), probe.get("why_not"), probe.get("hint"))
+        table.add_row(*(escape(str(cell or "")) for cell in cells))
+    return table
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def _measurements(report: Mapping[str, Any]) -> Table:
+    table = _table("baseline and compiled", "", "baseline", "compiled", "ratio (95 % interval)")
+    for row in (*_size_rows(report.get("model") or {}), *_speed_rows(report), *_quality_rows(report)):
+        table.add_row(*row)
+    if (agreement := (report.get("fidelity") or {}).get("top1_agreement")) is not None:
+        table.add_row("top-1 agreement with the program", "", f"{agreement:.2%}", "")
+    return table
+
+
+def _sizes(data: Mapping[str, Any]) -> Table:
+    table = _table("expected size", "", "baseline", "compiled", "ratio")
+    for row in _size_rows({"parameters": data.get("parameters"), "artifact_bytes": data.get("bytes")}):
+        table.add_row(*row)
+    return table
+
+
+def _size_rows(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    for key, label, show in (("parameters", "parameters", _plain), ("artifact_bytes", "bytes", _bytes)):
+        if change := model.get(key):
+            before, after = change["baseline"], change["compiled"]
+            yield label, show(before), show(after), f"{after / before:.3f}x" if before else ""
+
+
+def _speed_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    performance = report.get("performance") or {}
+    baseline, compiled, ratio = (performance.get(key) or {} for key in ("baseline", "compiled", "ratio"))
+    for key, label in (
+        ("prefill_tok_s", "prefill tok/s"),
+        ("decode_tok_s", "decode tok/s"),
+        ("samples_s", "samples/s"),
+    ):
+        if compiled.get(key) is not None:
+            yield label, _plain(baseline.get(key)), _plain(compiled[key]), _interval(ratio.get(key))
+    for key, label in (("ttft_ms", "first token, ms p50"), ("tpot_ms", "per token, ms p50")):
+        if (value := (compiled.get(key) or {}).get("p50")) is not None:
+            before = (baseline.get(key) or {}).get("p50")
+            yield label, _plain(before), _plain(value), _interval((ratio.get(key) or {}).get("p50"))
+    if compiled.get("peak_rss_bytes"):
+        yield "peak memory", _bytes(baseline.get("peak_rss_bytes")), _bytes(compiled["peak_rss_bytes"]), ""
+
+
+def _quality_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
+    quality = report.get("quality") or {}
+    for name, found in (quality.get("slices") or {}).items():
+        worst = " (worst)" if name == quality.get("worst_slice") and len(quality["slices"]) > 1 else ""
+        if found.get("ppl_compiled") is not None:
+            interval = _interval({"value": found.get("ratio"), "ci95": found.get("ci95")})
+            label = escape(f"perplexity [{name}]{worst}")
+            yield label, _plain(found.get("ppl_baseline")), _plain(found["ppl_compiled"]), interval
+        elif found.get("top1_agreement") is not None:
+            yield escape(f"agreement [{name}]{worst}"), "", f"{found['top1_agreement']:.2%}", ""
+
+
+def _passes(passes: Sequence[Mapping[str, Any]]) -> RenderableType:
+    table = _table("passes", "pass", "requested", "achieved", "left alone")
+    for entry in passes:
+        cells = (entry["name"], _options(entry.get("requested")), _options(entry.get("achieved")))
+        table.add_row(*(escape(str(cell)) for cell in cells), str(len(entry.get("skips") or ())))
+    skips = [skip for entry in passes for skip in entry.get("skips") or ()]
+    return Group(table, _skips("left alone", skips)) if skips else table
+
+
+def _skips(title: str, skips: Sequence[Mapping[str, Any]], *, most: int = 12) -> RenderableType:
+    table = _table(title, "code", "where", "why", "hint")
+    for skip in skips[:most]:
+        table.add_row(*(escape(str(skip.get(key, ""))) for key in ("code", "where", "why", "hint")))
+    more = len(skips) - most
+    return Group(table, Text(f"... and {more:,} more; --json lists all.")) if more > 0 else table
+
+
+def _gates(gates: Sequence[Mapping[str, Any]]) -> Table:
+    table = _table("gates", "gate", "", "why")
+    for gate in gates:
+        mark = "[green]passed[/]" if gate["passed"] else "[red]failed[/]"
+        table.add_row(escape(gate["gate"]), mark, escape(str(gate.get("why", ""))))
+    return table
+
+
+def _options(values: Mapping[str, Any] | None) -> str:
+    return ", ".join(
+        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in (values or {}).items()
+    )
+
+
+def _interval(found: Mapping[str, Any] | None) -> str:
+    if not found or found.get("value") is None:
+        return ""
+    bounds = found.get("ci95")
+    return f"{found['value']:.3f}x" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return "" if value is None else escape(str(value))
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
+
+
+def _bytes(value: Any) -> str:
+    if value is None:
+        return ""
+    size, unit = float(value), 0
+    while size >= 1024 and unit < len(_UNITS) - 1:
+        size, unit = size / 1024, unit + 1
+    return f"{size:,.4g} {_UNITS[unit]}"

@@ -1,0 +1,101 @@
+"""Targets: what a runtime on some hardware can use, as data.
+
+One YAML file per target under ``backends/targets/``; other packages add theirs through the entry-point group
+``compile_sparse.targets`` (a function returning a folder of YAML files).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+
+__all__ = ["SparsePattern", "Target", "find_target", "load_targets"]
+
+
+class SparsePattern(BaseModel):
+    """What a zero pattern is worth on a target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str = Field(description="'N:M', 'unstructured' or 'block'; an exact one such as '2:4' wins over 'N:M'")
+    pays: bool = Field(description="whether the runtime skips the zeros on this hardware")
+    why: str = Field(description="the mechanism, one sentence")
+    measured: str = Field(default="", description="figures with the setting they were measured in")
+    instead: str = Field(default="", description="what to use on this target")
+
+
+class Target(BaseModel):
+    """The contract of one runtime on one class of hardware."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    name: str = Field(description="<runtime>-<hardware>")
+    backend: str = Field(description="entry-point name of the backend")
+    device: str = Field(description="cpu, cuda, ... as the runtime calls it")
+    summary: str = Field(description="one sentence for 'targets'")
+    baseline_precision: Literal["fp32", "fp16", "bf16"] = Field(description="precision of the dense baseline")
+    alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
+    schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
+    sparse_patterns: tuple[SparsePattern, ...] = Field(default=(), description="zero patterns and whether they pay")
+    cache_may_change: bool = Field(
+        default=True, description="whether key-value cache inputs and outputs may change shape (heads may be pruned)"
+    )
+    minimum_versions: Mapping[str, str] = Field(
+        default_factory=dict, description="package -> lowest version that works"
+    )
+
+    def pattern(self, pattern: str) -> SparsePattern | None:
+        """The most specific entry for ``pattern`` such as '2:4', or None when the target says nothing about it."""
+        family = "N:M" if ":" in pattern and not pattern.startswith("block") else pattern
+        by_name = {entry.pattern: entry for entry in self.sparse_patterns}
+        return by_name.get(pattern) or by_name.get(family)
+
+
+@cache
+def load_targets() -> Mapping[str, Target]:
+    """Every registered target by name, sorted."""
+    found: dict[str, Target] = {}
+    for entry in sorted(entry_points(group="compile_sparse.targets"), key=lambda e: e.name):
+        folder = Path(entry.load()())
+        for path in sorted(folder.glob("*.yaml")):
+            try:
+                target = Target.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            except (ValidationError, yaml.YAMLError) as error:
+                raise EnvironmentFailure(
+                    "CS5001",
+                    f"Target file {path.name} is not valid.",
+                    where=f"entry point {entry.name!r}",
+                    why=str(error),
+                    hint="Reinstall the package that provides it.",
+                ) from error
+            found[target.name] = target
+    return dict(sorted(found.items()))
+
+
+def find_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        UsageError: CS1001, with the nearest names.
+    """
+    targets = load_targets()
+    if name in targets:
+        return targets[name]
+    near = difflib.get_close_matches(name, targets, n=3, cutoff=0.3)
+    raise UsageError(
+        "CS1001",
+        f"There is no target {name!r}.",
+        where="--target",
+        why=f"Known targets: {', '.join(targets)}.",
+        hint=f"Did you mean {' or '.join(near)}?" if near else "See 'compile-sparse targets'.",
+    )

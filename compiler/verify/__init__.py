@@ -1,0 +1,1 @@
+"""Fidelity, performance, quality, gates and the verdict."""

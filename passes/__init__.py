@@ -1,0 +1,1 @@
+"""Transformations of a program, one file per pass."""

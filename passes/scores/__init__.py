@@ -1,0 +1,1 @@
+"""Importance scores for pruning, one file per criterion."""
