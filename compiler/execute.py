@@ -7,6 +7,7 @@ budget keeps weights between runs when they fit (calibration and evaluation run 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ class Executor:
 
     Args:
         program: what to run.
-        cache_bytes: weights kept in memory between runs, most expensive to recompute first come first kept; 0 keeps none.
+        cache_bytes: weights kept in memory between runs, first come first kept; 0 keeps none.
     """
 
     def __init__(self, program: Program, *, cache_bytes: int = 2 << 30) -> None:
@@ -34,6 +35,7 @@ class Executor:
         self._cached: dict[str, torch.Tensor] = {}
         self._cached_bytes = 0
         self._last_use = _last_uses(program.graph)
+        self._from_weights = _weight_only(program)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], observe: Mapping[str, Observer] | None = None
@@ -45,7 +47,7 @@ class Executor:
             observe: graph node name -> callback that receives the node's value.
 
         Raises:
-            UsageError: CS1006 when an input is missing.
+            UsageError: CS1033 when an input is missing.
         """
         program, watched = self._program, observe or {}
         by_placeholder = {i.placeholder: i.name for i in program.inputs}
@@ -63,9 +65,10 @@ class Executor:
                         environment[node] = _input(inputs, by_placeholder[node.name])
                 elif node.op == "output":
                     results = fx.node.map_arg(node.args[0], value_of)
+                elif node in self._from_weights:
+                    environment[node] = self._kept(node.name, partial(_call, node, value_of))
                 else:
-                    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-                    environment[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+                    environment[node] = _call(node, value_of)
                 if node.name in watched:
                     watched[node.name](value_of(node))
                 for dead in self._last_use.get(node, ()):
@@ -73,18 +76,38 @@ class Executor:
         return {output.name: value for output, value in zip(program.outputs, results, strict=True)}
 
     def _weight(self, name: str) -> torch.Tensor:
+        return self._kept(name, partial(self._program.weights.load, name))
+
+    def _kept(self, name: str, compute: Callable[[], Any]) -> Any:
+        """``compute()``, remembered between runs while the budget lasts."""
         if name in self._cached:
             return self._cached[name]
-        value = self._program.weights.load(name)
-        if self._cached_bytes + value.nbytes <= self._budget:
+        value = compute()
+        if isinstance(value, torch.Tensor) and self._cached_bytes + value.nbytes <= self._budget:
             self._cached[name] = value
             self._cached_bytes += value.nbytes
         return value
 
 
+def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
+    return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _weight_only(program: Program) -> set[fx.Node]:
+    """Calls that depend on weights alone (dequantization): the same in every run."""
+    found: set[fx.Node] = set()
+    weights = {node for node in program.graph.nodes if node.name in program.bindings}
+    for node in program.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "call_function" and sources and all(n in weights or n in found for n in sources):
+            found.add(node)
+    return found
+
+
 def _input(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in inputs:
-        raise UsageError("CS1006", f"Input {name!r} is missing.", why=f"Given: {', '.join(inputs)}.")
+        raise UsageError("CS1033", f"Input {name!r} is missing.", why=f"Given: {', '.join(inputs)}.")
     return inputs[name]
 
 
