@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path | None) -> Tokenizer | None:
     """The folder's fast tokenizer, or None when it has none.
 
     Raises:
-        UsageError: CS1007 when tokenizer.json is damaged.
+        UsageError: CS1034 when tokenizer.json is damaged.
     """
     if folder is None or not (folder / "tokenizer.json").is_file():
         return None
@@ -35,7 +35,7 @@ def load_tokenizer(folder: Path | None) -> Tokenizer | None:
         return Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust extension raises bare Exception
         raise UsageError(
-            "CS1007", "The tokenizer cannot be read.", where="tokenizer.json", why=str(error), hint="Restore the file."
+            "CS1034", "The tokenizer cannot be read.", where="tokenizer.json", why=str(error), hint="Restore the file."
         ) from error
 
 
@@ -61,11 +61,11 @@ def read_windows(
         beginning: id put before every window cut from text (the model's beginning-of-sequence token), or None.
 
     Raises:
-        UsageError: CS1004 unreadable or malformed; CS1005 empty; CS1008 text without a tokenizer; CS1009 longer than the model.
+        UsageError: CS1031 unreadable or malformed; CS1032 empty; CS1035 text without a tokenizer; CS1036 longer than the model.
     """
     if length > context:
         raise UsageError(
-            "CS1009",
+            "CS1036",
             f"Sequences of {length} tokens are longer than the model allows.",
             where="--sequence-length",
             why=f"The model's longest sequence is {context} tokens.",
@@ -76,7 +76,7 @@ def read_windows(
         if any(not 0 <= i < vocabulary for i in ids):
             worst = max(ids, key=abs)
             raise UsageError(
-                "CS1004",
+                "CS1031",
                 f"A token id is outside the vocabulary: {worst}.",
                 where=where,
                 why=f"The model has ids 0 to {vocabulary - 1}.",
@@ -85,7 +85,7 @@ def read_windows(
         windows += _cut(ids, length, beginning if tokenizer is not None else None)
     if not windows:
         raise UsageError(
-            "CS1005",
+            "CS1032",
             "The file holds no usable text.",
             where=path.name,
             why=f"No line gives {MIN_TOKENS} tokens or more.",
@@ -117,7 +117,7 @@ def _sequences(path: Path, tokenizer: Tokenizer | None) -> Iterator[tuple[str, l
                     yield where, _ids(line, where, tokenizer)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            "CS1004", "The file cannot be read.", where=path.name, why=str(error), hint="Check the path; use UTF-8."
+            "CS1031", "The file cannot be read.", where=path.name, why=str(error), hint="Check the path; use UTF-8."
         ) from error
 
 
@@ -126,7 +126,7 @@ def _ids(line: str, where: str, tokenizer: Tokenizer | None) -> list[int]:
         entry: Any = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         raise UsageError(
-            "CS1004",
+            "CS1031",
             "A line is not JSON.",
             where=where,
             why=str(error),
@@ -138,14 +138,14 @@ def _ids(line: str, where: str, tokenizer: Tokenizer | None) -> list[int]:
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise UsageError(
-            "CS1004",
+            "CS1031",
             "A line has neither text nor token ids.",
             where=where,
             why='Expected an object with "text" (string) or "input_ids" (integers).',
         )
     if tokenizer is None:
         raise UsageError(
-            "CS1008",
+            "CS1035",
             "This model has no tokenizer, so text cannot be read.",
             where=where,
             why="The model folder has no tokenizer.json.",

@@ -1,0 +1,118 @@
+"""The public Python API. The command line is a thin layer over these four functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from compile_sparse.compiler.backend_registry import find_backend
+from compile_sparse.compiler.compilation import CompileResult, compile_job
+from compile_sparse.compiler.errors import CompileSparseError
+from compile_sparse.compiler.job import prepare
+from compile_sparse.compiler.plan import plan_job
+from compile_sparse.compiler.progress import Progress, SilentProgress
+from compile_sparse.compiler.recipe import Recipe, load_recipe
+from compile_sparse.compiler.recipe_flags import merge_options
+from compile_sparse.compiler.targets import load_targets
+from compile_sparse.compiler.verification import verify_artifact
+
+__all__ = ["CompileResult", "compile", "doctor", "explain", "load_recipe", "verify"]
+
+
+def compile(
+    model: str | Path,
+    *,
+    target: str,
+    recipe: Recipe | str | Path | None = None,
+    out: str | Path | None = None,
+    verify: bool = True,
+    force: bool = False,
+    allow_code: bool = False,
+    allow_useless: bool = False,
+    verify_each: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> CompileResult:
+    """Compile ``model`` for ``target``, measure it against the dense model, and write the artifact.
+
+    Args:
+        model: a Hugging Face folder, or a hub id where a hub is reachable.
+        target: name of a target, see ``compile-sparse targets``.
+        recipe: a recipe, the path of one, or a built-in name.
+        out: artifact folder; ``./MODEL-TARGET`` by default.
+        verify: False skips all measurements; the verdict is then ``unverified``.
+        force: replace an existing artifact.
+        allow_code: accept a MODEL that names Python code.
+        allow_useless: accept what the target cannot exploit.
+        verify_each: check the program after every pass.
+        progress: where long work reports.
+        options: shorthand for a recipe, see ``recipe_flags.merge_options``: ``prune={"channels": 0.25}``,
+            ``quantize="w8a8"``, ``calibration=FILE``, ``eval={"en": FILE}``, ``workload="prompt=128,output=64"``,
+            ``gates=["decode_tok_s>=1.2x"]``, ``seed=0``, and so on.
+
+    Raises:
+        CompileSparseError: see ``errors``; each class has its exit code.
+    """
+    merged = merge_options(_recipe(recipe), **options)
+    job = prepare(model, target, merged, allow_code=allow_code)
+    if not allow_useless:
+        job.refuse_useless()
+    folder = Path(out) if out is not None else Path(f"{job.folder.path.name}-{target}")
+    return compile_job(
+        job,
+        folder.absolute(),
+        verify=verify,
+        force=force,
+        verify_each=verify_each,
+        progress=progress or SilentProgress(),
+    )
+
+
+def explain(
+    model: str | Path,
+    *,
+    target: str,
+    recipe: Recipe | str | Path | None = None,
+    allow_code: bool = False,
+    allow_useless: bool = False,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """The plan for the same arguments as ``compile``: sizes and reasons, no weights read, nothing written."""
+    merged = merge_options(_recipe(recipe), **options)
+    job = prepare(model, target, merged, allow_code=allow_code)
+    return plan_job(job, progress or SilentProgress(), accept_useless=allow_useless)
+
+
+def verify(
+    artifact: str | Path,
+    *,
+    eval: Mapping[str, str | Path] | None = None,
+    workload: str | None = None,
+    gates: Sequence[str] = (),
+    model: str | Path | None = None,
+    progress: Progress | None = None,
+) -> CompileResult:
+    """Measure an existing artifact again; see ``verification.verify_artifact``."""
+    return verify_artifact(
+        artifact, eval=eval, workload=workload, gates=gates, model=model, progress=progress or SilentProgress()
+    )
+
+
+def doctor() -> list[dict[str, Any]]:
+    """Per target: whether its runtime works on this machine, and why not."""
+    found = []
+    for target in load_targets().values():
+        try:
+            probe = find_backend(target).probe(target)
+        except CompileSparseError as error:
+            entry = {"available": False, "runtime": target.backend, "why_not": error.why, "hint": error.hint}
+        else:
+            entry = dict(vars(probe))
+        found.append({"target": target.name, **entry})
+    return found
+
+
+def _recipe(recipe: Recipe | str | Path | None) -> Recipe | None:
+    return recipe if recipe is None or isinstance(recipe, Recipe) else load_recipe(recipe)

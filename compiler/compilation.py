@@ -1,0 +1,214 @@
+"""The main job: capture, passes, lowering, verification, artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_sparse.compiler.baseline import get_baseline
+from compile_sparse.compiler.capture import capture
+from compile_sparse.compiler.contract import PassContext
+from compile_sparse.compiler.errors import GateFailure
+from compile_sparse.compiler.job import DTYPE_NAMES, Job, baseline_key, runtime_threads
+from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
+from compile_sparse.compiler.measure import Measured, folder_bytes, measure
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.report import Change, GateResult, ModelSection, PassSection, Report, RuntimeSection
+from compile_sparse.compiler.runner import run_passes
+from compile_sparse.compiler.stored_size import zero_share
+from compile_sparse.compiler.spec import verify_program
+from compile_sparse.compiler.staging import REPORT, Staging
+from compile_sparse.compiler.verify.fidelity import fidelity_bound
+from compile_sparse.compiler.verify.gates import evaluate_gates
+from compile_sparse.compiler.verify.reference import reference_windows, write_reference
+from compile_sparse.compiler.verify.verdict import decide
+from compile_sparse.compiler.version import TOOL_VERSION, library_versions
+
+__all__ = ["SOURCE_CONFIG", "CompileResult", "compile_job", "finished", "judged"]
+
+SOURCE_CONFIG = "source_config.json"
+"""Copy of the source model's config in the artifact: measuring again needs its vocabulary and context length."""
+
+
+@dataclass(frozen=True)
+class CompileResult:
+    """What a compilation gave.
+
+    Attributes:
+        verdict: ``faster``, ``smaller-only``, ``no-gain``, ``slower`` or ``unverified``.
+        report: plain data of ``report.json``.
+        artifact: the artifact's folder.
+        report_path: the report in it.
+    """
+
+    verdict: str
+    report: Mapping[str, Any]
+    artifact: Path
+    report_path: Path
+
+
+class _Build:
+    """The programs of one job, captured when first needed."""
+
+    def __init__(self, job: Job, progress: Progress, verify_each: bool) -> None:
+        self.job, self.progress, self.verify_each = job, progress, verify_each
+
+    @cached_property
+    def dense(self) -> Program:
+        dtype = getattr(torch, DTYPE_NAMES[self.job.target.baseline_precision])
+        program = capture(self.job.folder, dtype=dtype, progress=self.progress)
+        if self.verify_each:
+            verify_program(program)
+        return program
+
+    def lower(self, staging: Staging) -> dict[str, Any]:
+        """Run passes and lower into ``staging``; returns what later stages need."""
+        job = self.job
+        context = PassContext(
+            target=job.target, progress=self.progress, calibration=job.calibration, seed=job.recipe.seed
+        )
+        program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
+        lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
+        text = [w for windows in job.slices.values() for w in windows]
+        text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
+        windows = reference_windows(text, job.vocabulary, job.context, job.recipe.seed)
+        staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
+        write_reference(program, staging.folder, windows=windows, seed=job.recipe.seed, progress=self.progress)
+        section = PassSection(name="lower", achieved=dict(lowered.form), skips=[s.as_dict() for s in lowered.skips])  # type: ignore[arg-type]
+        return {
+            "passes": [s.model_dump(mode="json") for s in (*sections, section)],
+            "parameters": program.parameter_count(),
+            "dense_parameters": self.dense.parameter_count(),
+            "zeros": zero_share(program),
+            "kind": program.kind,
+            "form": dict(lowered.form),
+            "limits": list(lowered.limits),
+            "digests": {f"model/{name}": digest for name, digest in lowered.files.items()},
+        }
+
+
+def compile_job(
+    job: Job, out: Path, *, verify: bool, force: bool, verify_each: bool, progress: Progress
+) -> CompileResult:
+    """Compile, verify and publish to ``out``.
+
+    Raises:
+        GateFailure: CS3001 after the artifact and report are written; carries ``result``.
+    """
+    build = _Build(job, progress, verify_each)
+    with Staging(out, key=job.key, force=force) as staging:
+        stage = staging.completed("lowered")
+        if stage is None:
+            stage = build.lower(staging)
+            staging.complete("lowered", stage)
+        measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
+        if verify and not job.probe.available:
+            why = job.probe.why_not
+        elif verify:
+            baseline = get_baseline(
+                baseline_key(job.source_digest, job.target, job.probe.version),
+                lambda: build.dense,
+                job.backend,
+                job.target,
+                progress,
+            )
+            measured = measure(
+                job.backend,
+                job.target,
+                baseline=baseline,
+                artifact=staging.folder,
+                workload=job.recipe.workload,
+                threads=runtime_threads(job.recipe.workload.threads),
+                vocabulary=job.vocabulary,
+                slices=job.slices,
+                seed=job.recipe.seed,
+                progress=progress,
+            )
+            baseline_bytes = folder_bytes(baseline / "model")
+        sizes = ModelSection(
+            kind=stage["kind"],
+            parameters=Change(baseline=stage["dense_parameters"], compiled=stage["parameters"]),
+            artifact_bytes=_change(baseline_bytes, folder_bytes(staging.folder / "model")),
+            zeros=stage["zeros"],
+        )
+        passes = tuple(PassSection.model_validate(p) for p in stage["passes"])
+        report = judged(
+            Report(
+                target=job.target.name,
+                verdict="unverified",
+                verdict_why=why,
+                model=sizes,
+                passes=passes,
+                runtime=RuntimeSection(
+                    name=job.probe.runtime, version=job.probe.version, device=job.probe.device or job.target.device
+                ),
+            ),
+            measured,
+            job.recipe.gates,
+        )
+        staging.write(REPORT, report.as_json())
+
+        def manifest(files: dict[str, FileEntry]) -> Manifest:
+            return Manifest(
+                tool=Tool(version=TOOL_VERSION),
+                source=Source(name=job.folder.path.name, digest=job.source_digest),
+                recipe=job.recipe.canonical(),
+                target=job.target.name,
+                passes=passes,
+                runtime=report.runtime,
+                libraries=library_versions(),
+                form=stage["form"],
+                limits=tuple(stage["limits"]),
+                files=files,
+            )
+
+        staging.publish(manifest, known=stage["digests"])
+    return finished(report, out)
+
+
+def _change(baseline: int | None, compiled: int) -> Change | None:
+    return None if baseline is None else Change(baseline=baseline, compiled=compiled)
+
+
+def judged(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> Report:
+    """``report`` with the measurements, the verdict and the gates filled in."""
+    if measured is not None:
+        quantized = any(section.name == "quantize" for section in report.passes)
+        report = report.model_copy(
+            update={
+                "runtime": measured.runtime,
+                "fidelity": measured.fidelity,
+                "performance": measured.performance,
+                "quality": measured.quality,
+            }
+        )
+        verdict, why = decide(report.model_dump(mode="json"), fidelity_bound=fidelity_bound(quantized))
+        dense = measured.baseline_fidelity.top1_agreement or 0.0
+        if dense < fidelity_bound(quantized=False):
+            verdict, why = "unverified", f"The dense baseline itself agrees with torch on only {dense:.1%} of tokens."
+        report = report.model_copy(update={"verdict": verdict, "verdict_why": why})
+    results = evaluate_gates(gates, report.model_dump(mode="json"))
+    return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
+
+
+def finished(report: Report, folder: Path) -> CompileResult:
+    """The result of a published report; GateFailure (CS3001) carrying it when a gate failed."""
+    result = CompileResult(report.verdict, report.model_dump(mode="json", exclude_none=True), folder, folder / REPORT)
+    failed = [gate for gate in report.gates if not gate.passed]
+    if failed:
+        error = GateFailure(
+            "CS3001",
+            f"{len(failed)} of {len(report.gates)} gates failed.",
+            where="; ".join(gate.gate for gate in failed),
+            why="; ".join(gate.why or f"{gate.gate}: measured {gate.value}" for gate in failed),
+            hint="The artifact and its report are written; loosen the gate or compress less.",
+        )
+        error.result = result  # type: ignore[attr-defined]
+        raise error
+    return result

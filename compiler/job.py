@@ -1,0 +1,238 @@
+"""Everything a compilation needs, read and checked before any long work starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compile_sparse.compiler.backend_registry import find_backend
+from compile_sparse.compiler.cache import cache_key
+from compile_sparse.compiler.calibration import CalibrationStream
+from compile_sparse.compiler.capture.folder import ModelFolder, open_folder
+from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
+from compile_sparse.compiler.contract import Backend, Pass, Probe
+from compile_sparse.compiler.errors import Refusal, UsageError
+from compile_sparse.compiler.recipe import Recipe
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
+from compile_sparse.compiler.version import TOOL_VERSION
+
+__all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "context_length", "prepare", "runtime_threads"]
+
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, a target and what to do.
+
+    Attributes:
+        folder: the opened model.
+        target, backend, probe: where it goes, and whether that runs here.
+        recipe, passes: what is done.
+        calibration: windows the passes observe, or None.
+        slices: evaluation windows by slice name.
+        useless: what the target cannot exploit although it was asked for.
+    """
+
+    folder: ModelFolder
+    target: Target
+    backend: Backend
+    probe: Probe
+    recipe: Recipe
+    passes: tuple[Pass, ...]
+    calibration: CalibrationStream | None
+    slices: Mapping[str, Sequence[Sequence[int]]]
+    useless: tuple[Skip, ...]
+
+    @cached_property
+    def source_digest(self) -> str:
+        """sha256 identity of the source model."""
+        return self.folder.digest()
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything the artifact depends on."""
+        return cache_key(
+            {
+                "kind": "artifact",
+                "source": self.source_digest,
+                "recipe": self.recipe.canonical(),
+                "target": self.target.model_dump(mode="json"),
+                "tool": TOOL_VERSION,
+                "runtime": self.probe.version,
+            }
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; 0 for models without tokens."""
+        return int(getattr(self.folder.config, "vocab_size", 0) or 0)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model allows."""
+        return context_length(self.folder.config.to_dict())
+
+    def refuse_useless(self) -> None:
+        """Stop here when something was asked for that the target cannot exploit.
+
+        Raises:
+            Refusal: CS4103 with the arithmetic.
+        """
+        if self.useless:
+            first = self.useless[0]
+            raise Refusal(
+                first.code,
+                f"{self.target.name} gains nothing from {first.where}.",
+                where=first.where,
+                why=first.why,
+                hint=f"{first.hint} --allow-useless compiles it anyway.".strip(),
+            )
+
+
+def context_length(config: Mapping[str, Any]) -> int:
+    """Longest sequence by the config, whatever the model family calls it."""
+    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
+        if isinstance(config.get(key), int):
+            return int(config[key])
+    return UNLIMITED
+
+
+def baseline_key(source_digest: str, target: Target, runtime_version: str) -> str:
+    """Cache key of the dense baseline of a model on a target."""
+    return cache_key(
+        {
+            "kind": "baseline",
+            "source": source_digest,
+            "target": target.model_dump(mode="json"),
+            "tool": TOOL_VERSION,
+            "runtime": runtime_version,
+        }
+    )
+
+
+def runtime_threads(requested: int | None) -> int:
+    """Threads given to the runtime: the request, ``OMP_NUM_THREADS``, or the processors this process may use."""
+    if requested:
+        return requested
+    declared = os.environ.get("OMP_NUM_THREADS", "")
+    if declared.isdigit() and int(declared) > 0:
+        return int(declared)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def prepare(model: str | Path, target_name: str, recipe: Recipe, *, allow_code: bool = False) -> Job:
+    """Open and check everything.
+
+    Raises:
+        UsageError, ModelError, Refusal: whatever is wrong with the model, target, recipe or data files.
+    """
+    target = find_target(target_name)
+    backend = find_backend(target)
+    passes = recipe.build_passes()
+    folder = open_folder(_as_folder(model, allow_code))
+    text = TextReader(folder.config.to_dict(), folder.path)
+    useless = tuple(
+        Skip(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
+        for step in passes
+        for skip in step.useless_on(target)
+    )
+    return Job(
+        folder=folder,
+        target=target,
+        backend=backend,
+        probe=backend.probe(target),
+        recipe=recipe,
+        passes=passes,
+        calibration=text.calibration(recipe),
+        slices=text.slices(recipe),
+        useless=useless,
+    )
+
+
+def _as_folder(model: str | Path, allow_code: bool) -> str | Path:
+    text = str(model)
+    if ":" in text and not Path(text).exists() and not allow_code:
+        raise UsageError(
+            "CS1037",
+            "MODEL names Python code.",
+            where=text,
+            why="Code is only run when asked for.",
+            hint="Save the model with save_pretrained and give the folder.",
+        )
+    return model
+
+
+def _arithmetic(folder: ModelFolder, step: Pass) -> str:
+    """What the zeros would amount to in this model, from the headers of its weight files."""
+    import torch
+
+    fraction = getattr(step, "zero_fraction", None)
+    if fraction is None:
+        return ""
+    tensors = read_checkpoint(folder.path, torch.float32).values()
+    weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
+    if not weights:
+        return ""
+    return (
+        f"In this model: {fraction:.0%} of {weights:,} matrix weights would be zero, the file would keep all "
+        f"{4 * weights / 1e6:,.1f} MB of them in fp32, and no multiplication would be skipped."
+    )
+
+
+class TextReader:
+    """Reads data files of a recipe as windows of a model's token ids.
+
+    Args:
+        config: the model's config as plain data.
+        folder: where tokenizer files are, or None.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path | None) -> None:
+        self._context = context_length(config)
+        self._vocabulary = int(config.get("vocab_size") or 0)
+        self._tokenizer = load_tokenizer(folder)
+        beginning = config.get("bos_token_id")
+        usable = isinstance(beginning, int) and 0 <= beginning < self._vocabulary
+        self._beginning = beginning if usable else None
+
+    def _read(self, file: str, samples: int, length: int) -> list[list[int]]:
+        if not self._vocabulary:
+            raise UsageError(
+                "CS1038",
+                "This model does not read text.",
+                where=Path(file).name,
+                why="It has no vocabulary.",
+                hint="Leave calibration and evaluation files out; agreement with the dense model is measured instead.",
+            )
+        return read_windows(
+            Path(file),
+            samples=samples,
+            length=length,
+            vocabulary=self._vocabulary,
+            context=self._context,
+            tokenizer=self._tokenizer,
+            beginning=self._beginning,
+        )
+
+    def calibration(self, recipe: Recipe) -> CalibrationStream | None:
+        """Windows the passes observe, or None when the recipe has no calibration file."""
+        wanted = recipe.calibration
+        if wanted is None:
+            return None
+        windows = self._read(wanted.file, wanted.samples, wanted.sequence_length)
+        return CalibrationStream(tuple(tuple(w) for w in windows))
+
+    def slices(self, recipe: Recipe) -> dict[str, list[list[int]]]:
+        """Evaluation windows by slice name."""
+        wanted = recipe.evaluation
+        return {
+            name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()
+        }

@@ -1,0 +1,113 @@
+"""Verification: load baseline and artifact into one worker and measure fidelity, speed and quality."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compile_sparse.compiler.contract import Backend
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.report import Fidelity, Performance, Quality, RuntimeSection
+from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.verify.fidelity import check_fidelity
+from compile_sparse.compiler.verify.performance import (
+    BASELINE,
+    COMPILED,
+    measure_decoder,
+    measure_memory,
+    measure_samples,
+)
+from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
+from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
+from compile_sparse.compiler.worker import Worker
+from compile_sparse.compiler.workload import Workload
+
+__all__ = ["Measured", "folder_bytes", "measure"]
+
+LOAD_TIMEOUT_SECONDS = 1800
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Everything one verification found."""
+
+    runtime: RuntimeSection
+    fidelity: Fidelity
+    baseline_fidelity: Fidelity
+    performance: Performance
+    quality: Quality | None
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of all files in a model folder."""
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def measure(
+    backend: Backend,
+    target: Target,
+    *,
+    baseline: Path,
+    artifact: Path,
+    workload: Workload,
+    threads: int,
+    vocabulary: int,
+    slices: Mapping[str, Sequence[Sequence[int]]],
+    seed: int,
+    progress: Progress,
+) -> Measured:
+    """Measure ``artifact/model`` against ``baseline/model``; each folder also holds its reference file."""
+    command = backend.worker_command(target)
+    folders = {BASELINE: baseline / "model", COMPILED: artifact / "model"}
+    decoder = (artifact / DECODER_FILE).is_file()
+    memory: dict[str, int] = {}
+    if decoder:
+        with progress.task("memory", total=len(folders)) as task:
+            for name, folder in folders.items():
+                memory[name] = measure_memory(command, folder, workload, threads=threads, vocabulary=vocabulary)
+                task.advance()
+    with Worker(command) as worker:
+        for name, folder in folders.items():
+            worker.call(
+                "load",
+                name=name,
+                folder=str(folder),
+                threads=threads,
+                device=target.device,
+                timeout=LOAD_TIMEOUT_SECONDS,
+            )
+        fidelity = check_fidelity(worker, COMPILED, artifact, progress)
+        baseline_fidelity = check_fidelity(worker, BASELINE, baseline, progress)
+        if decoder:
+            performance = measure_decoder(
+                worker,
+                workload,
+                threads=threads,
+                vocabulary=vocabulary,
+                seed=seed,
+                weight_bytes={name: folder_bytes(folder) for name, folder in folders.items()},
+                peak_rss_bytes=memory,
+                progress=progress,
+            )
+            quality = measure_perplexity(worker, slices, seed=seed, progress=progress) if slices else None
+        else:
+            feeds = _reference_feeds(artifact / SAMPLE_FILE)
+            batch = {name: _repeat(value, workload.batch) for name, value in feeds.items()}
+            performance = measure_samples(worker, workload, batch, threads=threads, progress=progress)
+            quality = measure_agreement(worker, feeds, progress=progress)
+        runtime = RuntimeSection(**{k: str(v) for k, v in worker.runtime.items()})
+    return Measured(runtime, fidelity, baseline_fidelity, performance, quality)
+
+
+def _reference_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    with np.load(path, allow_pickle=False) as archive:
+        return {key[3:]: archive[key] for key in archive.files if key.startswith("in.")}
+
+
+def _repeat(value: np.ndarray[Any, Any], batch: int) -> np.ndarray[Any, Any]:
+    """``batch`` samples out of the reference's, repeated as needed."""
+    return value[np.arange(batch) % value.shape[0]]

@@ -1,0 +1,82 @@
+"""The plan: the same passes as a compilation, on sizes alone. No weights are read and nothing is written."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import torch
+
+from compile_sparse.compiler.axes.analysis import Analysis, analyse
+from compile_sparse.compiler.capture import capture
+from compile_sparse.compiler.contract import PassContext
+from compile_sparse.compiler.errors import ModelError, Refusal
+from compile_sparse.compiler.job import DTYPE_NAMES, Job
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.runner import run_passes
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.stored_size import stored_bytes
+
+__all__ = ["plan_job"]
+
+
+def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> dict[str, Any]:
+    """What compiling ``job`` would do.
+
+    Args:
+        job: the model, target and recipe.
+        progress: where capture is reported.
+        accept_useless: do not list what the target cannot exploit as refused.
+
+    Returns:
+        Plain data: ``model``, ``passes`` (requested, achieved, skips), ``groups`` (axes that can be removed together, counted
+        by kind and size, with the reason where frozen), ``bytes`` and ``parameters`` before and after, ``runtime`` (what the
+        backend says about the result) and ``refusals``.
+    """
+    dtype = getattr(torch, DTYPE_NAMES[job.target.baseline_precision])
+    dense = capture(job.folder, dtype=dtype, require_weights=False, progress=progress)
+    refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
+    context = PassContext(target=job.target, progress=progress, calibration=job.calibration, plan_only=True)
+    program, sections = dense, []
+    for step in job.passes:
+        try:
+            program, done = run_passes(program, [step], context)
+        except (Refusal, ModelError) as error:
+            refusals.append(
+                Skip(error.where or step.name, error.code, f"{error.what} {error.why}", error.hint).as_dict()
+            )
+            continue
+        sections += [section.model_dump(mode="json") for section in done]
+    with progress.task("axes", total=1) as task:
+        groups = _groups(analyse(dense))
+        task.advance()
+    return {
+        "schema_version": 1,
+        "target": job.target.name,
+        "model": {
+            "kind": dense.kind,
+            "parameters": dense.parameter_count(),
+            "layers": int(dense.config.get("num_hidden_layers") or dense.config.get("n_layer") or 0),
+        },
+        "passes": sections,
+        "groups": groups,
+        "bytes": {"baseline": stored_bytes(dense), "compiled": stored_bytes(program)},
+        "parameters": {"baseline": dense.parameter_count(), "compiled": program.parameter_count()},
+        "runtime": [skip.as_dict() for skip in job.backend.plan(program, job.target)],
+        "refusals": refusals,
+    }
+
+
+def _groups(analysis: Analysis) -> list[dict[str, Any]]:
+    """Groups counted by kind, size and reason."""
+    counted: Counter[tuple[str, int, str]] = Counter()
+    for group in analysis.groups:
+        if group.size > 1:
+            counted[group.kind, group.size, str(group.frozen[0]) if group.frozen else ""] += 1
+    merged: dict[tuple[str, int, bool], dict[str, Any]] = {}
+    for (kind, size, reason), count in counted.items():
+        entry = merged.setdefault(
+            (kind, size, bool(reason)), {"kind": kind, "count": 0, "size": size, "frozen": reason or None}
+        )
+        entry["count"] += count
+    return list(merged.values())

@@ -1,0 +1,95 @@
+"""Run a list of passes: order, honesty about changes, time, memory, verification."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import psutil
+
+from compile_sparse.compiler.contract import Pass, PassContext, PassResult
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.report import PassSection, SkipEntry
+from compile_sparse.compiler.spec import InvalidProgram, verify_program
+
+__all__ = ["peak_memory", "run_passes", "structural_digest"]
+
+SAMPLING_SECONDS = 0.02
+
+
+def run_passes(
+    program: Program, passes: Sequence[Pass], context: PassContext, *, verify_each: bool = False
+) -> tuple[Program, tuple[PassSection, ...]]:
+    """Apply ``passes`` in order.
+
+    With ``verify_each`` the IR is verified after every pass and ``modified`` is compared with a digest of the program.
+
+    Returns:
+        The last program, and one report section per pass.
+    """
+    sections = []
+    for step in passes:
+        before = structural_digest(program) if verify_each else ""
+        start = time.perf_counter()
+        with peak_memory() as memory:
+            result = step.run(program, context)
+        seconds = time.perf_counter() - start
+        if verify_each:
+            verify_program(result.program, after=step.name)
+            changed = structural_digest(result.program) != before
+            if changed != result.modified:
+                raise InvalidProgram(f"pass {step.name} says modified={result.modified}, but the digest says {changed}")
+        sections.append(_section(step, result, seconds, memory.peak_bytes))
+        program = result.program
+    return program, tuple(sections)
+
+
+def _section(step: Pass, result: PassResult, seconds: float, peak_rss_bytes: int) -> PassSection:
+    return PassSection(
+        name=step.name,
+        requested=dict(result.requested),
+        achieved=dict(result.achieved),
+        seconds=round(seconds, 3),
+        peak_rss_bytes=peak_rss_bytes,
+        skips=tuple(SkipEntry(**skip.as_dict()) for skip in result.skips),
+        notes=tuple(result.notes),
+    )
+
+
+def structural_digest(program: Program) -> str:
+    """Digest of the graph, the bindings and the shapes, dtypes and identities of the weights."""
+    parts = [str(program.graph)]
+    for name, binding in program.bindings.items():
+        source = program.weights[binding.tensor]
+        parts.append(f"{name}={binding} {source.shape} {source.dtype} {id(source)}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+@dataclass
+class _Peak:
+    peak_bytes: int = 0
+    _stop: threading.Event = field(default_factory=threading.Event)
+
+
+@contextmanager
+def peak_memory() -> Iterator[_Peak]:
+    """Highest resident memory of this process while the block runs, by sampling (the kernel's own peak never falls)."""
+    process, peak = psutil.Process(), _Peak()
+
+    def sample() -> None:
+        while True:
+            peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss)
+            if peak._stop.wait(SAMPLING_SECONDS):
+                return
+
+    thread = threading.Thread(target=sample, daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        peak._stop.set()
+        thread.join()

@@ -1,0 +1,131 @@
+"""Measure an existing artifact again, against the dense baseline of its own source model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_sparse.compiler.artifact import read_artifact, replace_report
+from compile_sparse.compiler.backend_registry import find_backend
+from compile_sparse.compiler.baseline import baseline_parameters, get_baseline
+from compile_sparse.compiler.capture import capture, open_folder
+from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.job import DTYPE_NAMES, TextReader, baseline_key, runtime_threads
+from compile_sparse.compiler.measure import folder_bytes, measure
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.recipe import Recipe
+from compile_sparse.compiler.recipe_flags import merge_options
+from compile_sparse.compiler.report import Change, ModelSection, Report
+from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.workload import Workload
+
+__all__ = ["verify_artifact"]
+
+
+def verify_artifact(
+    path: str | Path,
+    *,
+    eval: Mapping[str, str | Path] | None,
+    workload: str | None,
+    gates: Sequence[str],
+    model: str | Path | None,
+    progress: Progress,
+) -> CompileResult:
+    """Check the artifact's digests, measure it and replace its report.
+
+    Args:
+        path: the artifact.
+        eval: quality slices; without them perplexity is not measured.
+        workload: instead of the one it was compiled with.
+        gates: conditions on the new measurements.
+        model: the dense model, needed when its baseline is no longer in the cache.
+        progress: where measuring is reported.
+
+    Raises:
+        UsageError: CS1021 to CS1023 when the artifact is incomplete or changed; CS1039 another model.
+        EnvironmentFailure: CS5007 the runtime is not here; CS5008 the baseline is neither cached nor can be built.
+        GateFailure: CS3001.
+    """
+    artifact = read_artifact(path)
+    manifest = artifact.manifest
+    target = find_target(manifest.target)
+    backend = find_backend(target)
+    probe = backend.probe(target)
+    if not probe.available:
+        raise EnvironmentFailure(
+            "CS5007",
+            f"{target.name} cannot be measured here.",
+            where=probe.runtime,
+            why=probe.why_not,
+            hint=probe.hint,
+        )
+    recipe = _recipe(manifest.recipe, eval, workload, gates)
+    config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
+    slices = TextReader(config, artifact.model).slices(recipe)
+    baseline = get_baseline(
+        baseline_key(manifest.source.digest, target, probe.version),
+        lambda: _dense(model, manifest.source.digest, target, progress),
+        backend,
+        target,
+        progress,
+    )
+    measured = measure(
+        backend,
+        target,
+        baseline=baseline,
+        artifact=artifact.folder,
+        workload=recipe.workload,
+        threads=runtime_threads(recipe.workload.threads),
+        vocabulary=int(config.get("vocab_size") or 0),
+        slices=slices,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    old = Report.model_validate(artifact.report)
+    sizes = ModelSection(
+        kind=old.model.kind,
+        parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),
+        artifact_bytes=Change(baseline=folder_bytes(baseline / "model"), compiled=folder_bytes(artifact.model)),
+        zeros=old.model.zeros,
+    )
+    report = judged(old.model_copy(update={"model": sizes, "gates": ()}), measured, recipe.gates)
+    replace_report(artifact, report.as_json())
+    return finished(report, artifact.folder)
+
+
+def _recipe(
+    canonical: Mapping[str, Any],
+    eval: Mapping[str, str | Path] | None,
+    workload: str | None,
+    gates: Sequence[str],
+) -> Recipe:
+    """What to measure: the workload and seed it was compiled with, the data files given now."""
+    base = Recipe(workload=Workload.model_validate(canonical["workload"]), seed=canonical["seed"])
+    return merge_options(base, eval=eval, workload=workload, gates=gates)
+
+
+def _dense(model: str | Path | None, digest: str, target: Target, progress: Progress) -> Program:
+    if model is None:
+        raise EnvironmentFailure(
+            "CS5008",
+            "The dense baseline is not in the cache.",
+            where="COMPILE_SPARSE_CACHE",
+            why="It was removed, or the artifact was compiled on another machine or with another runtime version.",
+            hint="Give the dense model with --model; its baseline is then built again.",
+        )
+    folder = open_folder(model)
+    if folder.digest() != digest:
+        raise UsageError(
+            "CS1039",
+            "The artifact was not compiled from this model.",
+            where=folder.path.name,
+            why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
+            hint="Give the model the artifact was compiled from.",
+        )
+    return capture(folder, dtype=getattr(torch, DTYPE_NAMES[target.baseline_precision]), progress=progress)

@@ -1,0 +1,155 @@
+"""Speed of baseline and compiled model in the same runtime and process, in alternating rounds."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.report import Interval, MeasuredWorkload, Percentiles, Performance, Ratios, Speed
+from compile_sparse.compiler.verify.statistics import percentiles, ratio_of_rounds
+from compile_sparse.compiler.worker import Worker
+from compile_sparse.compiler.workload import Workload
+
+__all__ = ["BASELINE", "COMPILED", "measure_decoder", "measure_memory", "measure_samples"]
+
+BASELINE, COMPILED = "baseline", "compiled"
+NAMES = (BASELINE, COMPILED)
+WARMUP_ROUNDS = 2
+
+
+def measure_decoder(
+    worker: Worker,
+    workload: Workload,
+    *,
+    threads: int,
+    vocabulary: int,
+    seed: int,
+    weight_bytes: Mapping[str, int],
+    peak_rss_bytes: Mapping[str, int],
+    progress: Progress,
+) -> Performance:
+    """Prefill and decode of the two loaded models on random tokens.
+
+    Args:
+        worker: with both models loaded under ``NAMES``.
+        workload: prompt and output length, batch, rounds.
+        threads: of the runtime, for the record.
+        vocabulary: token ids are drawn below it.
+        seed: of the draw.
+        weight_bytes: bytes a decode step reads at least, per model.
+        peak_rss_bytes: measured in processes of their own.
+        progress: where rounds are reported.
+    """
+    total = (WARMUP_ROUNDS + workload.rounds) * len(NAMES)
+    with progress.task("performance", total=total) as task:
+        reply = worker.call(
+            "benchmark",
+            names=list(NAMES),
+            prompt_tokens=workload.prompt,
+            output_tokens=workload.output,
+            batch=workload.batch,
+            rounds=workload.rounds,
+            warmup=WARMUP_ROUNDS,
+            seed=seed,
+            vocab=vocabulary,
+            on_progress=lambda done, count: task.advance(),
+        )
+    rounds: dict[str, list[dict[str, Any]]] = reply["rounds"]
+    bandwidth = float(worker.call("bandwidth")["bytes_per_s"])
+    speeds = {
+        name: _speed(rounds[name], workload, peak_rss_bytes.get(name), weight_bytes[name] / bandwidth) for name in NAMES
+    }
+
+    def ratio(quantity: Callable[[dict[str, Any]], float]) -> Interval:
+        return _interval([quantity(r) for r in rounds[BASELINE]], [quantity(r) for r in rounds[COMPILED]])
+
+    return Performance(
+        workload=MeasuredWorkload(
+            batch=workload.batch,
+            prompt_tokens=workload.prompt,
+            output_tokens=workload.output,
+            rounds=workload.rounds,
+            threads=threads,
+        ),
+        baseline=speeds[BASELINE],
+        compiled=speeds[COMPILED],
+        ratio=Ratios(
+            prefill_tok_s=ratio(lambda r: 1 / r["prefill_s"]),
+            decode_tok_s=ratio(lambda r: 1 / r["decode_s"]),
+            workload=ratio(lambda r: 1 / (r["prefill_s"] + r["decode_s"])),
+        ),
+    )
+
+
+def _speed(
+    rounds: Sequence[Mapping[str, Any]], workload: Workload, peak_rss_bytes: int | None, ideal_step_s: float
+) -> Speed:
+    prefill = float(np.median([r["prefill_s"] for r in rounds]))
+    decode = float(np.median([r["decode_s"] for r in rounds]))
+    steps = [t for r in rounds for t in r["token_s"]]
+    return Speed(
+        prefill_tok_s=workload.batch * workload.prompt / prefill,
+        decode_tok_s=workload.batch * workload.output / decode,
+        ttft_ms=Percentiles(**percentiles([1e3 * r["prefill_s"] for r in rounds])),
+        tpot_ms=Percentiles(**percentiles([1e3 * t for t in steps])),
+        peak_rss_bytes=peak_rss_bytes,
+        roofline=ideal_step_s / float(np.median(steps)),
+    )
+
+
+def measure_samples(
+    worker: Worker,
+    workload: Workload,
+    feeds: dict[str, np.ndarray[Any, Any]],
+    *,
+    threads: int,
+    progress: Progress,
+) -> Performance:
+    """Whole calls of the two loaded models on ``feeds`` (``workload.batch`` samples)."""
+    rounds = max(workload.rounds, 10)  # one call is short, so more of them
+    with progress.task("performance", total=1) as task, tempfile.TemporaryDirectory() as scratch:
+        path = Path(scratch, "feeds.npz")
+        np.savez(path, **feeds)  # type: ignore[arg-type]
+        reply = worker.call(
+            "benchmark_samples", names=list(NAMES), feeds=str(path), rounds=rounds, warmup=WARMUP_ROUNDS
+        )
+        task.advance()
+    seconds: dict[str, list[float]] = reply["rounds"]
+
+    def speed(name: str) -> Speed:
+        return Speed(
+            samples_s=workload.batch / float(np.median(seconds[name])),
+            latency_ms=Percentiles(**percentiles([1e3 * s for s in seconds[name]])),
+        )
+
+    return Performance(
+        workload=MeasuredWorkload(batch=workload.batch, rounds=rounds, threads=threads),
+        baseline=speed(BASELINE),
+        compiled=speed(COMPILED),
+        ratio=Ratios(samples_s=_interval([1 / s for s in seconds[BASELINE]], [1 / s for s in seconds[COMPILED]])),
+    )
+
+
+def measure_memory(command: Sequence[str], folder: Path, workload: Workload, *, threads: int, vocabulary: int) -> int:
+    """Peak resident bytes of a fresh process that loads one model and generates once."""
+    with Worker(command) as worker:
+        reply = worker.call(
+            "memory",
+            folder=str(folder),
+            threads=threads,
+            prompt_tokens=workload.prompt,
+            output_tokens=workload.output,
+            batch=workload.batch,
+            vocab=vocabulary,
+        )
+    return int(reply["peak_rss_bytes"])
+
+
+def _interval(baseline: Sequence[float], compiled: Sequence[float]) -> Interval:
+    estimate = ratio_of_rounds(baseline, compiled)
+    return Interval(value=estimate.value, ci95=(estimate.low, estimate.high))
