@@ -21,9 +21,9 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.report import Change, GateResult, ModelSection, PassSection, Report, RuntimeSection
 from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.stored_size import zero_share
 from compile_sparse.compiler.spec import verify_program
 from compile_sparse.compiler.staging import REPORT, Staging
+from compile_sparse.compiler.stored_size import zero_share
 from compile_sparse.compiler.verify.fidelity import fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
 from compile_sparse.compiler.verify.reference import reference_windows, write_reference

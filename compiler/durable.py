@@ -47,9 +47,12 @@ def disk_errors(where: Path) -> Iterator[None]:
         raise failure from error
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Replace ``path`` atomically: readers and crashes see the old bytes or the new ones."""
-    temporary = path.with_name(f".{path.name}.new")
+def write_durably(path: Path, data: bytes, *, temporary: Path | None = None) -> None:
+    """Replace ``path`` atomically: readers and crashes see the old bytes or the new ones.
+
+    A crash may leave ``temporary`` (on the same file system; by default a hidden name beside ``path``).
+    """
+    temporary = temporary or path.with_name(f".{path.name}.new")
     with temporary.open("wb") as file:
         file.write(data)
         file.flush()

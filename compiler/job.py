@@ -233,6 +233,4 @@ class TextReader:
     def slices(self, recipe: Recipe) -> dict[str, list[list[int]]]:
         """Evaluation windows by slice name."""
         wanted = recipe.evaluation
-        return {
-            name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()
-        }
+        return {name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()}

@@ -55,7 +55,7 @@ class Source(_Section):
 class FileEntry(_Section):
     """One file of the artifact."""
 
-    sha256: str = Field(pattern=r"\A[0-9a-f]{64}\Z")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     bytes: int = Field(ge=0)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 __all__ = ["Progress", "SilentProgress", "Task"]
@@ -12,19 +12,17 @@ __all__ = ["Progress", "SilentProgress", "Task"]
 class Task(Protocol):
     """One running piece of work."""
 
-    def advance(self, steps: int = 1) -> None: ...
+    def advance(self, steps: int = 1) -> None:
+        """Say that ``steps`` more are done."""
+        ...
 
 
 class Progress(Protocol):
     """Opens tasks; ``total`` is None when the amount is not known."""
 
-    def task(self, label: str, total: int | None = None) -> _TaskContext: ...
-
-
-class _TaskContext(Protocol):
-    def __enter__(self) -> Task: ...
-
-    def __exit__(self, *exc: object) -> bool | None: ...
+    def task(self, label: str, total: int | None = None) -> AbstractContextManager[Task]:
+        """A task that ends with the ``with`` block."""
+        ...
 
 
 class _SilentTask:
@@ -37,4 +35,5 @@ class SilentProgress:
 
     @contextmanager
     def task(self, label: str, total: int | None = None) -> Iterator[Task]:
+        """A task nobody sees."""
         yield _SilentTask()

@@ -13,9 +13,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
@@ -104,6 +104,14 @@ class Evaluation(_Model):
     sequence_length: int = Field(default=256, ge=2, le=1_000_000, description="tokens per window, 2 to 1,000,000")
 
 
+def _gate(text: str) -> str:
+    try:
+        parse_gate(text)
+    except UsageError as error:
+        raise ValueError(f"{error.what} {error.why}") from error
+    return text
+
+
 class Recipe(_Model):
     """Everything a compilation is asked for, except the model, the target and the output folder."""
 
@@ -112,18 +120,10 @@ class Recipe(_Model):
     calibration: Calibration | None = Field(default=None, description="null when no pass needs data")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="quality slices")
     workload: Workload = Field(default_factory=Workload, description="what speed is measured on")
-    gates: tuple[str, ...] = Field(default=(), description="conditions that must hold, e.g. 'decode_tok_s>=1.2x'")
+    gates: tuple[Annotated[str, AfterValidator(_gate)], ...] = Field(
+        default=(), description="conditions that must hold, e.g. 'decode_tok_s>=1.2x'"
+    )
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="for anything random, 0 to 2^63-1")
-
-    @field_validator("gates")
-    @classmethod
-    def _gates_parse(cls, gates: tuple[str, ...]) -> tuple[str, ...]:
-        for gate in gates:
-            try:
-                parse_gate(gate)
-            except UsageError as error:
-                raise ValueError(f"{error.what} {error.why}") from error
-        return gates
 
     def build_passes(self) -> tuple[Pass, ...]:
         """Instances of the requested passes, options validated, in order.

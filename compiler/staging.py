@@ -83,6 +83,7 @@ class Staging:
             self._check_out()
             self._acquire()
             self.folder.mkdir(exist_ok=True)
+            self._remove_unrecorded()
         return self
 
     def __exit__(
@@ -105,7 +106,8 @@ class Staging:
     def write(self, name: str, data: str | bytes) -> Path:
         """Write a small file durably."""
         path = self.folder / name
-        write_durably(path, data.encode() if isinstance(data, str) else data)
+        # The temporary file lies outside 'content': what a kill leaves of it must not become part of the artifact.
+        write_durably(path, data.encode() if isinstance(data, str) else data, temporary=self.root / "writing")
         return path
 
     def complete(self, stage: str, data: Mapping[str, Any] | None = None) -> None:
@@ -118,7 +120,7 @@ class Staging:
     def completed(self, stage: str) -> dict[str, Any] | None:
         """Data of a stage that an earlier, stopped run completed; None when it must be done.
 
-        The files it left are compared with their digests; files that a later, incomplete stage added do not matter.
+        The files it left are compared with their digests.
         """
         record = self._stages().get(stage)
         if record is None:
@@ -164,6 +166,15 @@ class Staging:
         except (FileNotFoundError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+    def _remove_unrecorded(self) -> None:
+        """Remove what a stopped run wrote after its last complete stage: nobody knows whether it is whole."""
+        recorded = {name for record in self._stages().values() for name in record["files"]}
+        for parent, _, names in os.walk(self.folder):
+            for name in names:
+                path = Path(parent, name)
+                if path.relative_to(self.folder).as_posix() not in recorded:
+                    path.unlink()
 
     def _recover(self) -> None:
         """Put an artifact back that a killed run had moved aside."""

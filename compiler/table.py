@@ -152,9 +152,13 @@ def _gates(gates: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def _options(values: Mapping[str, Any] | None) -> str:
-    return ", ".join(
-        f"{key}={value:.4g}" if isinstance(value, float) else f"{key}={value}" for key, value in (values or {}).items()
-    )
+    return ", ".join(f"{key}={_option(value)}" for key, value in (values or {}).items() if value is not None)
+
+
+def _option(value: Any) -> str:
+    if isinstance(value, Mapping) and set(value) == {"before", "after"}:
+        return f"{value['before']:,} to {value['after']:,}"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def _interval(found: Mapping[str, Any] | None) -> str:

@@ -36,7 +36,7 @@ _PREFIX = "tag:yaml.org,2002:"
 class _Loader(yaml.SafeLoader):
     """Safe loader with the plain-scalar rules of YAML 1.2."""
 
-    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}
+    yaml_implicit_resolvers: ClassVar[dict[str, list[tuple[str, re.Pattern[str]]]]] = {}  # type: ignore[misc]
 
 
 for _tag, _pattern, _first in (
@@ -116,8 +116,9 @@ def parse_yaml(text: str, *, source: str = "recipe") -> Document:
 
 
 def _check_events(text: str, source: str) -> None:
-    depth = aliases = 0
+    depth = aliases = values = 0
     for event in yaml.parse(text, Loader=_Loader):
+        values += isinstance(event, yaml.NodeEvent)
         where = f"{source}:{event.start_mark.line + 1}" if event.start_mark else source
         if isinstance(event, yaml.CollectionStartEvent):
             depth += 1
@@ -129,6 +130,8 @@ def _check_events(text: str, source: str) -> None:
             aliases += 1
             if aliases > MAX_ALIASES:
                 raise _limit(f"It uses more than {MAX_ALIASES} aliases.", where)
+        if values > 2 * MAX_VALUES:  # keys are events too; the exact count follows when aliases are expanded
+            raise _limit(f"It holds more than {MAX_VALUES:,} values.", where)
 
 
 def _limit(why: str, where: str) -> UsageError:

@@ -51,7 +51,9 @@ class Mask(BaseModel):
         found = FORMS.fullmatch(value)
         if found is None or (found["n"] and not 0 < int(found["n"]) < int(found["m"])):
             raise ValueError("write N:M with 0 < N < M, a fraction between 0 and 1 such as 0.5, or block=16x16:0.5")
-        if float(found["plain"] or found["share"] or 0.5) <= 0 or (found["rows"] and "0" in (found["rows"], found["columns"])):
+        if float(found["plain"] or found["share"] or 0.5) <= 0 or (
+            found["rows"] and "0" in (found["rows"], found["columns"])
+        ):
             raise ValueError("the fraction and the block sides must be positive")
         return value
 
@@ -66,8 +68,10 @@ class Mask(BaseModel):
     @property
     def family(self) -> str:
         """The name targets know the pattern by: itself for N:M, ``unstructured`` or ``block``."""
-        return self.pattern if ":" in self.pattern and "=" not in self.pattern else (
-            "block" if self.pattern.startswith("block") else "unstructured"
+        return (
+            self.pattern
+            if ":" in self.pattern and "=" not in self.pattern
+            else ("block" if self.pattern.startswith("block") else "unstructured")
         )
 
     def useless_on(self, target: Target) -> Sequence[Skip]:

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 import transformers as hf
 
-__all__ = ["MODELS", "build_model"]
+from compile_sparse.compiler.program import Program
+
+__all__ = ["MODELS", "build_model", "example_inputs"]
 
 _HIDDEN, _MLP, _LAYERS, _HEADS, _KV_HEADS, _VOCAB = 64, 88, 2, 8, 4, 96
 _BASE: dict[str, Any] = {
@@ -86,3 +88,26 @@ def build_model(name: str) -> hf.PreTrainedModel:
         centre = 1.0 if parameter.ndim == 1 and "norm" in key.lower().replace("ln_", "norm") else 0.0
         parameter.data = noise * (0.3 if parameter.ndim == 1 else 0.15) + centre
     return model.eval()
+
+
+def example_inputs(program: Program, batch: int, length: int, past: int = 5) -> dict[str, torch.Tensor]:
+    """Random inputs by public name; a decoder's cache holds ``past`` random positions."""
+    generator = torch.Generator().manual_seed(100 * batch + length)
+    out: dict[str, torch.Tensor] = {}
+    seen = length + (past if program.kind == "decoder" else 0)
+    for entry in program.inputs:
+        shape = program.node(entry.placeholder).meta["val"].shape
+        if entry.role == "input_ids":
+            value = torch.randint(3, _VOCAB, (batch, length), generator=generator)
+        elif entry.role == "attention_mask":
+            value = torch.ones(batch, seen, dtype=torch.long)
+        elif entry.role == "position_ids":
+            value = torch.arange(past, seen).repeat(batch, 1)
+        elif entry.role == "token_type_ids":
+            value = torch.zeros(batch, length, dtype=torch.long)
+        elif entry.role == "pixel_values":
+            value = torch.randn(batch, *shape[1:], generator=generator)
+        else:
+            value = torch.randn(batch, shape[1], past, shape[3], generator=generator)
+        out[entry.name] = value
+    return out

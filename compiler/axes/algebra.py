@@ -51,7 +51,9 @@ class Axis:
 
     __slots__ = ("children", "kind", "parent", "serial", "size")
 
-    def __init__(self, size: Size, kind: Literal["leaf", "product", "sum"] = "leaf", children: Iterable[Axis] = ()) -> None:
+    def __init__(
+        self, size: Size, kind: Literal["leaf", "product", "sum"] = "leaf", children: Iterable[Axis] = ()
+    ) -> None:
         self.serial = next(_serials)
         self.parent: Axis | None = None
         self.kind = kind

@@ -116,8 +116,6 @@ def analyse(program: Program, *, interface_may_change: frozenset[str] = CACHE_RO
     )
 
 
-
-
 def _visit(ledger: Ledger, node: fx.Node, value: Any) -> None:
     if node.target is operator.getitem:
         _getitem(ledger, node)

@@ -17,7 +17,18 @@ __all__ = ["Anchor", "Group", "Kind", "build_groups", "format_groups", "leaf_at"
 
 Kind = Literal["channels", "heads", "width", "head_dim", "experts", "conv", "vocab", "other"]
 
-_PASSING = {"transpose", "t", "permute", "alias", "_to_copy", "to", "clone", "contiguous", "dequantize_weight", "detach"}
+_PASSING = {
+    "transpose",
+    "t",
+    "permute",
+    "alias",
+    "_to_copy",
+    "to",
+    "clone",
+    "contiguous",
+    "dequantize_weight",
+    "detach",
+}
 
 
 @dataclass(frozen=True)

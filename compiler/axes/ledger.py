@@ -82,9 +82,14 @@ class Ledger:
 
 
 def source_line(node: fx.Node) -> str:
-    """Last frame of the node's recorded stack as ``file:line in function``; the folder is left out, it differs by machine."""
+    """The model's innermost line in the node's recorded stack, as ``file:line in function``.
+
+    The folder is left out: it differs by machine.
+    """
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     if not frames:
         return ""
-    path, line, function = frames[-1]
+    # torch's own frames (nn.functional and the like) say less than the model's line that called them.
+    own = [frame for frame in frames if "/torch/" not in frame[0]] or frames
+    path, line, function = own[-1]
     return f"{path.rsplit('/', 1)[-1]}:{line} in {function}"

@@ -109,7 +109,9 @@ def tolerance(program: Program) -> float:
 
 def interpret(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Plain reference execution, all weights in memory; outputs by public name."""
-    return _run(program, inputs, program.weights.load, lambda node, arguments, keywords: node.target(*arguments, **keywords))
+    return _run(
+        program, inputs, program.weights.load, lambda node, arguments, keywords: node.target(*arguments, **keywords)
+    )
 
 
 def zeroed_outputs(
@@ -151,7 +153,8 @@ def masked_outputs(
         return _held(program.weights.load(tensor), labels[tensor], selection)
 
     held = {
-        entry.name: _held(inputs[entry.name], _label(analysis, entry.placeholder), selection) for entry in program.inputs
+        entry.name: _held(inputs[entry.name], _label(analysis, entry.placeholder), selection)
+        for entry in program.inputs
     }
     return _run(program, held, load, execute)
 

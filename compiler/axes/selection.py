@@ -56,13 +56,15 @@ class Selection:
         counts = table.sum(1)
         if table.ndim != 2 or table.shape[0] != outer.size or int(counts.min()) != int(counts.max()):
             raise _misfit(key, "each outer position must keep the same number, in a table [outer, inner]")
-        stored = {name for name in self.analysis.program.bindings}
+        stored = set(self.analysis.program.bindings)
         for name, label in self.analysis.carried():
             inside = [set(leaves(axis)) for axis in label]
             if leaf not in set().union(*inside):
                 continue
             if outer not in set().union(*inside):
-                raise _misfit(key, f"value '{name}' has the axis without its outer axis, so the choice cannot depend on it")
+                raise _misfit(
+                    key, f"value '{name}' has the axis without its outer axis, so the choice cannot depend on it"
+                )
             if name in stored and any(leaf in own and outer not in own for own in inside):
                 raise _misfit(key, f"weight '{name}' has the two axes in different dimensions")
 

@@ -12,9 +12,7 @@ from compile_sparse.compiler.weights import AbsentTensor, TensorSource
 __all__ = ["bind_weights"]
 
 
-def bind_weights(
-    model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] | None
-) -> dict[str, TensorSource]:
+def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] | None) -> dict[str, TensorSource]:
     """A source for every state-dict name of ``model``; shapes only when ``checkpoint`` is None.
 
     A checkpoint may hold a tied tensor once, and may be written from the bare base model (names without its prefix) or for
@@ -47,7 +45,9 @@ def bind_weights(
         if wrong:
             parts.append("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
         if missing:
-            parts.append("missing: " + ", ".join(missing[:3]) + (f", and {len(missing) - 3} more" if len(missing) > 3 else ""))
+            parts.append(
+                "missing: " + ", ".join(missing[:3]) + (f", and {len(missing) - 3} more" if len(missing) > 3 else "")
+            )
         raise ModelError(
             "CS2005",
             "The config and the weights disagree.",

@@ -33,11 +33,7 @@ def fold_constants(program: Program) -> Program:
                 known[node] = source.value
         elif _foldable(node, known):
             known[node] = _evaluate(node, known)
-    frontier = [
-        node
-        for node in known
-        if node.op == "call_function" and any(user not in known for user in node.users)
-    ]
+    frontier = [node for node in known if node.op == "call_function" and any(user not in known for user in node.users)]
     bindings = dict(program.bindings)
     added: dict[str, TensorSource] = {}
     for index, node in enumerate(frontier):

@@ -19,8 +19,8 @@ from transformers import PreTrainedModel
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from compile_sparse.compiler.capture.bind import bind_weights
-from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.fold import fold_constants
+from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.normalize import normalize
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.samples import Sample, sample_for

@@ -26,15 +26,15 @@ COPIES = {"clone", "contiguous", "alias", "detach", "lift_fresh_copy", "lift_fre
 END = 2**62  # export writes "to the end" as the largest int64
 
 
-def normalize(
-    exported: ExportedProgram, bindings: Mapping[str, Binding]
-) -> tuple[fx.GraphModule, dict[str, Binding]]:
+def normalize(exported: ExportedProgram, bindings: Mapping[str, Binding]) -> tuple[fx.GraphModule, dict[str, Binding]]:
     """A graph module of our own with the rules above applied, and the bindings under its placeholder names."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     result = graph.graph_copy(exported.graph, copied)  # type: ignore[arg-type]
     graph.output(result)
-    renamed = {copied[n].name: bindings[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.name in bindings}
+    renamed = {
+        copied[n].name: bindings[n.name] for n in exported.graph.nodes if n.op == "placeholder" and n.name in bindings
+    }
     for node in list(graph.nodes):
         if node.op == "call_function":
             _normalize_node(node)

@@ -33,7 +33,7 @@ Exit codes: 0 done, every gate passed; 1 internal error; 2 usage or recipe error
 @click.group(cls=DefaultGroup, context_settings=_CONTEXT, epilog=_EXITS)
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def cli() -> None:
-    """Compile a trained model for a serving runtime, and prove what it gained.
+    r"""Compile a trained model for a serving runtime, and prove what it gained.
 
     \b
     compile-sparse MODEL --target TARGET [options]   compile and verify (the default command)
@@ -49,7 +49,7 @@ def cli() -> None:
 @json_option
 @debug_option
 def compile_command(
-    model: str, as_json: bool, no_verify: bool, gates: tuple[str, ...], eval_: Any, debug: bool, **options: Any
+    model: str, as_json: bool, no_verify: bool, gates: tuple[str, ...], eval_: Any, **options: Any
 ) -> None:
     """Compile MODEL for a target, measure it against the dense baseline, and report."""
     from compile_sparse.compiler import api
@@ -67,7 +67,7 @@ def compile_command(
 @recipe_options
 @json_option
 @debug_option
-def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: Any, debug: bool, **options: Any) -> int:
+def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: Any, **options: Any) -> int:
     """Show the plan only: what would be removed, what is refused and why, expected bytes. No weights are read.
 
     Exits with 4 when compiling would be refused.
@@ -91,9 +91,7 @@ def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: An
 @click.option("--model", metavar="MODEL", help="Where the dense model is now, if it moved.")
 @json_option
 @debug_option
-def verify_command(
-    artifact: Path, as_json: bool, gates: tuple[str, ...], eval_: Any, debug: bool, **options: Any
-) -> None:
+def verify_command(artifact: Path, as_json: bool, gates: tuple[str, ...], eval_: Any, **options: Any) -> None:
     """Measure an existing artifact again, against its own baseline."""
     from compile_sparse.compiler import api
 
@@ -110,7 +108,7 @@ def verify_command(
 @json_option
 @debug_option
 @click.pass_context
-def targets_command(ctx: click.Context, as_json: bool, debug: bool) -> None:
+def targets_command(ctx: click.Context, as_json: bool) -> None:
     """List the targets, or 'show NAME' one."""
     if ctx.invoked_subcommand is not None:
         return
@@ -128,7 +126,7 @@ def targets_command(ctx: click.Context, as_json: bool, debug: bool) -> None:
 @click.argument("name")
 @json_option
 @debug_option
-def show_target_command(name: str, as_json: bool, debug: bool) -> None:
+def show_target_command(name: str, as_json: bool) -> None:
     """Everything known about one target."""
     from compile_sparse.compiler.targets import find_target
 
@@ -144,7 +142,7 @@ def show_target_command(name: str, as_json: bool, debug: bool) -> None:
 @cli.command("doctor")
 @json_option
 @debug_option
-def doctor_command(as_json: bool, debug: bool) -> None:
+def doctor_command(as_json: bool) -> None:
     """Show which runtimes work on this machine, and why the others don't."""
     from compile_sparse.compiler import api
 

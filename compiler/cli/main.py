@@ -47,7 +47,7 @@ def run(arguments: Sequence[str]) -> int:
         # The reader of stdout (such as head) is gone; point stdout elsewhere so that the exit does not complain again.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return CompileSparseError.exit_code
-    except Exception as error:  # the process boundary: people get a message, never a raw traceback
+    except Exception as error:  # noqa: BLE001 - the process boundary: people get a message, never a raw traceback
         if debug:
             traceback.print_exc()
         render_error(_internal_error(error), as_json=as_json)

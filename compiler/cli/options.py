@@ -52,7 +52,7 @@ def _pairs(values: tuple[str, ...], form: str) -> list[tuple[str, str]]:
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
-debug_option = click.option("--debug", is_flag=True, help="Show tracebacks.")
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show tracebacks.")
 
 _MEASUREMENT = (
     click.option(

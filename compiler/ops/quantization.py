@@ -17,9 +17,7 @@ __all__ = ["dequantize_activation", "dequantize_weight", "quantize_dynamic"]
 
 
 @custom_op("compile_sparse::dequantize_weight", mutates_args=())
-def dequantize_weight(
-    q: torch.Tensor, scale: torch.Tensor, axis: int, group_size: int, bits: int = 8
-) -> torch.Tensor:
+def dequantize_weight(q: torch.Tensor, scale: torch.Tensor, axis: int, group_size: int, bits: int = 8) -> torch.Tensor:
     """Float weight ``q * scale``.
 
     Args:
@@ -29,10 +27,7 @@ def dequantize_weight(
         group_size: elements per scale along ``axis``; 0 for one scale per output channel.
         bits: 4 or 8; codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``. Only storage depends on it.
     """
-    if group_size:
-        spread = scale.repeat_interleave(group_size, dim=1)[:, : q.shape[axis]]
-    else:
-        spread = scale[:, None]
+    spread = scale.repeat_interleave(group_size, dim=1)[:, : q.shape[axis]] if group_size else scale[:, None]
     return q.to(scale.dtype) * (spread if axis == 1 else spread.t())
 
 

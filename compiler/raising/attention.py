@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -71,9 +71,7 @@ def raise_attention(
 
 
 class _Raiser:
-    def __init__(
-        self, program: Program, bindings: dict[str, Binding], refuse: Callable[[AttentionShape], str]
-    ) -> None:
+    def __init__(self, program: Program, bindings: dict[str, Binding], refuse: Callable[[AttentionShape], str]) -> None:
         self.program, self.refuse = program, refuse
         self.skips: list[Skip] = []
         self.masks = CausalityProver(program)
@@ -122,18 +120,26 @@ class _Raiser:
             return self._skip(sdpa, "CS2302", "The cache is read by other operators before the attention.")
         heads, size = dimensions(query)[1], dimensions(query)[3]
         kv_heads, value_size = dimensions(keys.node)[1], dimensions(values.node)[3]
-        key: Any = keys.new
+        given_query, key = query, keys.new
         cos = sin = None
         rotated_q, rotated_k = match_rotation(query), match_rotation(key)
         if rotated_q and rotated_k and (rotated_q.cos, rotated_q.sin) == (rotated_k.cos, rotated_k.sin):
             tables = self.tables.placeholders(rotated_q)
             if isinstance(tables, str):
-                self.skips.append(Skip(sdpa.name, "CS2304", f"The rotary embedding stays outside the attention: {tables}."))
+                self.skips.append(
+                    Skip(sdpa.name, "CS2304", f"The rotary embedding stays outside the attention: {tables}.")
+                )
             else:
                 cos, sin = tables
                 query, key = rotated_q.x, rotated_k.x
         shape = AttentionShape(int(heads), int(kv_heads), int(size), int(value_size), cos is not None, mask.window)
         refusal = self.refuse(shape)
+        if refusal and cos is not None:
+            # The rotation may be what the kernel cannot do; the model's own stays outside then.
+            self.skips.append(Skip(sdpa.name, "CS2304", f"The rotary embedding stays outside the attention: {refusal}"))
+            query, key, cos, sin = given_query, keys.new, None, None
+            shape = replace(shape, rotary=False)
+            refusal = self.refuse(shape)
         if refusal:
             return self._skip(sdpa, "CS2305", refusal)
         graph = self.program.graph
@@ -141,8 +147,10 @@ class _Raiser:
             flat = [_flattened(graph, node) for node in (query, key, values.new)]
             attention = graph.call_function(
                 torch.ops.compile_sparse.cached_attention.default,
-                (*flat, keys.past, values.past, self.program.node(str(self.mask_input)), cos, sin)
-                + (shape.num_heads, shape.kv_heads, scale, mask.window),
+                (
+                    *(*flat, keys.past, values.past, self.program.node(str(self.mask_input)), cos, sin),
+                    *(shape.num_heads, shape.kv_heads, scale, mask.window),
+                ),
             )
             outer = _merged_output(sdpa)
             batch, length = dimensions(sdpa)[0], dimensions(sdpa)[2]
@@ -200,12 +208,9 @@ def _repeats_heads(repeat: list[fx.Node], cache: fx.Node) -> bool:
 
 def _flattened(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``[B, heads, S, D]`` as ``[B, S, heads * D]``, undoing the model's own transpose and reshape when they are there."""
-    if is_op(node, "aten::transpose") and tuple(node.args[1:3]) in ((1, 2), (2, 1)):
-        rows = node.args[0]
-    elif is_op(node, "aten::permute") and list(node.args[1]) == [0, 2, 1, 3]:  # type: ignore[arg-type]
-        rows = node.args[0]
-    else:
-        rows = insert_call(graph, _ATEN.transpose.int, (node, 1, 2))
+    swapped = is_op(node, "aten::transpose") and tuple(node.args[1:3]) in ((1, 2), (2, 1))
+    swapped = swapped or (is_op(node, "aten::permute") and list(node.args[1]) == [0, 2, 1, 3])
+    rows = node.args[0] if swapped else insert_call(graph, _ATEN.transpose.int, (node, 1, 2))
     shape = dimensions(rows)  # type: ignore[arg-type]
     if is_op(rows, "aten::reshape"):
         flat = rows.args[0]  # type: ignore[union-attr]

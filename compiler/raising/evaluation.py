@@ -55,10 +55,11 @@ def sample_inputs(program: Program, point: Point) -> dict[str, torch.Tensor]:
     past = torch.ones(point.batch, point.past, dtype=torch.int64)
     mask = torch.cat([past, valid_queries(point).long()], 1)
     positions = torch.arange(point.past, point.past + point.length).expand(point.batch, -1)
+    placeholders = {node.name: node for node in program.graph.nodes if node.op == "placeholder"}
     made: dict[str, torch.Tensor] = {}
     for entry in program.inputs:
         if entry.role in ("past_key", "past_value"):
-            shape = program.node(entry.placeholder).meta["val"].shape
+            shape = placeholders[entry.placeholder].meta["val"].shape
             made[entry.placeholder] = torch.zeros(()).expand(point.batch, int(shape[1]), point.past, int(shape[3]))
         elif entry.role == "attention_mask":
             made[entry.placeholder] = mask

@@ -38,7 +38,11 @@ def raise_rms_norm(program: Program) -> list[Skip]:
             )
         node.replace_all_uses_with(norm)
     return [
-        Skip(node.name, "CS2301", "A reciprocal square root is not part of a recognised RMS norm; it runs as single operators.")
+        Skip(
+            node.name,
+            "CS2301",
+            "A reciprocal square root is not part of a recognised RMS norm; it runs as single operators.",
+        )
         for node in graph.nodes
         if is_op(node, "aten::rsqrt") and node not in raised
     ]

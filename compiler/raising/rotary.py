@@ -22,7 +22,10 @@ from compile_sparse.compiler.raising.evaluation import Point, context_length, ev
 from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op, operand_pairs
 from compile_sparse.compiler.weights import ResidentTensor
 
-__all__ = ["Rotation", "RotaryTables", "match_rotation"]
+__all__ = ["ROTARY_PREFIX", "RotaryTables", "Rotation", "match_rotation"]
+
+ROTARY_PREFIX = "compile_sparse.rotary."
+"""Start of the names of table tensors."""
 
 _POINTS = (Point(1, 7, 0), Point(2, 3, 5), Point(1, 1, 9), Point(3, 6, 2, padded=True))
 
@@ -80,9 +83,7 @@ class RotaryTables:
             if isinstance(table, str):
                 return table
             tables.append(table)
-        cos, sin = (
-            self._add(name, table) for name, table in zip(("cos", "sin"), tables, strict=True)
-        )
+        cos, sin = (self._add(name, table) for name, table in zip(("cos", "sin"), tables, strict=True))
         return cos, sin
 
     def _table(self, angle: fx.Node) -> torch.Tensor | str:
@@ -113,7 +114,7 @@ class RotaryTables:
         return value if value.dim() == 3 and value.shape[1] == point.length else None
 
     def _add(self, name: str, table: torch.Tensor) -> fx.Node:
-        tensor = f"compile_sparse.rotary.{len(self.sources) // 2}.{name}"
+        tensor = f"{ROTARY_PREFIX}{len(self.sources) // 2}.{name}"
         source = ResidentTensor(table)
         self.sources[tensor] = source
         placeholder = "b_" + tensor.replace(".", "_")
@@ -144,4 +145,6 @@ def _is_slice(node: Any, x: fx.Node, start: int, end: int) -> bool:
     if given["self"] is not x or given["dim"] not in (-1, last) or given["step"] != 1:
         return False
     stop = given["end"] if given["end"] is not None else end
-    return (given["start"] or 0) == start and (stop == end or (isinstance(stop, int) and stop > end == dimensions(x)[-1]))
+    return (given["start"] or 0) == start and (
+        stop == end or (isinstance(stop, int) and stop > end == dimensions(x)[-1])
+    )

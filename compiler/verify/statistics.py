@@ -36,7 +36,8 @@ def t_quantile_975(degrees: int) -> float:
         raise ValueError("a confidence interval needs at least two values")
     if degrees <= len(_T_975):
         return _T_975[degrees - 1]
-    return _Z_975 + (_Z_975**3 + _Z_975) / (4 * degrees)
+    z = _Z_975
+    return z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
 
 
 def ratio_of_rounds(baseline: Sequence[float], compiled: Sequence[float]) -> Estimate:
@@ -82,10 +83,10 @@ def perplexity_ratio(
     Raises:
         ValueError: no windows, unequal lengths, or a window without tokens.
     """
+    if not len(baseline_nll) == len(compiled_nll) == len(tokens) > 0:
+        raise ValueError("need the same, positive number of windows for both models")
     difference = np.asarray(compiled_nll, dtype=np.float64) - np.asarray(baseline_nll, dtype=np.float64)
     weight = np.asarray(tokens, dtype=np.float64)
-    if difference.shape != weight.shape or difference.ndim != 1 or difference.size == 0:
-        raise ValueError("need the same, positive number of windows for both models")
     if not np.all(weight > 0):
         raise ValueError("every window must predict at least one token")
     draws = np.random.default_rng(seed).integers(0, difference.size, size=(resamples, difference.size))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compile_sparse.compiler.axes.algebra import find, leaf, product
+from compile_sparse.compiler.axes.algebra import find, is_dynamic, leaf, product
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
 from compile_sparse.compiler.axes.sizes import shape_of
 from compile_sparse.compiler.axes.step import Step
@@ -23,6 +23,10 @@ def attention(step: Step) -> Labels | None:
     step.role(query[-1], "qk_dim")
     step.role(value[-1], "v_dim")
     step.tie(key[-2], value[-2])
+    attended = [key[-2], query[-2]] if step.arguments.get("is_causal") else [key[-2]]
+    for axis in attended:
+        if not is_dynamic(axis):
+            step.freeze(axis, "its positions are positions in time")
     key_batch, value_batch = key[:-2], value[:-2]
     if step.arguments.get("enable_gqa") and find(query[-3]).size != find(key[-3]).size:
         heads, shared = find(query[-3]).size, find(key[-3]).size

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from compile_sparse.compiler.axes.algebra import concatenation, factors, find, leaf, product, regroup
+from compile_sparse.compiler.axes.algebra import concatenation, factors, find, is_dynamic, leaf, product, regroup
 from compile_sparse.compiler.axes.ledger import Label
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
 from compile_sparse.compiler.axes.sizes import shape_of
@@ -36,6 +36,12 @@ def cached_attention(step: Step) -> Labels | None:
     past_key, past_value = step.label("past_key"), step.label("past_value")
     heads, shared = step.arguments["num_heads"], step.arguments["kv_heads"]
     dim, value_dim = find(past_key[3]).size, find(past_value[3]).size
+    mask = step.label("attention_mask")
+    for axis in (query[1], key[1], value[1], past_key[2], past_value[2], mask[1]):
+        if not is_dynamic(axis):
+            step.freeze(axis, "its positions are positions in time")
+    for axis in (key[0], value[0], past_key[0], past_value[0], mask[0]):
+        step.tie(query[0], axis)
     step.tie(past_key[1], past_value[1])
     copies = leaf(heads // shared)
     step.role(copies, "broadcast")

@@ -23,7 +23,9 @@ def reduce(step: Step) -> Labels:
     """The reduced dimensions go, or become size 1 with ``keepdim``."""
     source = step.label(step.first)
     asked = step.arguments.get("dim")
-    dims = list(range(len(source))) if asked is None or asked == [] else [asked] if isinstance(asked, int) else list(asked)
+    dims = (
+        list(range(len(source))) if asked is None or asked == [] else [asked] if isinstance(asked, int) else list(asked)
+    )
     return _reduced(step, source, [dim % len(source) for dim in dims] if source else [])
 
 

@@ -113,7 +113,11 @@ def squeeze(step: Step) -> Labels:
     """Dimensions of size 1 go."""
     source = step.label(step.first)
     asked = step.arguments.get("dim")
-    dims = range(len(source)) if asked is None else [d % len(source) for d in ([asked] if isinstance(asked, int) else asked)]
+    dims = (
+        range(len(source))
+        if asked is None
+        else [d % len(source) for d in ([asked] if isinstance(asked, int) else asked)]
+    )
     step.pass_domain(step.first)
     return [axis for place, axis in enumerate(source) if not (place in dims and find(axis).size == 1)]
 
@@ -308,7 +312,7 @@ def _positional_dimensions(step: Step, rank: int) -> set[int]:
         return {rank - 2, rank - 1}
     if step.name in ("flip", "roll"):
         return {dim % rank for dim in step.arguments["dims"]} or every
-    if step.name == "constant_pad_nd":
+    if step.name in ("constant_pad_nd", "pad"):
         return set(range(rank - len(step.arguments["pad"]) // 2, rank))
     return every
 

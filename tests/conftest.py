@@ -1,0 +1,49 @@
+"""Fixtures every test folder may use. Captures are made once per session: they are the slow part."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+# Test helpers (tests.models, tests.toys) are imported by name from any folder, whatever pytest's import mode.
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from compile_sparse.compiler.capture import capture_model
+from compile_sparse.compiler.program import Program
+from tests.models import build_model
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def captured() -> Callable[[str], Program]:
+    """Program of the tiny model called ``name`` (see ``tests.models.MODELS``), captured on first use."""
+
+    @cache
+    def program_of(name: str) -> Program:
+        return capture_model(build_model(name))
+
+    return program_of
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_program(captured: Callable[[str], Program]) -> Program:
+    """Two-layer Llama with grouped-query attention and a key-value cache."""
+    return captured("llama")
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2_program(captured: Callable[[str], Program]) -> Program:
+    """Two-layer GPT-2: fused query, key and value, ``[in, out]`` weights, learned positions."""
+    return captured("gpt2")
+
+
+@pytest.fixture(scope="session")
+def tiny_bert_program(captured: Callable[[str], Program]) -> Program:
+    """Two-layer BERT encoder."""
+    return captured("bert")

@@ -1,0 +1,252 @@
+"""The law of every axis rule: deletion commutes with the operator.
+
+For "commutes" cases, ``op(delete(x)) == delete(op(x))`` on arbitrary inputs. For "reduces" cases (contractions, norms,
+softmax), deleted positions must not take part, so the right side is the masked oracle. One axis or several at once, any subset.
+Tolerance: float32 operators on a few hundred elements, reordered sums: 1e-5 relative is 80 times the unit roundoff.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from compile_sparse.compiler import ops
+from compile_sparse.compiler.axes.algebra import Axis, leaves
+from compile_sparse.compiler.axes.analysis import Analysis, analyse
+from compile_sparse.compiler.axes.oracles import interpret, masked_outputs, relative_error
+from compile_sparse.compiler.axes.rewrite import rewrite
+from compile_sparse.compiler.axes.selection import Selection
+from tests.toys import Applied, toy_program
+
+TOLERANCE = 1e-5
+_own = torch.ops.compile_sparse
+assert ops  # importing registers the operators
+
+
+class Case(NamedTuple):
+    function: Callable[..., Any]
+    shapes: Sequence[tuple[int, ...]]
+    free: Sequence[int]
+    """Sizes of the axes that must be free: a rule that froze everything would pass trivially."""
+    form: str = "commutes"
+    integers: dict[int, int] = {}
+    """Input number -> exclusive upper bound, for index inputs."""
+
+
+def _qkv(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+def _grouped(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
+def _cached(q: Any, k: Any, v: Any, pk: Any, pv: Any, cos: Any, sin: Any) -> Any:
+    mask = torch.ones(2, 8, dtype=torch.long)
+    return _own.cached_attention(q, k, v, pk, pv, mask, cos, sin, 4, 2, 0.35, 0)
+
+
+def _quantized(x: torch.Tensor) -> torch.Tensor:
+    return _own.dequantize_activation(*_own.quantize_dynamic(x))
+
+
+CASES: dict[str, Case] = {
+    "merge": Case(lambda x: x.reshape(3, 20), [(3, 4, 5)], [3, 4, 5]),
+    "split": Case(lambda x: x.reshape(3, 4, 5), [(3, 20)], [3, 4, 5]),
+    "regroup": Case(lambda x: x.reshape(4, 6, 5), [(4, 2, 3, 5)], [4, 2, 3, 5]),
+    "shuffle": Case(lambda x: x.view(3, 4, 5).transpose(1, 2).reshape(3, 20), [(3, 20)], [3, 4, 5]),
+    "flatten": Case(lambda x: x.flatten(1), [(3, 4, 5)], [3, 4, 5]),
+    "permute": Case(lambda x: x.permute(2, 0, 1), [(3, 4, 5)], [3, 4, 5]),
+    "squeeze": Case(lambda x: x.unsqueeze(1).squeeze(1).t(), [(3, 4)], [3, 4]),
+    "expand": Case(lambda x: x[:, None].expand(3, 6, 4), [(3, 4)], [3, 4]),
+    "copies": Case(lambda x: x[:, :, None].expand(3, 4, 2, 5).reshape(3, 8, 5), [(3, 4, 5)], [3, 4, 5]),
+    "cat": Case(lambda x, y: torch.cat([x, y, x], 1), [(3, 4), (3, 5)], [3, 4, 5]),
+    "rotate_half": Case(
+        lambda x, c: x * torch.cat([c, c], -1) + torch.cat([-x[..., 4:], x[..., :4]], -1), [(3, 8), (4,)], [3, 4]
+    ),
+    "slice": Case(lambda x: x[:, 2:5], [(3, 8)], [3, 2, 3, 3]),
+    "negative_slice": Case(lambda x: x[:, -5:-1], [(3, 8)], [1, 3, 3, 4]),
+    "narrow": Case(lambda x: x.narrow(1, 2, 4), [(3, 8)], [3, 2, 4, 2]),
+    "stride": Case(lambda x: torch.cat([x[:, 1::2], x[:, 0::2]], 1), [(3, 8)], [3, 4]),
+    "chunk": Case(lambda x: torch.mul(*x.chunk(2, 1)), [(3, 8)], [3, 4]),
+    "split_sizes": Case(lambda x: x.split([2, 6], 1)[1], [(3, 8)], [3, 2, 6]),
+    "select": Case(lambda x: x[:, 2], [(3, 4, 5)], [3, 5]),
+    "unbind": Case(lambda x: x.unbind(1)[0], [(3, 4, 5)], [3, 5]),
+    "repeat_interleave": Case(lambda x: x.repeat_interleave(2, 1), [(3, 4)], [3, 4]),
+    "repeat": Case(lambda x: x.repeat(1, 2), [(3, 4)], [3, 4]),
+    "pad": Case(lambda x: F.pad(x, (1, 1)), [(3, 4)], [3]),
+    "tril": Case(lambda x: x.tril(), [(3, 4, 4)], [3]),
+    "flip": Case(lambda x: x.flip(1), [(3, 4)], [3]),
+    "roll": Case(lambda x: x.roll(1, 1), [(3, 4)], [3]),
+    "pointwise": Case(lambda x, y: F.silu(x) * y + 1, [(3, 4), (4,)], [3, 4]),
+    "where": Case(lambda x, y: torch.where(x > 0, x, y), [(3, 4), (3, 1)], [3, 4]),
+    "masked_fill": Case(lambda x, y: x.masked_fill(y > 0, -1.0), [(3, 4), (4,)], [3, 4]),
+    "cast": Case(lambda x: x.double().float().clone().contiguous(), [(3, 4)], [3, 4]),
+    "fill": Case(lambda x: x * torch.full((4,), 2.0) + torch.ones_like(x) + x.new_zeros(3, 4), [(3, 4)], [3, 4]),
+    "minimum": Case(lambda x, y: torch.min(x, y), [(3, 4), (4,)], [3, 4]),
+    "linear": Case(F.linear, [(3, 4), (5, 4), (5,)], [3, 4, 5], "reduces"),
+    "matmul": Case(torch.matmul, [(2, 3, 4), (2, 4, 5)], [2, 3, 4, 5], "reduces"),
+    "broadcast_matmul": Case(torch.matmul, [(2, 3, 4), (4, 5)], [2, 3, 4, 5], "reduces"),
+    "addmm": Case(torch.addmm, [(5,), (3, 4), (4, 5)], [3, 4, 5], "reduces"),
+    "baddbmm": Case(torch.baddbmm, [(2, 3, 5), (2, 3, 4), (2, 4, 5)], [2, 3, 4, 5], "reduces"),
+    "einsum": Case(lambda x, y: torch.einsum("bik,bjk->bij", x, y), [(2, 3, 4), (2, 5, 4)], [2, 3, 4, 5], "reduces"),
+    "attention": Case(_qkv, [(2, 3, 4, 6), (2, 3, 5, 6), (2, 3, 5, 8)], [2, 3, 4, 6, 8], "reduces"),
+    "grouped_attention": Case(_grouped, [(2, 6, 4, 5), (2, 3, 9, 5), (2, 3, 9, 7)], [2, 2, 3, 4, 5, 7], "reduces"),
+    "conv": Case(F.conv2d, [(2, 4, 5, 5), (6, 4, 3, 3), (6,)], [2, 4, 6], "reduces"),
+    "conv1d": Case(F.conv1d, [(2, 4, 5), (6, 4, 3)], [2, 4, 6], "reduces"),
+    "depthwise": Case(lambda x, w: F.conv2d(x, w, groups=4), [(2, 4, 5, 5), (4, 1, 3, 3)], [2, 4], "reduces"),
+    "grouped_conv": Case(lambda x, w: F.conv2d(x, w, groups=2), [(2, 4, 5, 5), (6, 2, 3, 3)], [2, 2, 2, 3], "reduces"),
+    "pool": Case(lambda x: F.max_pool2d(x, 2), [(2, 4, 6, 6)], [2, 4]),
+    "adaptive_pool": Case(lambda x: F.adaptive_avg_pool2d(x, 2), [(2, 4, 6, 6)], [2, 4]),
+    "layer_norm": Case(lambda x, w, b: F.layer_norm(x, (6,), w, b), [(3, 6), (6,), (6,)], [3, 6], "reduces"),
+    "rms_norm": Case(lambda x, w: F.rms_norm(x, (6,), w, 1e-6), [(3, 6), (6,)], [3, 6], "reduces"),
+    "primitive_rms": Case(
+        lambda x: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6), [(3, 6)], [3, 6], "reduces"
+    ),
+    "group_norm": Case(lambda x, w, b: F.group_norm(x, 2, w, b), [(2, 6, 4), (6,), (6,)], [2, 2, 3], "reduces"),
+    "batch_norm": Case(lambda x, m, w: F.batch_norm(x, m, w.abs() + 1, w, m), [(2, 6, 4), (6,), (6,)], [2, 6, 4]),
+    "softmax": Case(lambda x: x.softmax(-1), [(3, 6)], [3, 6], "reduces"),
+    "log_softmax": Case(lambda x: x.log_softmax(-1), [(3, 6)], [3, 6], "reduces"),
+    "cumsum": Case(lambda x: x.cumsum(-1), [(3, 6)], [3, 6], "reduces"),
+    "mean": Case(lambda x: x.mean((0, 2)), [(3, 4, 5)], [3, 4, 5], "reduces"),
+    "sum": Case(lambda x: x.sum(), [(3, 4)], [3, 4], "reduces"),
+    "amax": Case(lambda x: x.amax(-1, keepdim=True), [(3, 4)], [3, 4], "reduces"),
+    "max_dim": Case(lambda x: x.max(-1)[0], [(3, 4)], [3, 4], "reduces"),
+    "variance": Case(lambda x: x.var(-1, correction=0), [(3, 6)], [3, 6], "reduces"),
+    "argmax": Case(lambda x, y: y.index_select(0, x.argmax(-1)), [(3, 4), (4, 5)], [3, 4, 5], "reduces"),
+    "topk": Case(lambda x: torch.gather(x, -1, x.topk(1, -1)[1]) + x.topk(1, -1)[0], [(3, 6)], [3, 6], "reduces"),
+    "experts": Case(lambda x, w: w[x.topk(1, -1)[1].squeeze(-1)], [(3, 6), (6, 5)], [3, 6, 5], "reduces"),
+    "one_hot": Case(lambda x: F.one_hot(x.argmax(-1), 6).float() * x, [(3, 6)], [3, 6], "reduces"),
+    "argmax_as_number": Case(lambda x: x.argmax(-1) * 2.0, [(3, 6)], [3]),
+    "embedding": Case(F.embedding, [(3, 4), (7, 5)], [3, 4, 5], integers={0: 7}),
+    "index": Case(lambda x, i: x[:, i], [(3, 7, 5), (4,)], [3, 5, 4], integers={1: 7}),
+    "two_indices": Case(lambda x, i, j: x[i, :, j], [(3, 7, 5), (4,), (4,)], [7, 4], integers={1: 3, 2: 5}),
+    "sort": Case(lambda x: x.sort(-1)[0], [(3, 6)], [3]),
+    "arange": Case(lambda x: x + torch.arange(6), [(3, 6)], [3]),
+    "stack": Case(lambda x: torch.stack([x, x], -1), [(3, 6)], []),
+    "own_rms_norm": Case(lambda x, w: _own.rms_norm(x, w, 1e-6), [(3, 6), (6,)], [3, 6], "reduces"),
+    "residual_norm": Case(
+        lambda x, r, w: _own.residual_rms_norm(x, r, w, 1e-6), [(3, 6), (3, 6), (6,)], [3, 6], "reduces"
+    ),
+    "activation_codes": Case(_quantized, [(3, 6)], [3, 6], "reduces"),
+    "channel_scales": Case(
+        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 0), [(5, 6), (5,)], [5, 6], integers={0: 7}
+    ),
+    "group_scales": Case(
+        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 2), [(5, 6), (5, 3)], [5, 3], integers={0: 7}
+    ),
+    "transposed_scales": Case(
+        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 0, 0), [(6, 5), (5,)], [5, 6], integers={0: 7}
+    ),
+    "cached_attention": Case(
+        _cached,
+        [(2, 3, 24), (2, 3, 12), (2, 3, 8), (2, 2, 5, 6), (2, 2, 5, 4), (9, 3), (9, 3)],
+        [2, 2, 2, 3, 4],
+        "reduces",
+    ),
+}
+
+
+@cache
+def _analysed(name: str) -> Analysis:
+    case = CASES[name]
+    torch.manual_seed(0)
+    return analyse(
+        toy_program(Applied(case.function), _inputs(case, seed=0)), interface_may_change=frozenset({"other"})
+    )
+
+
+def _inputs(case: Case, seed: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.randint(0, case.integers[place], shape, generator=generator)
+        if place in case.integers
+        else torch.randn(shape, generator=generator)
+        for place, shape in enumerate(case.shapes)
+    ]
+
+
+def _free_axes(analysis: Analysis) -> list[Axis]:
+    found: dict[Axis, None] = {}
+    for entry in analysis.program.inputs:
+        for axis in analysis.labels[entry.placeholder]:
+            for leaf in leaves(axis):  # type: ignore[arg-type]
+                if leaf not in analysis.frozen and leaf.size != 1:
+                    found[leaf] = None
+    return list(found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_expected_axes_are_free(name: str) -> None:
+    free = sorted(int(axis.size) for axis in _free_axes(_analysed(name)))
+    assert free == sorted(size for size in CASES[name].free if size != 1)
+
+
+@pytest.mark.parametrize("name", CASES)
+@settings(max_examples=3, deadline=None, derandomize=True, database=None)
+@given(data=st.data())
+def test_deletion_commutes(name: str, data: st.DataObject) -> None:
+    case, analysis = CASES[name], _analysed(name)
+    keep: dict[Axis, torch.Tensor] = {}
+    for axis in _free_axes(analysis):
+        bits = data.draw(st.lists(st.booleans(), min_size=int(axis.size), max_size=int(axis.size)))
+        mask = torch.tensor(bits)
+        if not bool(mask.any()):
+            mask[0] = True
+        keep[axis] = mask
+    program = analysis.program
+    inputs = {f"x{place}": value for place, value in enumerate(_inputs(case, seed=data.draw(st.integers(0, 9))))}
+    selection = Selection(analysis, keep)
+    small = {e.name: selection.gather(inputs[e.name], analysis.labels[e.placeholder]) for e in program.inputs}  # type: ignore[arg-type]
+    actual = interpret(rewrite(program, analysis, keep), small)
+    reference = interpret(program, inputs) if case.form == "commutes" else masked_outputs(analysis, selection, inputs)
+    for node, output in zip(program.output_nodes, program.outputs, strict=True):
+        expected = selection.gather(reference[output.name], analysis.labels[node.name])  # type: ignore[arg-type]
+        assert relative_error(actual[output.name], expected) <= TOLERANCE
+
+
+def _pointwise_overloads() -> list[Any]:
+    found = []
+    for name in sorted(dir(torch.ops.aten)):
+        packet = getattr(torch.ops.aten, name)
+        for overload in getattr(packet, "overloads", lambda: [])():
+            operator = getattr(packet, overload)
+            arguments = operator._schema.arguments
+            needed = [a for a in arguments if not a.has_default_value()]
+            if (
+                torch.Tag.pointwise in operator.tags
+                and not operator._schema.is_mutable
+                and [str(r.type) for r in operator._schema.returns] == ["Tensor"]  # aten.equal gives one bool
+                and needed
+                and all(str(a.type) in ("Tensor", "number", "Scalar") for a in needed)
+                and str(needed[0].type) == "Tensor"
+            ):
+                found.append(operator)
+    return found
+
+
+@pytest.mark.parametrize("operator", _pointwise_overloads(), ids=str)
+def test_torch_tags_only_elementwise_operators_as_pointwise(operator: Any) -> None:
+    generator = torch.Generator().manual_seed(0)
+    keep = torch.tensor([0, 2, 3])
+    needed = [a for a in operator._schema.arguments if not a.has_default_value()]
+    for dtype in (torch.float32, torch.int64, torch.bool):
+        values = [
+            (torch.rand(4, 5, generator=generator) * 3 + 0.1).to(dtype) if str(a.type) == "Tensor" else 1
+            for a in needed
+        ]
+        small = [v.index_select(0, keep) if isinstance(v, torch.Tensor) else v for v in values]
+        try:
+            dense = operator(*values)
+        except (RuntimeError, NotImplementedError, IndexError, TypeError):
+            continue  # another dtype or shape is wanted
+        assert torch.equal(torch.nan_to_num(operator(*small)), torch.nan_to_num(dense.index_select(0, keep)))
+        return
+    pytest.skip("no generic arguments fit")

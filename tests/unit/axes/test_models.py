@@ -1,0 +1,118 @@
+"""Whole models: every kind of group is found, and the pruned program equals the oracles at two sizes of input."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from compile_sparse.compiler.axes.analysis import Analysis, analyse
+from compile_sparse.compiler.axes.groups import Anchor
+from compile_sparse.compiler.axes.oracles import compare
+from compile_sparse.compiler.axes.rewrite import rewrite
+from compile_sparse.compiler.program import Program
+from tests.models import MODELS, example_inputs
+
+_GROUPED = {("heads", 4): 2, ("channels", 88): 2, ("width", 64): 1}
+EXPECTED = {
+    "llama": {**_GROUPED, ("heads", 2): 2, ("head_dim", 4): 1, ("head_dim", 8): 2},
+    "llama_tied": {**_GROUPED, ("heads", 2): 2, ("head_dim", 4): 1, ("head_dim", 8): 2},
+    "qwen2": {**_GROUPED, ("heads", 2): 2, ("head_dim", 4): 1, ("head_dim", 8): 2},
+    "qwen3": {**_GROUPED, ("heads", 2): 2, ("head_dim", 8): 1, ("head_dim", 16): 2},
+    "gpt2": {("heads", 8): 2, ("channels", 88): 2, ("width", 64): 1, ("head_dim", 8): 4},
+    "opt": {("heads", 8): 2, ("channels", 88): 2, ("width", 64): 1, ("head_dim", 8): 4},
+    # The hidden state is an output of headless encoders, so their width is frozen.
+    "bert": {("heads", 8): 2, ("channels", 88): 2, ("head_dim", 8): 4},
+    "vit": {("heads", 8): 2, ("channels", 88): 2, ("head_dim", 8): 4},
+}
+
+
+def random_keep(analysis: Analysis, kind: str, seed: int) -> dict[Anchor, torch.Tensor]:
+    """A quarter of every free group of one kind removed, another choice per group."""
+    out = {}
+    for place, group in enumerate(analysis.prunable(kind)):
+        generator = torch.Generator().manual_seed(1000 * seed + place)
+        kept = torch.ones(group.size, dtype=torch.bool)
+        kept[torch.randperm(group.size, generator=generator)[: max(1, group.size // 4)]] = False
+        out[group.anchor] = kept
+    return out
+
+
+@pytest.fixture(params=list(MODELS))
+def program(request: pytest.FixtureRequest, captured: Callable[[str], Program]) -> Program:
+    return captured(request.param)
+
+
+@pytest.fixture
+def name(request: pytest.FixtureRequest) -> str:
+    found = request.node.callspec.params["program"]
+    assert isinstance(found, str)
+    return found
+
+
+def test_every_group_is_found_and_no_operator_is_unknown(program: Program, name: str) -> None:
+    analysis = analyse(program)
+    assert dict(Counter((g.kind, g.size) for g in analysis.prunable())) == EXPECTED[name]
+    assert not analysis.unknown
+    assert not analysis.conflicts
+
+
+@pytest.mark.parametrize("kind", ["channels", "heads", "head_dim", "width"])
+def test_pruned_equals_oracles(program: Program, kind: str) -> None:
+    analysis = analyse(program)
+    keep = random_keep(analysis, kind, seed=1)
+    if not keep:
+        assert kind == "width" and program.kind in ("encoder", "vision")
+        return
+    pruned = rewrite(program, analysis, keep)
+    assert pruned.parameter_count() < program.parameter_count()
+    for batch, length in ((2, 7), (3, 4)):
+        report = compare(pruned, analysis, keep, example_inputs(program, batch, length))
+        assert report.holds, report
+
+
+def test_everything_at_once(program: Program) -> None:
+    analysis = analyse(program)
+    keep = {}
+    for kind in ("channels", "heads", "head_dim", "width"):
+        keep.update(random_keep(analysis, kind, seed=2))
+    pruned = rewrite(program, analysis, keep)
+    report = compare(pruned, analysis, keep, example_inputs(program, 2, 6))
+    assert report.holds, report
+
+
+def test_pruning_the_pruned_again(tiny_llama_program: Program) -> None:
+    first = analyse(tiny_llama_program)
+    once = rewrite(tiny_llama_program, first, random_keep(first, "heads", seed=3))
+    second = analyse(once)
+    keep = random_keep(second, "channels", seed=4)
+    twice = rewrite(once, second, keep)
+    report = compare(twice, second, keep, example_inputs(once, 2, 5))
+    assert report.holds, report
+
+
+def test_another_query_head_per_key_head(tiny_llama_program: Program) -> None:
+    analysis = analyse(tiny_llama_program)
+    copies = next(g for g in analysis.prunable("heads") if "broadcast" in g.roles)
+    outer = next(g for g in analysis.prunable("heads") if "broadcast" not in g.roles and g.members[0] in copies.members)
+    table = torch.tensor([[True, False], [False, True], [False, True], [True, False]])
+    keep = {copies.anchor: (outer.anchor, table)}
+    pruned = rewrite(tiny_llama_program, analysis, keep)
+    report = compare(pruned, analysis, keep, example_inputs(tiny_llama_program, 2, 5))
+    assert report.zero is not None and report.holds, report
+
+
+def test_cache_inputs_shrink_with_the_heads(tiny_llama_program: Program) -> None:
+    analysis = analyse(tiny_llama_program)
+    pruned = rewrite(tiny_llama_program, analysis, random_keep(analysis, "heads", seed=5))
+    for entry in pruned.inputs:
+        if entry.role in ("past_key", "past_value"):
+            assert pruned.node(entry.placeholder).meta["val"].shape[1] == 3  # of 4
+
+
+def test_analysis_names_are_stable(tiny_llama_program: Program) -> None:
+    first, second = analyse(tiny_llama_program), analyse(tiny_llama_program.clone())
+    assert [str(g.anchor) for g in first.groups] == [str(g.anchor) for g in second.groups]
+    assert len({g.anchor for g in first.groups}) == len(first.groups)
