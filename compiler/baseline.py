@@ -8,11 +8,10 @@ from pathlib import Path
 
 from compile_sparse.compiler.cache import Cache
 from compile_sparse.compiler.contract import Backend
-from compile_sparse.compiler.job import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.verify.reference import reference_windows, write_reference
+from compile_sparse.compiler.verify.reference import write_reference
 
 __all__ = ["baseline_parameters", "get_baseline"]
 
@@ -29,10 +28,8 @@ def get_baseline(
         dense = program()
         (folder / "model").mkdir()
         backend.lower(dense, target, folder / "model", progress)
-        vocabulary = int(dense.config.get("vocab_size") or 0)
-        # Random text: the entry must not depend on what a particular run evaluates.
-        windows = reference_windows((), vocabulary, context_length(dense.config), seed=0)[:FIDELITY_WINDOWS]
-        write_reference(dense, folder, windows=windows, seed=0, progress=progress)
+        # No text: the entry must not depend on what a particular run evaluates.
+        write_reference(dense, folder, text=(), seed=0, progress=progress, windows=FIDELITY_WINDOWS)
         facts = {"parameters": dense.parameter_count()}
         (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 

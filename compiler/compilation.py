@@ -26,7 +26,7 @@ from compile_sparse.compiler.staging import REPORT, Staging
 from compile_sparse.compiler.stored_size import zero_share
 from compile_sparse.compiler.verify.fidelity import fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
-from compile_sparse.compiler.verify.reference import reference_windows, write_reference
+from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.verdict import decide
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
@@ -77,9 +77,8 @@ class _Build:
         lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
         text = [w for windows in job.slices.values() for w in windows]
         text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
-        windows = reference_windows(text, job.vocabulary, job.context, job.recipe.seed)
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
-        write_reference(program, staging.folder, windows=windows, seed=job.recipe.seed, progress=self.progress)
+        write_reference(program, staging.folder, text=text, seed=job.recipe.seed, progress=self.progress)
         section = PassSection(name="lower", achieved=dict(lowered.form), skips=[s.as_dict() for s in lowered.skips])  # type: ignore[arg-type]
         return {
             "passes": [s.model_dump(mode="json") for s in (*sections, section)],

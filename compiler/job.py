@@ -16,16 +16,17 @@ from compile_sparse.compiler.capture.folder import ModelFolder, open_folder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.contract import Backend, Pass, Probe
 from compile_sparse.compiler.errors import Refusal, UsageError
+from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.recipe import Recipe
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target, find_target
 from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
 from compile_sparse.compiler.version import TOOL_VERSION
 
-__all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "context_length", "prepare", "runtime_threads"]
+__all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "prepare", "runtime_threads"]
 
-DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 UNLIMITED = 1 << 30
+DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,6 @@ class Job:
         """Number of token ids; 0 for models without tokens."""
         return int(getattr(self.folder.config, "vocab_size", 0) or 0)
 
-    @property
-    def context(self) -> int:
-        """Longest sequence the model allows."""
-        return context_length(self.folder.config.to_dict())
-
     def refuse_useless(self) -> None:
         """Stop here when something was asked for that the target cannot exploit.
 
@@ -95,14 +91,6 @@ class Job:
                 why=first.why,
                 hint=f"{first.hint} --allow-useless compiles it anyway.".strip(),
             )
-
-
-def context_length(config: Mapping[str, Any]) -> int:
-    """Longest sequence by the config, whatever the model family calls it."""
-    for key in ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len"):
-        if isinstance(config.get(key), int):
-            return int(config[key])
-    return UNLIMITED
 
 
 def baseline_key(source_digest: str, target: Target, runtime_version: str) -> str:
@@ -196,7 +184,7 @@ class TextReader:
     """
 
     def __init__(self, config: Mapping[str, Any], folder: Path | None) -> None:
-        self._context = context_length(config)
+        self._context = context_length(config) or UNLIMITED
         self._vocabulary = int(config.get("vocab_size") or 0)
         self._tokenizer = load_tokenizer(folder)
         beginning = config.get("bos_token_id")

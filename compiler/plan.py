@@ -12,6 +12,7 @@ from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.job import DTYPE_NAMES, Job
+from compile_sparse.compiler.model_facts import layer_count
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runner import run_passes
 from compile_sparse.compiler.skip import Skip
@@ -56,7 +57,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         "model": {
             "kind": dense.kind,
             "parameters": dense.parameter_count(),
-            "layers": int(dense.config.get("num_hidden_layers") or dense.config.get("n_layer") or 0),
+            "layers": layer_count(dense.config),
         },
         "passes": sections,
         "groups": groups,

@@ -14,6 +14,8 @@ from compile_sparse.compiler.raising.matching import arguments
 
 __all__: list[str] = []
 
+_ON_BOOLS = {"Add": "Or", "Mul": "And", "Max": "Or", "Min": "And"}
+
 
 def _promoted(emission: Emission, left: Any, right: Any) -> torch.dtype:
     """The type both operands are compared in: torch's rule, in which Python numbers only decide between kinds."""
@@ -36,6 +38,10 @@ def _binary(op: str) -> Emitter:
         if given.get("rounding_mode"):
             raise Unsupported(f"rounding mode {given['rounding_mode']}")
         left, right = (emission.tensor(given[name], dtype) for name in ("self", "other"))
+        if dtype == torch.bool:
+            if op not in _ON_BOOLS:
+                raise Unsupported("arithmetic on booleans")
+            return emission.graph.call(_ON_BOOLS[op], [left, right], hint=node.name)
         if given.get("alpha", 1) != 1:
             right = emission.graph.call("Mul", [right, emission.tensor(given["alpha"], dtype)])
         return emission.graph.call(op, [left, right], hint=node.name)
@@ -100,12 +106,18 @@ _register(
 )
 emits("aten::ne")(_comparison("Equal", negate=True))
 _register(
-    {"And": ("aten::__and__", "aten::bitwise_and"), "Or": ("aten::__or__", "aten::bitwise_or"), "Not": ("aten::bitwise_not",)},
+    {
+        "And": ("aten::__and__", "aten::bitwise_and"),
+        "Or": ("aten::__or__", "aten::bitwise_or"),
+        "Not": ("aten::bitwise_not",),
+    },
     _logical,
     bools_only=True,
 )
 _register(
-    {"And": ("aten::logical_and",), "Or": ("aten::logical_or",), "Not": ("aten::logical_not",)}, _logical, bools_only=False
+    {"And": ("aten::logical_and",), "Or": ("aten::logical_or",), "Not": ("aten::logical_not",)},
+    _logical,
+    bools_only=False,
 )
 _register(
     {
@@ -178,7 +190,11 @@ def _where(emission: Emission, node: fx.Node) -> str:
 @emits("aten::masked_fill")
 def _masked_fill(emission: Emission, node: fx.Node) -> str:
     given, dtype = arguments(node), emission.dtype(node)
-    operands = [emission.value(given["mask"]), emission.tensor(given["value"], dtype), emission.tensor(given["self"], dtype)]
+    operands = [
+        emission.value(given["mask"]),
+        emission.tensor(given["value"], dtype),
+        emission.tensor(given["self"], dtype),
+    ]
     return emission.graph.call("Where", operands, hint=node.name)
 
 

@@ -20,7 +20,9 @@ def refuse_attention(shape: AttentionShape) -> str:
     if shape.head_size != shape.value_size:
         return f"GroupQueryAttention needs equal key and value sizes, got {shape.head_size} and {shape.value_size}."
     if shape.head_size % 8 or (shape.rotary and shape.head_size % 16):
-        return f"GroupQueryAttention needs head sizes in multiples of {16 if shape.rotary else 8}, got {shape.head_size}."
+        return (
+            f"GroupQueryAttention needs head sizes in multiples of {16 if shape.rotary else 8}, got {shape.head_size}."
+        )
     if shape.num_heads % shape.kv_heads:
         return f"GroupQueryAttention needs {shape.num_heads} query heads to be a multiple of {shape.kv_heads}."
     return ""

@@ -71,7 +71,9 @@ def _cumsum(emission: Emission, node: fx.Node) -> str:
 @emits("aten::embedding")
 def _embedding(emission: Emission, node: fx.Node) -> str:
     given = arguments(node)
-    return emission.graph.call("Gather", [emission.value(given["weight"]), emission.value(given["indices"])], hint=node.name)
+    return emission.graph.call(
+        "Gather", [emission.value(given["weight"]), emission.value(given["indices"])], hint=node.name
+    )
 
 
 @emits("aten::index_select")
@@ -85,7 +87,9 @@ def _index_select(emission: Emission, node: fx.Node) -> str:
 def _gather(emission: Emission, node: fx.Node) -> str:
     given = arguments(node)
     inputs = [emission.value(given["self"]), emission.value(given["index"])]
-    return emission.graph.call("GatherElements", inputs, hint=node.name, axis=emission.axis(given["self"], given["dim"]))
+    return emission.graph.call(
+        "GatherElements", inputs, hint=node.name, axis=emission.axis(given["self"], given["dim"])
+    )
 
 
 @emits("aten::index")

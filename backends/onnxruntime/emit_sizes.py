@@ -52,3 +52,9 @@ def _getitem(emission: Emission, node: fx.Node) -> str:
     if isinstance(names, str) or not isinstance(index, int):
         raise Unsupported("indexing something that is not a list of results")
     return names[index]
+
+
+@emits("aten::_assert_tensor_metadata", "aten::_assert_scalar", "aten::_assert_async", lazy=True)
+def _assertion(emission: Emission, node: fx.Node) -> str:
+    """Never asked for, because assertions have no value; registered so that they are no unknown operators."""
+    raise Unsupported("the value of an assertion")

@@ -11,7 +11,7 @@ from types import TracebackType
 
 import numpy as np
 
-__all__ = ["ExternalData", "Extent", "Sink"]
+__all__ = ["Extent", "ExternalData", "Sink"]
 
 Extent = tuple[int, int]
 

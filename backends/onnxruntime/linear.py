@@ -112,8 +112,7 @@ def _quantized(
     emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int
 ) -> str | None:
     given = arguments(weight)
-    # 8 bits hold any code of an int8 tensor, so they are the safe reading when the pass did not say.
-    codes = _Codes(given["q"], given["scale"], given["axis"], given["group_size"], int(weight.meta.get("bits", 8)))
+    codes = _Codes(given["q"], given["scale"], given["axis"], given["group_size"], int(given["bits"]))
     dynamic = is_op(x, "compile_sparse::dequantize_activation")
     reason = ""
     if codes.axis != axis:

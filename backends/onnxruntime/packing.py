@@ -24,9 +24,7 @@ def pack_blocks(codes: np.ndarray, bits: int, block: int) -> np.ndarray:
     middle = 1 << (bits - 1)
     padded = np.full((outer, shape[1] * block), middle, np.uint8)
     # The sum fits in 8 bits, so wrapping arithmetic gives the exact code.
-    padded[:, :inner] = codes.view(np.uint8) + np.uint8(middle) if codes.flags.c_contiguous else (
-        np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
-    )
+    padded[:, :inner] = np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
     if bits == 4:
         padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
     return padded.reshape(shape)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightRenaming, rename_source_key
 
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.weights import AbsentTensor, TensorSource
@@ -15,25 +17,25 @@ __all__ = ["bind_weights"]
 def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] | None) -> dict[str, TensorSource]:
     """A source for every state-dict name of ``model``; shapes only when ``checkpoint`` is None.
 
-    A checkpoint may hold a tied tensor once, and may be written from the bare base model (names without its prefix) or for
-    one with a head (names with it): those three spellings are understood.
+    Names on disk differ from names in memory: transformers renames on load and save (older spellings, the base model's
+    prefix), and its own table of renamings is used here. A tied tensor may be stored under any one of its names.
 
     Raises:
-        ModelError: CS2005 when a tensor is missing or has another shape than the config implies.
+        ModelError: CS2005 when a tensor is missing or has another shape than the config implies; CS2009 when the checkpoint
+            stores a tensor in pieces that transformers assembles on load.
     """
     wanted = model.state_dict(keep_vars=True)
     if checkpoint is None:
         return {name: AbsentTensor(tuple(value.shape), value.dtype, name) for name, value in wanted.items()}
+    renamed = _renamed(model, checkpoint)
     tied: dict[int, list[str]] = {}
     for name, value in wanted.items():
         tied.setdefault(id(value), []).append(name)
-    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     sources: dict[str, TensorSource] = {}
     missing: list[str] = []
     wrong: list[str] = []
     for name, value in wanted.items():
-        spellings = [s for n in [name, *tied[id(value)]] for s in (n, prefix + n, n.removeprefix(prefix))]
-        found = next((checkpoint[s] for s in spellings if s in checkpoint), None)
+        found = next((renamed[n] for n in [name, *tied[id(value)]] if n in renamed), None)
         if found is None:
             missing.append(name)
         elif found.shape != tuple(value.shape):
@@ -41,18 +43,39 @@ def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] 
         else:
             sources[name] = found
     if missing or wrong:
-        parts = []
-        if wrong:
-            parts.append("; ".join(wrong[:3]) + (f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""))
-        if missing:
-            parts.append(
-                "missing: " + ", ".join(missing[:3]) + (f", and {len(missing) - 3} more" if len(missing) > 3 else "")
-            )
+        why = [f"{_few(wrong)}."] if wrong else []
+        why += [f"Missing: {_few(missing)}."] if missing else []
         raise ModelError(
             "CS2005",
             "The config and the weights disagree.",
             where=type(model).__name__,
-            why=". ".join(parts) + ".",
+            why=" ".join(why),
             hint="Use the config.json that was saved with these weights.",
         )
     return sources
+
+
+def _few(items: list[str]) -> str:
+    return "; ".join(items[:3]) + (f"; and {len(items) - 3} more" if len(items) > 3 else "")
+
+
+def _renamed(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
+    """The checkpoint under the names the model uses in memory."""
+    transforms = get_model_conversion_mapping(model)
+    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    state = model.state_dict()
+    found: dict[str, TensorSource] = {}
+    # Sorted, because a group of renamings is switched on by the alphabetically first of its names.
+    for name in sorted(checkpoint):
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
+        if pattern is not None and target not in checkpoint:
+            raise ModelError(
+                "CS2009",
+                "The checkpoint stores a tensor in pieces.",
+                where=name,
+                why=f"transformers assembles {target!r} from several stored tensors when it loads this model type.",
+                hint="Models with fused experts cannot be read from disk in this version.",
+            )
+        found[target] = checkpoint[name]
+    return found

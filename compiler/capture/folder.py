@@ -61,12 +61,12 @@ def _from_hub(model: str) -> Path:
     why = "The path does not exist."
     if HUB_ID.fullmatch(model) and not Path(model).parent.exists():
         from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
             # The file patterns leave pickles and remote code behind.
             return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-        except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             why = f"There is no such folder, and the hub gave nothing for this id ({type(error).__name__})."
     raise UsageError(
         "CS1002",
@@ -102,6 +102,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 def _classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     import transformers
+    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -120,7 +121,7 @@ def _classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[Pr
     try:
         with quiet_transformers():
             config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UsageError(
             "CS1003",
             "config.json has values its model type rejects.",
@@ -140,7 +141,9 @@ def _classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[Pr
                 hint="Use an architecture of transformers, or a newer transformers.",
             )
         return config, model_class
-    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING else MODEL_MAPPING
+    # Encoders that can also serve as a decoder (BERT) have this switch, and it is off.
+    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING and getattr(config, "is_decoder", True)
+    mapping = MODEL_FOR_CAUSAL_LM_MAPPING if generates else MODEL_MAPPING
     if type(config) not in mapping:
         raise ModelError(
             "CS2002",

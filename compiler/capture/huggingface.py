@@ -163,9 +163,10 @@ def _program(
         weights=WeightStore(weights),
         kind=sample.kind,
         config=config,
-        aliases=_aliases(model, {b.tensor for b in bindings.values()}),
     )
-    return swept(fold_constants(program))
+    program = swept(fold_constants(program))
+    # Export binds every name of a tied tensor; which of them is used shows only now.
+    return replace(program, aliases=_aliases(model, {b.tensor for b in program.bindings.values()}))
 
 
 def _aliases(model: PreTrainedModel, bound: set[str]) -> dict[str, str]:

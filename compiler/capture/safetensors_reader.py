@@ -91,20 +91,26 @@ def _read_header(path: Path) -> dict[str, Any]:
         raise _bad(path, "The header is not a JSON object.")
     header.pop("__metadata__", None)
     end = 0
-    for name, entry in header.items():
-        end = max(end, _check_entry(path, name, entry))
+    for (start, stop), name in sorted((_check_entry(path, name, entry), name) for name, entry in header.items()):
+        if start != end:
+            raise _bad(
+                path, f"The data of tensor {name!r} starts at {start}, where {end} is expected (overlap or hole)."
+            )
+        end = stop
     if 8 + length + end != size:
         raise _bad(path, f"The header describes {8 + length + end} bytes, the file has {size} (truncated or extended).")
     return header
 
 
-def _check_entry(path: Path, name: str, entry: Any) -> int:
-    """Validate one header entry; returns the offset its data ends at."""
+def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
+    """Validate one header entry; returns the offsets its data lies between."""
     try:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
     except (TypeError, KeyError, ValueError) as error:
         raise _bad(path, f"The entry of tensor {name!r} is malformed.") from error
+    if not isinstance(dtype, str):
+        raise _bad(path, f"The entry of tensor {name!r} is malformed.")
     if dtype not in DTYPES:
         raise _bad(path, f"Tensor {name!r} has the dtype {dtype!r}, which this version does not read.")
     if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
@@ -112,7 +118,7 @@ def _check_entry(path: Path, name: str, entry: Any) -> int:
     expected = prod(shape) * DTYPES[dtype].itemsize
     if stop - start != expected:
         raise _bad(path, f"Tensor {name!r} of shape {shape} needs {expected} bytes, its entry spans {stop - start}.")
-    return int(stop)
+    return start, stop
 
 
 def _shards(folder: Path) -> list[Path]:
@@ -121,7 +127,7 @@ def _shards(folder: Path) -> list[Path]:
         try:
             mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
             names = sorted(set(mapping.values()))
-        except (json.JSONDecodeError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise _bad(index, f"The index is malformed: {error}.") from error
         for name in names:
             # An index that points elsewhere is hostile or broken; either way it is not followed.

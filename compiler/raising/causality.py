@@ -17,7 +17,8 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.raising.evaluation import Point, context_length, evaluate, sample_inputs, valid_queries
+from compile_sparse.compiler.model_facts import context_length
+from compile_sparse.compiler.raising.evaluation import Point, evaluate, sample_inputs, valid_queries
 
 __all__ = ["CausalMask", "CausalityProver"]
 
@@ -46,7 +47,7 @@ class CausalityProver:
         return self._answers[mask]
 
     def _examine(self, mask: fx.Node) -> CausalMask | str:
-        far = max(context_length(self._program) or _UNKNOWN_CONTEXT, 16)
+        far = max(context_length(self._program.config) or _UNKNOWN_CONTEXT, 16)
         try:
             last = self._allowed(mask, Point(1, 2, far - 2))
             if isinstance(last, str):

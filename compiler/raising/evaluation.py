@@ -27,15 +27,6 @@ class Point:
     padded: bool = False
 
 
-def context_length(program: Program) -> int:
-    """Positions the model was made for, or 0 when its config does not say."""
-    for key in ("max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx"):
-        value = program.config.get(key)
-        if isinstance(value, int) and value > 0:
-            return value
-    return 0
-
-
 def valid_queries(point: Point) -> torch.Tensor:
     """Bool ``[B, S]``: which new positions are not padding."""
     lengths = torch.full((point.batch, 1), point.length)

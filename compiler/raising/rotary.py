@@ -18,7 +18,8 @@ from torch import fx
 
 from compile_sparse.compiler.editing import add_weight
 from compile_sparse.compiler.program import Binding, Program
-from compile_sparse.compiler.raising.evaluation import Point, context_length, evaluate, sample_inputs, valid_queries
+from compile_sparse.compiler.model_facts import context_length
+from compile_sparse.compiler.raising.evaluation import Point, evaluate, sample_inputs, valid_queries
 from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op, operand_pairs
 from compile_sparse.compiler.weights import ResidentTensor
 
@@ -87,7 +88,7 @@ class RotaryTables:
         return cos, sin
 
     def _table(self, angle: fx.Node) -> torch.Tensor | str:
-        context = context_length(self._program)
+        context = context_length(self._program.config)
         if not context:
             return "the config gives no context length"
         whole = self._rows(angle, Point(1, context, 0))

@@ -16,10 +16,11 @@ import numpy as np
 import torch
 
 from compile_sparse.compiler.execute import Executor, decoder_inputs
+from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 
-__all__ = ["DECODER_FILE", "SAMPLE_FILE", "reference_windows", "sample_inputs", "write_reference"]
+__all__ = ["DECODER_FILE", "SAMPLE_FILE", "sample_inputs", "write_reference"]
 
 DECODER_FILE = "reference.json"
 SAMPLE_FILE = "reference.npz"
@@ -27,13 +28,13 @@ WINDOWS, TOKENS, PREFILL = 8, 64, 48
 SAMPLES = 8
 
 
-def reference_windows(text: Sequence[Sequence[int]], vocabulary: int, context: int, seed: int) -> list[list[int]]:
-    """``WINDOWS`` windows of up to ``TOKENS`` ids, spread over ``text``; random ids when there is too little text."""
+def _windows(text: Sequence[Sequence[int]], count: int, vocabulary: int, context: int, seed: int) -> list[list[int]]:
+    """``count`` windows of up to ``TOKENS`` ids, spread over ``text``; random ids when there is too little text."""
     length = min(TOKENS, context)
     usable = [list(window[:length]) for window in text if len(window) >= length]
-    chosen = [usable[i * len(usable) // WINDOWS] for i in range(WINDOWS)] if len(usable) >= WINDOWS else usable
+    chosen = [usable[i * len(usable) // count] for i in range(count)] if len(usable) >= count else usable
     draws = np.random.default_rng(seed)
-    while len(chosen) < WINDOWS:
+    while len(chosen) < count:
         chosen.append(draws.integers(0, vocabulary, length).tolist())
     return chosen
 
@@ -41,7 +42,7 @@ def reference_windows(text: Sequence[Sequence[int]], vocabulary: int, context: i
 def sample_inputs(program: Program, seed: int, *, batch: int = 1, length: int = 64) -> dict[str, np.ndarray[Any, Any]]:
     """Seeded inputs of an encoder or vision model: ``batch`` samples."""
     draws = np.random.default_rng(seed)
-    length = min(length, int(program.config.get("max_position_embeddings") or length))
+    length = min(length, context_length(program.config) or length)
     values: dict[str, np.ndarray[Any, Any]] = {}
     for item in program.inputs:
         if item.role == "pixel_values":
@@ -57,17 +58,34 @@ def sample_inputs(program: Program, seed: int, *, batch: int = 1, length: int = 
 
 
 def write_reference(
-    program: Program, folder: Path, *, windows: Sequence[Sequence[int]], seed: int, progress: Progress
+    program: Program,
+    folder: Path,
+    *,
+    text: Sequence[Sequence[int]],
+    seed: int,
+    progress: Progress,
+    windows: int = WINDOWS,
 ) -> None:
-    """Run ``program`` in torch and write what a runtime must reproduce into ``folder``."""
+    """Run ``program`` in torch and write what a runtime must reproduce into ``folder``.
+
+    Args:
+        program: what was lowered.
+        folder: gets ``DECODER_FILE`` or ``SAMPLE_FILE``.
+        text: token ids to take windows from (decoders).
+        seed: of inputs that are drawn.
+        progress: where windows are reported.
+        windows: how many (decoders).
+    """
     executor = Executor(program)
     if program.kind == "decoder":
+        vocabulary, context = int(program.config["vocab_size"]), context_length(program.config) or TOKENS
+        chosen = _windows(text, windows, vocabulary, context, seed)
         traces = []
-        with progress.task("reference in torch", total=len(windows)) as task:
-            for window in windows:
-                traces.append(_trace(program, executor, list(window)))
+        with progress.task("reference in torch", total=len(chosen)) as task:
+            for window in chosen:
+                traces.append(_trace(program, executor, window))
                 task.advance()
-        data = {"prefill": PREFILL, "windows": [list(w) for w in windows], "traces": traces}
+        data = {"prefill": PREFILL, "windows": chosen, "traces": traces}
         (folder / DECODER_FILE).write_text(json.dumps(data), encoding="utf-8")
         return
     with progress.task("reference in torch", total=1) as task:

@@ -11,11 +11,12 @@ __all__ = ["DECODERS", "ENCODERS", "build"]
 _LLAMA_LIKE = {
     "vocab_size": 96,
     "hidden_size": 64,
-    "intermediate_size": 96,
+    "intermediate_size": 88,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
+    "pad_token_id": 0,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -23,7 +24,7 @@ _BERT_LIKE = {
     "hidden_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "intermediate_size": 96,
+    "intermediate_size": 88,
 }
 
 DECODERS = ("llama", "qwen2", "qwen3", "mistral", "gpt2", "opt")
@@ -64,7 +65,7 @@ def _make(name: str) -> PreTrainedModel:
             t.OPTConfig(
                 vocab_size=96,
                 hidden_size=64,
-                ffn_dim=96,
+                ffn_dim=88,
                 num_hidden_layers=2,
                 num_attention_heads=4,
                 max_position_embeddings=128,

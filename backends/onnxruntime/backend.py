@@ -1,0 +1,79 @@
+"""The backend's verbs. Everything that knows ONNX is imported inside them."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compile_sparse.compiler.contract import Lowered, Probe
+
+if TYPE_CHECKING:
+    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.progress import Progress
+    from compile_sparse.compiler.skip import Skip
+    from compile_sparse.compiler.targets import Target
+
+__all__ = ["OnnxRuntimeBackend"]
+
+_RUNTIME = "onnxruntime"
+_PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+
+class OnnxRuntimeBackend:
+    """Lowers programs to ONNX and runs them in ONNX Runtime."""
+
+    name = _RUNTIME
+
+    def probe(self, target: Target) -> Probe:
+        """Version and device found here, or why the target cannot run."""
+        extra = "ort-cuda" if target.device == "cuda" else "ort"
+        hint = f"pip install 'compile-sparse[{extra}]'"
+        for package in ("onnx", "onnxruntime"):
+            if find_spec(package) is None:
+                return Probe(False, _RUNTIME, why_not=f"The package {package} is not installed.", hint=hint)
+        try:
+            import onnxruntime
+        except (ImportError, OSError) as error:
+            return Probe(False, _RUNTIME, why_not=f"onnxruntime does not load: {error}.", hint=hint)
+        version = str(onnxruntime.__version__)
+        wanted = target.minimum_versions.get("onnxruntime", "0")
+        if _numbers(version) < _numbers(wanted):
+            why = f"onnxruntime {version} is older than {wanted}, which this target needs."
+            return Probe(False, _RUNTIME, version, why_not=why, hint=hint + " --upgrade")
+        provider = _PROVIDERS.get(target.device)
+        if provider is None or provider not in onnxruntime.get_available_providers():
+            why = f"This onnxruntime has no support for device {target.device!r}."
+            return Probe(False, _RUNTIME, version, why_not=why, hint=hint)
+        return Probe(True, _RUNTIME, version, target.device)
+
+    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+        """CS2311 for operators without an ONNX form, CS2310 and CS23xx for what runs in a slow form."""
+        from compile_sparse.backends.onnxruntime.lowering import rehearse
+
+        return rehearse(program)
+
+    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write the model folder.
+
+        Raises:
+            Refusal: CS2311 when an operator has no ONNX form.
+        """
+        from compile_sparse.backends.onnxruntime.lowering import write_folder
+
+        return write_folder(program, target, out, progress)
+
+    def worker_command(self, target: Target) -> Sequence[str]:
+        """The measuring process; it imports numpy and onnxruntime only."""
+        # -P keeps this folder's modules from shadowing the worker's imports.
+        return [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = []
+    for part in version.split(".")[:3]:
+        digits = "".join(c for c in part if c.isdigit())
+        parts.append(int(digits or 0))
+    return tuple(parts)

@@ -1,0 +1,107 @@
+"""Operators one by one: the ONNX graph of a function gives what torch gives, at two sizes of the dynamic dimension."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch.export import Dim
+
+from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
+from compile_sparse.backends.onnxruntime.lowering import rehearse, write_graph
+from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.execute import Executor
+from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.targets import find_target
+from tests.onnxruntime.running import run, session
+from tests.toys import Applied, toy_program
+
+F = torch.nn.functional
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+# One argument, float [batch, 6] with a dynamic batch.
+FUNCTIONS: dict[str, Function] = {
+    "arithmetic": lambda x: (2 - x) * 3 + torch.sub(x, x.neg(), alpha=2) / 4.0,
+    "division of integers": lambda x: torch.arange(6) / 4 + x,
+    "comparison with a number": lambda x: torch.where(x > 0.5, x, -1.0),
+    "integer against float": lambda x: ((x * 4).to(torch.int64) >= 1.5).float(),
+    "logic": lambda x: (((x > 0) & (x < 1)) | ~(x != x)).float(),
+    "booleans multiplied": lambda x: ((x > 0) * (x < 1)).float(),
+    "clamp": lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0),
+    "powers": lambda x: x.pow(2) + x.abs().pow(1.5) + torch.rsqrt(x.abs() + 1),
+    "functions": lambda x: x.sin() + x.cos() + x.exp() + (x.abs() + 1).log() + x.tanh() + x.sigmoid() + torch.erf(x),
+    "activations": lambda x: F.silu(x) + F.gelu(x) + F.gelu(x, approximate="tanh") + F.relu(x) + F.hardswish(x),
+    "reductions": lambda x: x.mean(-1) + x.sum(1) + x.amax(-1) - x.amin(-1) + x.mean((0, 1)),
+    "any and all": lambda x: (x > 0).any(-1).float() + (x > -9).all(-1).float(),
+    "maximum": lambda x: torch.maximum(x, -x) + torch.max(x),
+    "softmax": lambda x: x.softmax(-1) + x.softmax(0),
+    "cumulative sum": lambda x: (x > 0).cumsum(1).float() + x.cumsum(0),
+    "reshape with a dynamic size": lambda x: x.reshape(x.shape[0], 2, 3).reshape(-1, 3).reshape(x.shape[0], -1),
+    "flatten and unflatten": lambda x: x.unflatten(1, (2, 3)).flatten(0, 1),
+    "expand": lambda x: x[:, None].expand(-1, 4, -1) + x.unsqueeze(0).expand(2, x.shape[0], 6)[:, :1, None, :].sum(0),
+    "slices": lambda x: x[:, 1:5:2] + x[:, -2:] * x[:1, 3:4],
+    "slice to a dynamic end": lambda x: torch.cat([x, x])[: x.shape[0]] + torch.cat([x, x * 2])[x.shape[0] :],
+    "select": lambda x: x[:, 2] + x.select(1, -1),
+    "split": lambda x: torch.cat([p * i for i, p in enumerate(x.split(4, 1))], 1) + torch.cat(x.chunk(2, 1)[::-1], 1),
+    "stack and permute": lambda x: torch.stack([x, x * 2], 1).permute(2, 0, 1).transpose(0, -1),
+    "squeeze": lambda x: x[:, None, :, None].squeeze(-1).squeeze(1),
+    "arange": lambda x: torch.arange(x.shape[0])[:, None] + x + torch.arange(2, 14, 2),
+    "created": lambda x: (
+        x.new_ones(x.shape[0], 6) + torch.full((6,), 2.5) + torch.ones_like(x) + torch.zeros(x.shape[0], 1)
+    ),
+    "masked fill": lambda x: x.masked_fill(x > 0, -3),
+    "gather": lambda x: x[:, torch.tensor([2, 0, 2])] + x.index_select(1, torch.tensor([1, 1, 1])),
+    "index by two broadcast indices": lambda x: x[torch.arange(x.shape[0])[:, None], torch.arange(3)[None, :]],
+    "matrix products": lambda x: x @ x.t() @ x + torch.bmm(x[None], x.t()[None])[0] @ x,
+    "layer norm without weight": lambda x: F.layer_norm(x, (6,)),
+    "convolution": lambda x: F.conv1d(x[:, None], torch.ones(2, 1, 3), padding=1, stride=2),
+    "scalar sizes": lambda x: x * x.shape[0] + (x.shape[0] * 2 - 1) // 2,
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_function(name: str, tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    function = FUNCTIONS[name]
+    program = toy_program(
+        Applied(function), [torch.randn(6, 6, generator=generator)], [{0: Dim("batch", min=2, max=64)}]
+    )
+    write_graph(program, tmp_path, SilentProgress())
+    loaded = session(tmp_path)
+    for batch in (6, 9):
+        x = torch.randn(batch, 6, generator=generator)
+        expected = Executor(program).run({"x0": x})["y0"]
+        torch.testing.assert_close(run(loaded, {"x0": x})["y0"], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_an_operator_without_emitter_is_planned_as_a_skip_and_refused(tmp_path: Path) -> None:
+    program = toy_program(Applied(lambda x: torch.flip(x, [0]).relu()), [torch.randn(3, 4)])
+    (skip,) = rehearse(program)
+    assert skip.code == "CS2311"
+    assert "aten::flip" in skip.why
+    assert skip.where.startswith("flip")
+    with pytest.raises(Refusal, match="CS2311"):
+        OnnxRuntimeBackend().lower(program, find_target("ort-cpu"), tmp_path, SilentProgress())
+    assert not list(tmp_path.iterdir())
+
+
+def test_half_precision_is_refused(tmp_path: Path) -> None:
+    program = toy_program(torch.nn.Sequential(torch.nn.Linear(4, 4)).to(torch.bfloat16), [torch.randn(3, 4).bfloat16()])
+    (skip,) = OnnxRuntimeBackend().plan(program, find_target("ort-cpu"))
+    assert skip.code == "CS2312"
+    with pytest.raises(Refusal, match="CS2312"):
+        OnnxRuntimeBackend().lower(program, find_target("ort-cpu"), tmp_path, SilentProgress())
+
+
+def test_probe_names_what_is_missing() -> None:
+    target = find_target("ort-cpu")
+    backend = OnnxRuntimeBackend()
+    assert backend.probe(target).available
+    old = backend.probe(target.model_copy(update={"minimum_versions": {"onnxruntime": "99.0"}}))
+    assert not old.available
+    assert "99.0" in old.why_not
+    device = backend.probe(target.model_copy(update={"device": "abacus"}))
+    assert not device.available
+    assert "abacus" in device.why_not
