@@ -29,7 +29,7 @@ class Executor:
         cache_bytes: weights kept in memory between runs, first come first kept; 0 keeps none.
     """
 
-    def __init__(self, program: Program, *, cache_bytes: int = 2 << 30) -> None:
+    def __init__(self, program: Program, *, cache_bytes: int = 1 << 30) -> None:
         self._program = program
         self._budget = cache_bytes
         self._cached: dict[str, torch.Tensor] = {}

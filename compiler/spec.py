@@ -98,7 +98,10 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
                 raise broken(4, node.name, f"it cannot run on its inputs: {error}") from error
     if op_name(node) == "dequantize_weight":
         _check_scales(node, broken)
-    for before, now in zip(_tensors(recorded), _tensors(computed), strict=True):
+    pairs = _tensors(recorded), _tensors(computed)
+    if len(pairs[0]) != len(pairs[1]):
+        raise broken(4, node.name, f"{len(pairs[0])} tensors recorded, its inputs give {len(pairs[1])}")
+    for before, now in zip(*pairs, strict=True):
         if before.dtype != now.dtype or not _same_shape(before.shape, now.shape):
             raise broken(
                 4,

@@ -73,11 +73,11 @@ def read_windows(
         )
     windows: list[list[int]] = []
     for where, ids in _sequences(path, tokenizer):
-        if any(not 0 <= i < vocabulary for i in ids):
-            worst = max(ids, key=abs)
+        outside = [i for i in ids if not 0 <= i < vocabulary]
+        if outside:
             raise UsageError(
                 "CS1031",
-                f"A token id is outside the vocabulary: {worst}.",
+                f"A token id is outside the vocabulary: {outside[0]}.",
                 where=where,
                 why=f"The model has ids 0 to {vocabulary - 1}.",
                 hint="Make the file with this model's tokenizer.",

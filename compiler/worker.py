@@ -73,6 +73,7 @@ class Worker:
                 stderr=self._stderr,
                 text=True,
                 encoding="utf-8",
+                errors="replace",  # the reading thread must survive whatever a runtime prints
                 env=environment,
                 start_new_session=True,  # its own group, so that Ctrl-C reaches us and we stop it in order
             )
@@ -86,6 +87,7 @@ class Worker:
         except BaseException:
             self._kill()
             raise
+        runtime = hello.get("runtime")
         if hello.get("protocol") != PROTOCOL:
             self._kill()
             raise EnvironmentFailure(
@@ -95,7 +97,10 @@ class Worker:
                 why=f"It says {hello.get('protocol')}, this version needs {PROTOCOL}.",
                 hint="Reinstall compile-sparse in the runtime's environment.",
             )
-        self.runtime = hello["runtime"]
+        if not isinstance(runtime, dict):
+            self._kill()
+            raise _garbage("hello", json.dumps(hello))
+        self.runtime = runtime
         return self
 
     def __exit__(
@@ -137,12 +142,17 @@ class Worker:
         while True:
             reply = self._receive(operation, timeout)
             if reply.get("event") == "progress":
+                done, total = reply.get("done"), reply.get("total")
+                if not (isinstance(done, int) and isinstance(total, int)):
+                    raise _garbage(operation, json.dumps(reply))
                 if on_progress is not None:
-                    on_progress(int(reply["done"]), int(reply["total"]))
+                    on_progress(done, total)
             elif reply.get("id") == self._next_id:
                 break
         if not reply.get("ok"):
-            error = reply.get("error", {})
+            error = reply.get("error")
+            if not isinstance(error, dict):
+                error = {"message": error}
             raise EnvironmentFailure(
                 "CS5204",
                 f"The runtime failed in {operation!r}.",
@@ -150,7 +160,9 @@ class Worker:
                 why=f"{error.get('type', 'Error')}: {error.get('message', 'no message')}",
                 hint="If this is the artifact's fault, please report it with the model's config.json.",
             )
-        result: dict[str, Any] = reply["result"]
+        result = reply.get("result")
+        if not isinstance(result, dict):
+            raise _garbage(operation, json.dumps(reply))
         return result
 
     def _receive(self, operation: str, timeout: float) -> dict[str, Any]:
@@ -170,9 +182,7 @@ class Worker:
         try:
             reply = json.loads(line)
         except json.JSONDecodeError as error:
-            raise EnvironmentFailure(
-                "CS5202", "The runtime's worker sent garbage.", where=operation, why=line[:200]
-            ) from error
+            raise _garbage(operation, line) from error
         return reply if isinstance(reply, dict) else {}
 
     def _read(self) -> None:
@@ -209,3 +219,7 @@ class Worker:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
+
+
+def _garbage(operation: str, line: str) -> EnvironmentFailure:
+    return EnvironmentFailure("CS5202", "The runtime's worker sent garbage.", where=operation, why=line[:200])

@@ -52,7 +52,7 @@ class Mask(BaseModel):
         if found is None or (found["n"] and not 0 < int(found["n"]) < int(found["m"])):
             raise ValueError("write N:M with 0 < N < M, a fraction between 0 and 1 such as 0.5, or block=16x16:0.5")
         if float(found["plain"] or found["share"] or 0.5) <= 0 or (
-            found["rows"] and "0" in (found["rows"], found["columns"])
+            found["rows"] and 0 in (int(found["rows"]), int(found["columns"]))
         ):
             raise ValueError("the fraction and the block sides must be positive")
         return value

@@ -210,20 +210,21 @@ class Worker:
         return {}
 
     def op_trace(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        """Next-token predictions with the cache filled by one prefill and then one given token at a time."""
+        """Next-token predictions of a batch, with the cache filled by one prefill and then one given token at a time."""
         model, windows = self._model(request.get("name")), _windows(request)
-        prefill = _count(request, "prefill", 1)
-        traces = []
-        for done, ids in enumerate(windows):
-            generation = Generation(model, 1, len(ids))
-            first = min(prefill, len(ids) - 1)
-            trace: dict[str, list[float]] = {"top1": [], "logprob": [], "margin": []}
-            _extend(trace, generation.step(ids[None, :first])[0], ids[1 : first + 1])
-            for position in range(first, len(ids) - 1):
-                logits = generation.step(ids[None, position : position + 1])[0]
-                _extend(trace, logits, ids[position + 1 : position + 2])
-            traces.append(trace)
-            report(done + 1, len(windows))
+        if len({len(ids) for ids in windows}) != 1:
+            raise RequestError("the windows of a trace must have equal lengths: they run as one batch")
+        tokens = np.stack(windows)
+        count, length = tokens.shape
+        generation = Generation(model, count, length)
+        traces: list[dict[str, list[float]]] = [{"top1": [], "logprob": [], "margin": []} for _ in range(count)]
+        start, stop = 0, min(_count(request, "prefill", 1), length - 1)
+        while start < length - 1:
+            logits = generation.step(tokens[:, start:stop])
+            for row, trace in enumerate(traces):
+                _extend(trace, logits[row], tokens[row, start + 1 : stop + 1])
+            report(stop, length - 1)
+            start, stop = stop, stop + 1
         return {"windows": traces}
 
     def op_score(self, request: dict[str, Any], report: Report) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The program's own answers, computed once in torch and kept in the artifact: what the runtime must reproduce.
 
-Decoders: next-token predictions on windows of real text, with the cache filled by one prefill and then one token at a time.
-The runtime is asked for exactly the same calls, because run-time activation scales depend on what is in a call.
+Decoders: next-token predictions on a batch of windows of real text, the cache filled by one prefill and then one token at a
+time. The runtime is asked for exactly the same calls, because run-time activation scales depend on what is in a call.
 Encoders and vision models: outputs on seeded inputs.
 """
 
@@ -18,13 +18,13 @@ import torch
 from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.progress import Progress, Task
 
 __all__ = ["DECODER_FILE", "SAMPLE_FILE", "sample_inputs", "write_reference"]
 
 DECODER_FILE = "reference.json"
 SAMPLE_FILE = "reference.npz"
-WINDOWS, TOKENS, PREFILL = 8, 64, 48
+WINDOWS, TOKENS, PREFILL = 8, 64, 56
 SAMPLES = 8
 
 
@@ -80,11 +80,8 @@ def write_reference(
     if program.kind == "decoder":
         vocabulary, context = int(program.config["vocab_size"]), context_length(program.config) or TOKENS
         chosen = _windows(text, windows, vocabulary, context, seed)
-        traces = []
-        with progress.task("reference in torch", total=len(chosen)) as task:
-            for window in chosen:
-                traces.append(_trace(program, executor, window))
-                task.advance()
+        with progress.task("reference in torch", total=max(1, len(chosen[0]) - PREFILL)) as task:
+            traces = _traces(program, executor, torch.tensor(chosen, dtype=torch.long), task)
         data = {"prefill": PREFILL, "windows": chosen, "traces": traces}
         (folder / DECODER_FILE).write_text(json.dumps(data), encoding="utf-8")
         return
@@ -97,20 +94,22 @@ def write_reference(
     np.savez(folder / SAMPLE_FILE, **arrays)  # type: ignore[arg-type]
 
 
-def _trace(program: Program, executor: Executor, ids: list[int]) -> dict[str, list[float]]:
-    tokens = torch.tensor([ids], dtype=torch.long)
-    first = min(PREFILL, len(ids) - 1)
-    outputs = executor.run(decoder_inputs(program, tokens[:, :first]))
-    rows = [outputs["logits"][0]]
-    for position in range(first, len(ids) - 1):
-        outputs = executor.run(decoder_inputs(program, tokens[:, position : position + 1], past=outputs))
-        rows.append(outputs["logits"][0])
-    logits = torch.cat(rows).double()
-    log_probabilities = logits.log_softmax(-1)
-    best = logits.topk(2, dim=-1)
-    picked = log_probabilities.gather(1, tokens[0, 1:, None])
-    return {
-        "top1": best.indices[:, 0].tolist(),
-        "logprob": picked[:, 0].tolist(),
-        "margin": (best.values[:, 0] - best.values[:, 1]).tolist(),
-    }
+def _traces(program: Program, executor: Executor, tokens: torch.Tensor, task: Task) -> list[dict[str, list[float]]]:
+    """Predictions for ``tokens [B, T]``, per window; all windows run as one batch, so each weight is read once per step."""
+    length = tokens.shape[1]
+    traces: list[dict[str, list[float]]] = [{"top1": [], "logprob": [], "margin": []} for _ in tokens]
+    outputs: dict[str, torch.Tensor] = {}
+    start, stop = 0, min(PREFILL, length - 1)
+    while start < length - 1:
+        outputs = executor.run(decoder_inputs(program, tokens[:, start:stop], past=outputs))
+        logits = outputs["logits"].double()
+        best = logits.topk(2, dim=-1)
+        picked = logits.log_softmax(-1).gather(2, tokens[:, start + 1 : stop + 1, None])[..., 0]
+        margins = best.values[..., 0] - best.values[..., 1]
+        for row, trace in enumerate(traces):
+            trace["top1"] += best.indices[row, :, 0].tolist()
+            trace["logprob"] += picked[row].tolist()
+            trace["margin"] += margins[row].tolist()
+        task.advance()
+        start, stop = stop, stop + 1
+    return traces
