@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.calibration import CalibrationStream
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from compile_sparse.compiler.skip import Skip
     from compile_sparse.compiler.targets import Target
 
-__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe"]
+__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe", "ZeroingPass"]
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,23 @@ class Pass(Protocol):
     name: str
     stage: str
 
-    def useless_on(self, target: Target) -> Sequence[Skip]:
-        """What the target cannot exploit although this pass would do it; a compilation then needs ``--allow-useless``."""
-        ...
-
     def run(self, program: Program, context: PassContext) -> PassResult: ...
+
+
+@runtime_checkable
+class ZeroingPass(Protocol):
+    """A pass that leaves zeros in place: whether they are worth anything is the target's to say.
+
+    Attributes:
+        zero_fraction: share of the weights it treats that become zero.
+    """
+
+    @property
+    def zero_fraction(self) -> float: ...
+
+    def useless_on(self, target: Target) -> Sequence[Skip]:
+        """Reasons why ``target`` cannot exploit the zeros; compiling then needs ``--allow-useless``."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from compile_sparse.compiler.cache import cache_key
 from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture.folder import ModelFolder, open_folder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
-from compile_sparse.compiler.contract import Backend, Pass, Probe
+from compile_sparse.compiler.contract import Backend, Pass, Probe, ZeroingPass
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.recipe import Recipe
@@ -26,6 +26,7 @@ from compile_sparse.compiler.version import TOOL_VERSION
 __all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "prepare", "runtime_threads"]
 
 UNLIMITED = 1 << 30
+DEFAULT_WINDOW_TOKENS = 256
 DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
@@ -130,6 +131,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe, *, allow_code: 
     useless = tuple(
         Skip(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
         for step in passes
+        if isinstance(step, ZeroingPass)
         for skip in step.useless_on(target)
     )
     return Job(
@@ -158,19 +160,16 @@ def _as_folder(model: str | Path, allow_code: bool) -> str | Path:
     return model
 
 
-def _arithmetic(folder: ModelFolder, step: Pass) -> str:
+def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
     """What the zeros would amount to in this model, from the headers of its weight files."""
     import torch
 
-    fraction = getattr(step, "zero_fraction", None)
-    if fraction is None:
-        return ""
     tensors = read_checkpoint(folder.path, torch.float32).values()
     weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
     if not weights:
         return ""
     return (
-        f"In this model: {fraction:.0%} of {weights:,} matrix weights would be zero, the file would keep all "
+        f"In this model: {step.zero_fraction:.0%} of {weights:,} matrix weights would be zero, the file would keep all "
         f"{4 * weights / 1e6:,.1f} MB of them in fp32, and no multiplication would be skipped."
     )
 
@@ -191,7 +190,7 @@ class TextReader:
         usable = isinstance(beginning, int) and 0 <= beginning < self._vocabulary
         self._beginning = beginning if usable else None
 
-    def _read(self, file: str, samples: int, length: int) -> list[list[int]]:
+    def _read(self, file: str, samples: int, length: int | None) -> list[list[int]]:
         if not self._vocabulary:
             raise UsageError(
                 "CS1038",
@@ -203,7 +202,7 @@ class TextReader:
         return read_windows(
             Path(file),
             samples=samples,
-            length=length,
+            length=length or min(DEFAULT_WINDOW_TOKENS, self._context),
             vocabulary=self._vocabulary,
             context=self._context,
             tokenizer=self._tokenizer,

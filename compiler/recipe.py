@@ -93,7 +93,12 @@ class Calibration(_Model):
 
     file: str = Field(min_length=1, description="JSONL file; one {'text': ...} or {'input_ids': [...]} per line")
     samples: int = Field(default=128, ge=1, le=1_000_000, description="windows used, 1 to 1,000,000")
-    sequence_length: int = Field(default=256, ge=2, le=1_000_000, description="tokens per window, 2 to 1,000,000")
+    sequence_length: int | None = Field(
+        default=None,
+        ge=2,
+        le=1_000_000,
+        description="tokens per window, 2 to 1,000,000; null: 256, or the model's longest",
+    )
 
 
 class Evaluation(_Model):
@@ -101,7 +106,12 @@ class Evaluation(_Model):
 
     slices: dict[str, str] = Field(default_factory=dict, description="slice name -> JSONL file, as for calibration")
     samples: int = Field(default=64, ge=1, le=1_000_000, description="windows per slice, 1 to 1,000,000")
-    sequence_length: int = Field(default=256, ge=2, le=1_000_000, description="tokens per window, 2 to 1,000,000")
+    sequence_length: int | None = Field(
+        default=None,
+        ge=2,
+        le=1_000_000,
+        description="tokens per window, 2 to 1,000,000; null: 256, or the model's longest",
+    )
 
 
 def _gate(text: str) -> str:

@@ -17,7 +17,6 @@ from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, fi
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.job import DTYPE_NAMES, TextReader, baseline_key, runtime_threads
 from compile_sparse.compiler.measure import folder_bytes, measure
-from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipe import Evaluation, Recipe
@@ -67,7 +66,7 @@ def verify_artifact(
             hint=probe.hint,
         )
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
-    recipe = _recipe(manifest.recipe, eval, workload, gates, context_length(config))
+    recipe = _recipe(manifest.recipe, eval, workload, gates)
     slices = TextReader(config, artifact.model).slices(recipe)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, probe.version),
@@ -105,14 +104,11 @@ def _recipe(
     eval: Mapping[str, str | Path] | None,
     workload: str | None,
     gates: Sequence[str],
-    context: int | None,
 ) -> Recipe:
     """What to measure: the workload, windows and seed it was compiled with, the data files given now."""
     evaluation = Evaluation.model_validate({**canonical["evaluation"], "slices": {}})
-    # Without slices nobody has compared this length with the model's yet, and 'verify' has no option to change it.
-    longest = min(evaluation.sequence_length, context or evaluation.sequence_length)
     base = Recipe(
-        evaluation=evaluation.model_copy(update={"sequence_length": longest}),
+        evaluation=evaluation,
         workload=Workload.model_validate(canonical["workload"]),
         seed=canonical["seed"],
     )

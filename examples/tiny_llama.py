@@ -25,7 +25,7 @@ from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.table import report_table
 
-STEPS, BATCH, LENGTH = 150, 16, 128
+STEPS, BATCH, LENGTH = 90, 16, 128
 HELD_OUT = ("asyncio", "email", "json")
 """Packages the model never sees: the evaluation slices."""
 
@@ -59,11 +59,11 @@ def train(folder: Path, text: str) -> None:
     tokenizer = build_tokenizer()
     config = LlamaConfig(
         vocab_size=tokenizer.get_vocab_size(),
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=6,
-        num_key_value_heads=3,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=3,
+        num_attention_heads=8,
+        num_key_value_heads=4,
         max_position_embeddings=512,
         bos_token_id=0,
         eos_token_id=0,
@@ -110,7 +110,7 @@ def main() -> int:
                 calibration=out / "calibration.jsonl",
                 calibration_samples=64,
                 eval={name: out / f"{name}.jsonl" for name in HELD_OUT},
-                workload="prompt=128,output=64,rounds=7",
+                workload="prompt=128,output=64,rounds=15",
                 gates=["fidelity_top1>=0.97", "artifact_bytes<=0.6x"],
                 out=out / "artifact",
                 force=True,

@@ -16,7 +16,6 @@ from compile_sparse.compiler.contract import PassContext, PassResult
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
 from compile_sparse.passes.scores.activation import activation_scores
 from compile_sparse.passes.scores.magnitude import magnitude_scores
 
@@ -48,10 +47,6 @@ class PruneChannels(BaseModel):
         default=None,
         description="how channels are ranked; by default 'activation' when there is calibration text, else 'magnitude'",
     )
-
-    def useless_on(self, target: Target) -> Sequence[Skip]:
-        """Nothing: smaller shapes are less work for every dense kernel."""
-        return ()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose what stays, and let the rewriting engine apply it."""

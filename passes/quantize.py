@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from operator import getitem
 from typing import ClassVar, Literal
@@ -16,8 +16,6 @@ from compile_sparse.compiler.editing import add_weight, fake_mode_of, swept
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.linears import Linear, find_linears, makes_logits
 from compile_sparse.compiler.program import CODES, Binding, Program
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
 from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
 from compile_sparse.passes.round_to_nearest import quantize_channels, quantize_groups, scale_shape
 
@@ -68,10 +66,6 @@ class Quantize(BaseModel):
         description="w8a8: int8 weights and run-time int8 activations; w8a16, w4a16: weights only, groups of 128; -g32: of 32"
     )
     quantizer: Literal["rtn"] = Field(default="rtn", description="how codes are chosen; rtn: round to nearest")
-
-    def useless_on(self, target: Target) -> Sequence[Skip]:
-        """Nothing: a scheme either has a kernel or is refused in ``run``."""
-        return ()
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         if self.scheme not in context.target.schemes:

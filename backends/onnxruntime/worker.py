@@ -162,10 +162,12 @@ class Generation:
 
 
 def _log_softmax(rows: np.ndarray) -> np.ndarray:
-    wide = rows.astype(np.float64)
-    wide -= wide.max(axis=-1, keepdims=True)
-    wide -= np.log(np.exp(wide).sum(axis=-1, keepdims=True))
-    return wide
+    shifted = rows.astype(np.float32)
+    shifted -= shifted.max(axis=-1, keepdims=True)
+    # Terms in float32 are exact enough; their sum over a large vocabulary is not.
+    totals = np.exp(shifted).sum(axis=-1, keepdims=True, dtype=np.float64)
+    shifted -= np.log(totals).astype(np.float32)
+    return shifted
 
 
 def _row_blocks(count: int) -> Iterator[slice]:
@@ -343,11 +345,11 @@ def _add_score(score: dict[str, Any], logits: np.ndarray, against: np.ndarray | 
         wanted = targets[rows]
         picked = np.arange(len(wanted))
         log_p = _log_softmax(logits[rows])
-        score["nll"] -= float(log_p[picked, wanted].sum())
+        score["nll"] -= float(log_p[picked, wanted].sum(dtype=np.float64))
         if against is not None:
             log_q = _log_softmax(against[rows])
-            score["nll_against"] -= float(log_q[picked, wanted].sum())
-            score["kl"] += float((np.exp(log_q) * (log_q - log_p)).sum())
+            score["nll_against"] -= float(log_q[picked, wanted].sum(dtype=np.float64))
+            score["kl"] += float((np.exp(log_q) * (log_q - log_p)).sum(dtype=np.float64))
             score["top1_equal"] += int((logits[rows].argmax(-1) == against[rows].argmax(-1)).sum())
 
 

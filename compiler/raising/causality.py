@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.model_facts import context_length
+from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.raising.evaluation import Point, evaluate, sample_inputs, valid_queries
 
 __all__ = ["CausalMask", "CausalityProver"]

@@ -11,7 +11,7 @@ from torch import fx
 
 from compile_sparse.compiler.program import Program
 
-__all__ = ["Point", "context_length", "evaluate", "sample_inputs", "valid_queries"]
+__all__ = ["Point", "evaluate", "sample_inputs", "valid_queries"]
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.editing import add_weight
-from compile_sparse.compiler.program import Binding, Program
 from compile_sparse.compiler.model_facts import context_length
+from compile_sparse.compiler.program import Binding, Program
 from compile_sparse.compiler.raising.evaluation import Point, evaluate, sample_inputs, valid_queries
 from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op, operand_pairs
 from compile_sparse.compiler.weights import ResidentTensor

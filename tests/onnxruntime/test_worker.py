@@ -74,9 +74,9 @@ def test_hello(client: Client) -> None:
 
 @pytest.mark.parametrize("prefill", [1, 6, 50])
 def test_trace_equals_a_full_forward(client: Client, program_of: ProgramOf, prefill: int) -> None:
-    windows = [[5, 17, 40, 8, 33, 2, 71, 9, 12, 50], [9, 3, 3, 60]]
+    windows = [[5, 17, 40, 8, 33, 2, 71, 9, 12, 50], [9, 3, 3, 60, 1, 44, 7, 7, 90, 11]]
     traces = client.ask("trace", name="fp32", windows=windows, prefill=prefill)["windows"]
-    assert [event["done"] for event in client.events] == [1, 2]
+    assert [event["done"] for event in client.events] == list(range(min(prefill, 9), 10))
     for ids, trace in zip(windows, traces, strict=True):
         expected = _reference(program_of, ids)
         wanted = [float(expected[i, ids[i + 1]]) for i in range(len(ids) - 1)]
@@ -158,6 +158,7 @@ def test_run_and_samples(client: Client, folder_of: FolderOf, program_of: Progra
         ('{"id": 7, "op": "load", "name": "x", "folder": "/nowhere", "threads": "all"}', "'threads'"),
         ('{"id": 7, "op": "trace", "name": "absent", "windows": [[1, 2]], "prefill": 1}', "'absent'"),
         ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1]], "prefill": 1}', "at least 2 ids"),
+        ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1, 2], [1, 2, 3]], "prefill": 1}', "equal lengths"),
         ('{"id": 7, "op": "score", "name": "fp32", "windows": [[1, -2]]}', "non-negative"),
         ('{"id": 7, "op": "score", "name": "fp32", "windows": [[1, 5000, 2]]}', ""),
         ('{"id": 7, "op": "benchmark", "names": [], "prompt_tokens": 1}', "'names'"),

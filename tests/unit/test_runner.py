@@ -84,9 +84,7 @@ def test_a_change_that_is_claimed_is_caught(program: Program, change: Callable[[
 
 
 @pytest.mark.parametrize(("change", "modified"), [(doubled, True), (rewired, True), (Program.clone, False)])
-def test_an_honest_pass_is_accepted(
-    program: Program, change: Callable[[Program], Program], modified: bool
-) -> None:
+def test_an_honest_pass_is_accepted(program: Program, change: Callable[[Program], Program], modified: bool) -> None:
     run_passes(program, [Step(change, modified)], context(), verify_each=True)
 
 

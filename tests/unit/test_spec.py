@@ -114,9 +114,8 @@ def wrong_dtype(program: Program) -> Program:
 
 
 def sizes_do_not_fit(program: Program) -> Program:
-    down = call(program, "linear_1")
-    down.args = (program.node(program.inputs[0].placeholder), *down.args[1:])
-    call(program, "relu").target = aten.relu.default
+    up, down = call(program, "linear"), call(program, "linear_1")
+    down.args = (down.args[0], up.args[1], down.args[2])
     return program
 
 

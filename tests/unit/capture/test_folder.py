@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import pickle
+import pickle  # noqa: TID251 - the trap is one
 import time
 from collections.abc import Callable
 from pathlib import Path

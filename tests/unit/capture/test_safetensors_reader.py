@@ -127,7 +127,7 @@ def test_an_unreadable_index_is_refused(tmp_path: Path, text: str) -> None:
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
     for number in (1, 2):
         save_file({"a": torch.ones(2)}, tmp_path / f"model-{number}.safetensors")
-    with pytest.raises(ModelError, match="'a' is also in model-1.safetensors"):
+    with pytest.raises(ModelError, match=r"'a' is also in model-1\.safetensors"):
         read_checkpoint(tmp_path, torch.float32)
 
 
