@@ -28,7 +28,6 @@ def compile(
     out: str | Path | None = None,
     verify: bool = True,
     force: bool = False,
-    allow_code: bool = False,
     allow_useless: bool = False,
     verify_each: bool = False,
     progress: Progress | None = None,
@@ -43,7 +42,6 @@ def compile(
         out: artifact folder; ``./MODEL-TARGET`` by default.
         verify: False skips all measurements; the verdict is then ``unverified``.
         force: replace an existing artifact.
-        allow_code: accept a MODEL that names Python code.
         allow_useless: accept what the target cannot exploit.
         verify_each: check the program after every pass.
         progress: where long work reports.
@@ -55,7 +53,7 @@ def compile(
         CompileSparseError: see ``errors``; each class has its exit code.
     """
     merged = merge_options(_recipe(recipe), **options)
-    job = prepare(model, target, merged, allow_code=allow_code)
+    job = prepare(model, target, merged)
     if not allow_useless:
         job.refuse_useless()
     folder = Path(out) if out is not None else Path(f"{job.folder.path.name}-{target}")
@@ -74,14 +72,13 @@ def explain(
     *,
     target: str,
     recipe: Recipe | str | Path | None = None,
-    allow_code: bool = False,
     allow_useless: bool = False,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
     """The plan for the same arguments as ``compile``: sizes and reasons, no weights read, nothing written."""
     merged = merge_options(_recipe(recipe), **options)
-    job = prepare(model, target, merged, allow_code=allow_code)
+    job = prepare(model, target, merged)
     return plan_job(job, progress or SilentProgress(), accept_useless=allow_useless)
 
 

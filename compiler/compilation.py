@@ -19,8 +19,16 @@ from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
 from compile_sparse.compiler.measure import Measured, folder_bytes, measure
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.report import Change, GateResult, ModelSection, PassSection, Report, RuntimeSection
-from compile_sparse.compiler.runner import run_passes
+from compile_sparse.compiler.report import (
+    Change,
+    GateResult,
+    ModelSection,
+    PassSection,
+    Report,
+    RuntimeSection,
+    SkipEntry,
+)
+from compile_sparse.compiler.runner import observed, run_passes
 from compile_sparse.compiler.spec import verify_program
 from compile_sparse.compiler.staging import REPORT, Staging
 from compile_sparse.compiler.stored_size import zero_share
@@ -74,12 +82,19 @@ class _Build:
             target=job.target, progress=self.progress, calibration=job.calibration, seed=job.recipe.seed
         )
         program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
-        lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
+        with observed() as cost:
+            lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
         text = [w for windows in job.slices.values() for w in windows]
         text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
         write_reference(program, staging.folder, text=text, seed=job.recipe.seed, progress=self.progress)
-        section = PassSection(name="lower", achieved=dict(lowered.form), skips=[s.as_dict() for s in lowered.skips])  # type: ignore[arg-type]
+        section = PassSection(
+            name="lower",
+            achieved=dict(lowered.form),
+            seconds=cost.seconds,
+            peak_rss_bytes=cost.peak_rss_bytes,
+            skips=tuple(SkipEntry(**skip.as_dict()) for skip in lowered.skips),
+        )
         return {
             "passes": [s.model_dump(mode="json") for s in (*sections, section)],
             "parameters": program.parameter_count(),

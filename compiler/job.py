@@ -117,7 +117,7 @@ def runtime_threads(requested: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
-def prepare(model: str | Path, target_name: str, recipe: Recipe, *, allow_code: bool = False) -> Job:
+def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     """Open and check everything.
 
     Raises:
@@ -126,7 +126,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe, *, allow_code: 
     target = find_target(target_name)
     backend = find_backend(target)
     passes = recipe.build_passes()
-    folder = open_folder(_as_folder(model, allow_code))
+    folder = open_folder(model)
     text = TextReader(folder.config.to_dict(), folder.path)
     useless = tuple(
         Skip(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
@@ -145,19 +145,6 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe, *, allow_code: 
         slices=text.slices(recipe),
         useless=useless,
     )
-
-
-def _as_folder(model: str | Path, allow_code: bool) -> str | Path:
-    text = str(model)
-    if ":" in text and not Path(text).exists() and not allow_code:
-        raise UsageError(
-            "CS1037",
-            "MODEL names Python code.",
-            where=text,
-            why="Code is only run when asked for.",
-            hint="Save the model with save_pretrained and give the folder.",
-        )
-    return model
 
 
 def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import psutil
 
@@ -16,7 +16,7 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.report import PassSection, SkipEntry
 from compile_sparse.compiler.spec import InvalidProgram, verify_program
 
-__all__ = ["peak_memory", "run_passes", "structural_digest"]
+__all__ = ["Cost", "observed", "run_passes", "structural_digest"]
 
 SAMPLING_SECONDS = 0.02
 
@@ -34,27 +34,25 @@ def run_passes(
     sections = []
     for step in passes:
         before = structural_digest(program) if verify_each else ""
-        start = time.perf_counter()
-        with peak_memory() as memory:
+        with observed() as cost:
             result = step.run(program, context)
-        seconds = time.perf_counter() - start
         if verify_each:
             verify_program(result.program, after=step.name)
             changed = structural_digest(result.program) != before
             if changed != result.modified:
                 raise InvalidProgram(f"pass {step.name} says modified={result.modified}, but the digest says {changed}")
-        sections.append(_section(step, result, seconds, memory.peak_bytes))
+        sections.append(_section(step, result, cost))
         program = result.program
     return program, tuple(sections)
 
 
-def _section(step: Pass, result: PassResult, seconds: float, peak_rss_bytes: int) -> PassSection:
+def _section(step: Pass, result: PassResult, cost: Cost) -> PassSection:
     return PassSection(
         name=step.name,
         requested=dict(result.requested),
         achieved=dict(result.achieved),
-        seconds=round(seconds, 3),
-        peak_rss_bytes=peak_rss_bytes,
+        seconds=cost.seconds,
+        peak_rss_bytes=cost.peak_rss_bytes,
         skips=tuple(SkipEntry(**skip.as_dict()) for skip in result.skips),
         notes=tuple(result.notes),
     )
@@ -70,26 +68,29 @@ def structural_digest(program: Program) -> str:
 
 
 @dataclass
-class _Peak:
-    peak_bytes: int = 0
-    _stop: threading.Event = field(default_factory=threading.Event)
+class Cost:
+    """Wall-clock seconds and highest resident bytes of a block of work; final when the block has ended."""
+
+    seconds: float = 0.0
+    peak_rss_bytes: int = 0
 
 
 @contextmanager
-def peak_memory() -> Iterator[_Peak]:
-    """Highest resident memory of this process while the block runs, by sampling (the kernel's own peak never falls)."""
-    process, peak = psutil.Process(), _Peak()
+def observed() -> Iterator[Cost]:
+    """Cost of the block. Memory is sampled, because the kernel's own peak never falls again."""
+    process, cost, stop, start = psutil.Process(), Cost(), threading.Event(), time.perf_counter()
 
     def sample() -> None:
         while True:
-            peak.peak_bytes = max(peak.peak_bytes, process.memory_info().rss)
-            if peak._stop.wait(SAMPLING_SECONDS):
+            cost.peak_rss_bytes = max(cost.peak_rss_bytes, process.memory_info().rss)
+            if stop.wait(SAMPLING_SECONDS):
                 return
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
     try:
-        yield peak
+        yield cost
     finally:
-        peak._stop.set()
+        stop.set()
         thread.join()
+        cost.seconds = round(time.perf_counter() - start, 3)

@@ -59,6 +59,8 @@ def open_folder(model: str | Path) -> ModelFolder:
 
 def _from_hub(model: str) -> Path:
     why = "The path does not exist."
+    if re.fullmatch(r"[\w.]+:\w+", model):
+        why = "It names Python code, which this version does not run; save the model with save_pretrained."
     if HUB_ID.fullmatch(model) and not Path(model).parent.exists():
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError

@@ -84,7 +84,6 @@ _RECIPE = (
     click.option("--sequence-length", metavar="N", type=int, help="Tokens per calibration and evaluation window."),
     *_MEASUREMENT,
     click.option("--seed", metavar="N", type=int, help="For anything random.  [default: 0]"),
-    click.option("--allow-code", is_flag=True, help="Accept MODEL as package.module:factory, which runs its code."),
     click.option("--allow-useless", is_flag=True, help="Accept what the target cannot exploit."),
 )  # fmt: skip
 

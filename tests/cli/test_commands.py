@@ -46,7 +46,7 @@ def test_every_option_arrives(api, shell):
             "pl=p",
         ),
         *("--workload", "prompt=8", "--gate", "decode_tok_s>=1.2x", "--gate", "ppl[en]<=1.1x", "--out", "O"),
-        *("--no-verify", "--seed", "3", "--force", "--allow-code", "--allow-useless", "--verify-each"),
+        *("--no-verify", "--seed", "3", "--force", "--allow-useless", "--verify-each"),
     )
     assert code == 0, err
     ((_, _, options),) = api.calls
@@ -70,7 +70,6 @@ def test_every_option_arrives(api, shell):
         "verify": False,
         "seed": 3,
         "force": True,
-        "allow_code": True,
         "allow_useless": True,
         "verify_each": True,
     }

@@ -1,0 +1,36 @@
+"""Every pass on every architecture leaves a program that the IR's verifier accepts, and says honestly that it changed it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from compile_sparse.compiler.contract import PassContext
+from compile_sparse.compiler.execute import Executor
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.raising import raise_patterns
+from compile_sparse.compiler.runner import run_passes
+from compile_sparse.compiler.spec import verify_program
+from compile_sparse.compiler.targets import find_target
+from compile_sparse.passes.mask import Mask
+from compile_sparse.passes.prune_channels import PruneChannels
+from compile_sparse.passes.quantize import Quantize
+from tests.models import MODELS, example_inputs
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32"])
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_all_passes_verify_on_every_model(captured: Callable[[str], Program], name: str, scheme: str) -> None:
+    dense = captured(name)
+    verify_program(dense)
+    passes = [PruneChannels(fraction=0.25), Mask(pattern="2:4"), Quantize(scheme=scheme)]
+    context = PassContext(target=find_target("null"), progress=SilentProgress())
+    program, sections = run_passes(dense, passes, context, verify_each=True)
+    verify_program(raise_patterns(program)[0], after="raising")
+    assert [section.name for section in sections] == ["prune-channels", "mask", "quantize"]
+    assert program.parameter_count() < dense.parameter_count()
+    outputs = Executor(program).run(example_inputs(program, 2, 6))
+    assert all(bool(torch.isfinite(value).all()) for value in outputs.values())
