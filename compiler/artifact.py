@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.file_digests import folder_problem
 from compile_sparse.compiler.manifest import Manifest
-from compile_sparse.compiler.staging import MANIFEST, REPORT, Staging
+from compile_sparse.compiler.staging import MANIFEST, REPORT, Staging, recover_replaced
 
 __all__ = ["MANIFEST", "REPORT", "Artifact", "Staging", "read_artifact", "replace_report"]
 
@@ -55,6 +55,7 @@ def read_artifact(path: str | Path, *, verify_digests: bool = True) -> Artifact:
         UsageError: CS1021 not an artifact or incomplete, CS1022 a malformed manifest, CS1023 files differ from it.
     """
     folder = Path(path)
+    recover_replaced(folder)
     if not (folder / MANIFEST).exists():
         raise UsageError(
             "CS1021",

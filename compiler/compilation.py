@@ -137,8 +137,8 @@ def compile_job(
                 job.target,
                 baseline=baseline,
                 artifact=staging.folder,
-                workload=job.recipe.workload,
-                threads=runtime_threads(job.recipe.workload.threads),
+                workload=job.workload,
+                threads=runtime_threads(job.workload.threads),
                 vocabulary=job.vocabulary,
                 slices=job.slices,
                 seed=job.recipe.seed,
@@ -159,6 +159,7 @@ def compile_job(
                 verdict_why=why,
                 model=sizes,
                 passes=passes,
+                notes=tuple(stage["limits"]),
                 runtime=RuntimeSection(
                     name=job.probe.runtime, version=job.probe.version, device=job.probe.device or job.target.device
                 ),

@@ -12,7 +12,7 @@ from typing import Any
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.cache import cache_key
 from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.capture.folder import ModelFolder, open_folder
+from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.contract import Backend, Pass, Probe, ZeroingPass
 from compile_sparse.compiler.errors import Refusal, UsageError
@@ -21,9 +21,10 @@ from compile_sparse.compiler.recipe import Recipe
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target, find_target
 from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
-from compile_sparse.compiler.version import TOOL_VERSION
+from compile_sparse.compiler.version import TOOL_VERSION, library_versions
+from compile_sparse.compiler.workload import Workload
 
-__all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "prepare", "runtime_threads"]
+__all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "fitting", "prepare", "runtime_threads"]
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
@@ -40,6 +41,7 @@ class Job:
         recipe, passes: what is done.
         calibration: windows the passes observe, or None.
         slices: evaluation windows by slice name.
+        workload: what speed is measured on, fitting the model's context.
         useless: what the target cannot exploit although it was asked for.
     """
 
@@ -51,6 +53,7 @@ class Job:
     passes: tuple[Pass, ...]
     calibration: CalibrationStream | None
     slices: Mapping[str, Sequence[Sequence[int]]]
+    workload: Workload
     useless: tuple[Skip, ...]
 
     @cached_property
@@ -67,7 +70,9 @@ class Job:
                 "source": self.source_digest,
                 "recipe": self.recipe.canonical(),
                 "target": self.target.model_dump(mode="json"),
+                "tokenizer": self.folder.tokenizer_digest(),
                 "tool": TOOL_VERSION,
+                "libraries": library_versions(),
                 "runtime": self.probe.version,
             }
         )
@@ -102,8 +107,30 @@ def baseline_key(source_digest: str, target: Target, runtime_version: str) -> st
             "source": source_digest,
             "target": target.model_dump(mode="json"),
             "tool": TOOL_VERSION,
+            "libraries": library_versions(),
             "runtime": runtime_version,
         }
+    )
+
+
+def fitting(workload: Workload, context: int | None) -> Workload:
+    """``workload`` when its requests fit the model's context; the default one is shortened to fit.
+
+    Raises:
+        UsageError: CS1040 when the user asked for requests that are too long.
+    """
+    length, usual = workload.prompt + workload.output, Workload()
+    if context is None or length <= context:
+        return workload
+    shorter = {"prompt": max(1, context // 2), "output": max(1, context // 4)}
+    if (workload.prompt, workload.output) == (usual.prompt, usual.output):
+        return workload.model_copy(update=shorter)
+    raise UsageError(
+        "CS1040",
+        f"The workload's requests of {length} tokens are longer than the model allows.",
+        where="--workload",
+        why=f"prompt={workload.prompt} and output={workload.output}; the model's longest sequence is {context} tokens.",
+        hint=f"For example --workload prompt={shorter['prompt']},output={shorter['output']}.",
     )
 
 
@@ -128,6 +155,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     passes = recipe.build_passes()
     folder = open_folder(model)
     text = TextReader(folder.config.to_dict(), folder.path)
+    context = context_length(folder.config.to_dict()) if is_causal(folder.model_class) else None
     useless = tuple(
         Skip(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
         for step in passes
@@ -143,6 +171,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
         passes=passes,
         calibration=text.calibration(recipe),
         slices=text.slices(recipe),
+        workload=fitting(recipe.workload, context),
         useless=useless,
     )
 

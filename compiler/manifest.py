@@ -10,7 +10,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.report import PassSection, RuntimeSection
 
-__all__ = ["FileEntry", "Manifest", "Source", "Tool", "is_contained"]
+TOOL_NAME = "compile-sparse"
+
+__all__ = ["TOOL_NAME", "FileEntry", "Manifest", "Source", "Tool", "is_contained"]
 
 
 def is_contained(name: str) -> bool:
@@ -41,7 +43,7 @@ class _Section(BaseModel):
 class Tool(_Section):
     """What made the artifact."""
 
-    name: str = "compile-sparse"
+    name: str = TOOL_NAME
     version: str
 
 

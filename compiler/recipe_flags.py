@@ -45,6 +45,8 @@ def merge_options(
             that is not evaluated, and the errors of workloads, gates and recipes.
         Refusal: CS4101 a pass that is not installed.
     """
+    for text in gates:
+        parse_gate(text)  # here its error keeps its own words
     base = recipe or Recipe()
     passes = _Passes(base.passes)
     for kind, fraction in (prune or {}).items():

@@ -85,6 +85,9 @@ class Fidelity(_Section):
 
     tokens: int | None = Field(default=None, ge=0, description="decoders: positions compared")
     samples: int | None = Field(default=None, ge=0, description="encoders and vision: inputs compared")
+    ties: int | None = Field(
+        default=None, ge=0, description="decoders: positions left out of top-1, the program's best two being too close"
+    )
     mean_abs_logprob_diff: float | None = Field(default=None, ge=0, description="decoders, nats")
     max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
     mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
@@ -121,7 +124,11 @@ class Speed(_Section):
         default=None, description="encoders and vision: time per batch, milliseconds"
     )
     peak_rss_bytes: int | None = Field(default=None, ge=0, description="of the measuring process, bytes")
-    roofline: float | None = Field(default=None, ge=0, description="share of memory bandwidth reached while decoding")
+    roofline: float | None = Field(
+        default=None,
+        ge=0,
+        description="bytes of the model folder over time per token and measured bandwidth",
+    )
 
 
 class Interval(_Section):

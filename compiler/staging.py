@@ -28,13 +28,44 @@ from filelock import FileLock, Timeout
 from compile_sparse.compiler.durable import as_disk_failure, disk_errors, sync_folder, sync_tree, write_durably
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.file_digests import folder_digests, list_files
-from compile_sparse.compiler.manifest import FileEntry, Manifest
+from compile_sparse.compiler.manifest import TOOL_NAME, FileEntry, Manifest
 
-__all__ = ["MANIFEST", "REPORT", "Staging"]
+__all__ = ["MANIFEST", "REPORT", "Staging", "recover_replaced"]
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
 _STAGES = "stages.json"
+
+
+def recover_replaced(out: Path) -> None:
+    """Put the artifact back that a killed run had moved aside between its two renames; a live run is left alone."""
+    moved = _siblings(out, "old")
+    if moved and not out.exists() and not any(_locked(staging) for staging in _siblings(out, "staging")):
+        os.rename(moved[-1], out)
+
+
+def _siblings(out: Path, kind: str) -> list[Path]:
+    return sorted(out.parent.glob(f".{glob.escape(out.name)}.{kind}-*"))
+
+
+def _locked(staging: Path) -> bool:
+    lock = FileLock(staging / "lock")
+    try:
+        lock.acquire(timeout=0)
+    except (Timeout, OSError):
+        return True
+    lock.release()
+    return False
+
+
+def _is_artifact(folder: Path) -> bool:
+    """A manifest of ours, and nothing beside what it lists: only then is deleting the folder no loss."""
+    try:
+        manifest = Manifest.model_validate_json((folder / MANIFEST).read_bytes())
+        present = set(list_files(folder))
+    except (OSError, ValueError):
+        return False
+    return manifest.tool.name == TOOL_NAME and present <= {*manifest.files, MANIFEST}
 
 
 class Staging:
@@ -178,27 +209,17 @@ class Staging:
 
     def _recover(self) -> None:
         """Put an artifact back that a killed run had moved aside."""
-        for old in self._siblings("old"):
-            if self.out.exists():
-                shutil.rmtree(old, ignore_errors=True)
-            else:
-                os.rename(old, self.out)
-
-    def _siblings(self, kind: str) -> list[Path]:
-        return sorted(self.out.parent.glob(f".{glob.escape(self.out.name)}.{kind}-*"))
+        recover_replaced(self.out)
+        for old in _siblings(self.out, "old"):
+            shutil.rmtree(old, ignore_errors=True)
 
     def _remove_stale(self) -> None:
         """Remove what stopped commands with other options left behind, unless one of them is running."""
-        for other in self._siblings("staging"):
+        for other in _siblings(self.out, "staging"):
             if other == self.root:
                 continue
-            lock = FileLock(other / "lock")
-            try:
-                lock.acquire(timeout=0)
-            except (Timeout, OSError):
-                continue
-            shutil.rmtree(other, ignore_errors=True)
-            lock.release()
+            if not _locked(other):
+                shutil.rmtree(other, ignore_errors=True)
 
     def _check_out(self) -> None:
         if not os.path.lexists(self.out):
@@ -206,13 +227,15 @@ class Staging:
         ours = self.out.is_dir() and not self.out.is_symlink()
         if ours and not any(self.out.iterdir()):
             return
-        replaceable = ours and (self.out / MANIFEST).is_file()
+        replaceable = ours and _is_artifact(self.out)
         if not (self.force and replaceable):
             raise UsageError(
                 "CS1020",
                 "The output folder exists.",
                 where=str(self.out),
-                why="It holds an artifact." if replaceable else "It does not hold an artifact, so it is not replaced.",
+                why="It holds an artifact."
+                if replaceable
+                else "It is not an artifact, or holds files that are not part of one, so it is not replaced.",
                 hint="Give --force to replace it, or another --out." if replaceable else "Give another --out.",
             )
 

@@ -72,7 +72,7 @@ def read_windows(
             hint=f"Use --sequence-length {context} or less.",
         )
     windows: list[list[int]] = []
-    for where, ids in _sequences(path, tokenizer):
+    for where, ids, from_text in _sequences(path, tokenizer):
         outside = [i for i in ids if not 0 <= i < vocabulary]
         if outside:
             raise UsageError(
@@ -82,7 +82,7 @@ def read_windows(
                 why=f"The model has ids 0 to {vocabulary - 1}.",
                 hint="Make the file with this model's tokenizer.",
             )
-        windows += _cut(ids, length, beginning if tokenizer is not None else None)
+        windows += _cut(ids, length, beginning if from_text else None)
     if not windows:
         raise UsageError(
             "CS1032",
@@ -108,20 +108,21 @@ def _cut(ids: list[int], length: int, beginning: int | None) -> Iterator[list[in
             yield piece
 
 
-def _sequences(path: Path, tokenizer: Tokenizer | None) -> Iterator[tuple[str, list[int]]]:
+def _sequences(path: Path, tokenizer: Tokenizer | None) -> Iterator[tuple[str, list[int], bool]]:
     try:
         with path.open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
                 if line.strip():
                     where = f"{path.name}, line {number}"
-                    yield where, _ids(line, where, tokenizer)
+                    yield where, *_ids(line, where, tokenizer)
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             "CS1031", "The file cannot be read.", where=path.name, why=str(error), hint="Check the path; use UTF-8."
         ) from error
 
 
-def _ids(line: str, where: str, tokenizer: Tokenizer | None) -> list[int]:
+def _ids(line: str, where: str, tokenizer: Tokenizer | None) -> tuple[list[int], bool]:
+    """Token ids of a line, and whether they come from text."""
     try:
         entry: Any = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
@@ -134,7 +135,7 @@ def _ids(line: str, where: str, tokenizer: Tokenizer | None) -> list[int]:
         ) from error
     ids = entry.get("input_ids") if isinstance(entry, dict) else None
     if isinstance(ids, list) and all(type(i) is int for i in ids):
-        return list(ids)
+        return list(ids), False
     text = entry.get("text") if isinstance(entry, dict) else None
     if not isinstance(text, str):
         raise UsageError(
@@ -151,4 +152,4 @@ def _ids(line: str, where: str, tokenizer: Tokenizer | None) -> list[int]:
             why="The model folder has no tokenizer.json.",
             hint='Give token ids: {"input_ids": [...]} per line.',
         )
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    return list(tokenizer.encode(text, add_special_tokens=False).ids), True

@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from compile_sparse.compiler.artifact import read_artifact, replace_report
+from compile_sparse.compiler.artifact import Artifact, read_artifact, replace_report
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.baseline import baseline_parameters, get_baseline
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
-from compile_sparse.compiler.job import DTYPE_NAMES, TextReader, baseline_key, runtime_threads
+from compile_sparse.compiler.job import DTYPE_NAMES, TextReader, baseline_key, fitting, runtime_threads
 from compile_sparse.compiler.measure import folder_bytes, measure
+from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipe import Evaluation, Recipe
 from compile_sparse.compiler.recipe_flags import merge_options
 from compile_sparse.compiler.report import Change, ModelSection, Report
 from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.verify.gates import parse_gate
+from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.workload import Workload
 
 __all__ = ["verify_artifact"]
@@ -43,7 +47,7 @@ def verify_artifact(
         path: the artifact.
         eval: quality slices; without them perplexity is not measured.
         workload: instead of the one it was compiled with.
-        gates: conditions on the new measurements.
+        gates: conditions on the new measurements, instead of those it was compiled with.
         model: the dense model, needed when its baseline is no longer in the cache.
         progress: where measuring is reported.
 
@@ -53,7 +57,8 @@ def verify_artifact(
         GateFailure: CS3001.
     """
     artifact = read_artifact(path)
-    manifest = artifact.manifest
+    _require_complete(artifact)
+    manifest, old = artifact.manifest, Report.model_validate(artifact.report)
     target = find_target(manifest.target)
     backend = find_backend(target)
     probe = backend.probe(target)
@@ -66,7 +71,10 @@ def verify_artifact(
             hint=probe.hint,
         )
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
-    recipe = _recipe(manifest.recipe, eval, workload, gates)
+    recipe = _recipe(manifest.recipe, eval, workload)
+    for text in gates:
+        parse_gate(text)
+    measured_workload = fitting(recipe.workload, context_length(config) if old.model.kind == "decoder" else None)
     slices = TextReader(config, artifact.model).slices(recipe)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, probe.version),
@@ -80,30 +88,52 @@ def verify_artifact(
         target,
         baseline=baseline,
         artifact=artifact.folder,
-        workload=recipe.workload,
-        threads=runtime_threads(recipe.workload.threads),
+        workload=measured_workload,
+        threads=runtime_threads(measured_workload.threads),
         vocabulary=int(config.get("vocab_size") or 0),
         slices=slices,
         seed=recipe.seed,
         progress=progress,
     )
-    old = Report.model_validate(artifact.report)
+    if measured.quality is None and old.quality is not None:
+        measured = replace(measured, quality=old.quality)  # the same two models: what was measured still holds
     sizes = ModelSection(
         kind=old.model.kind,
         parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),
         artifact_bytes=Change(baseline=folder_bytes(baseline / "model"), compiled=folder_bytes(artifact.model)),
         zeros=old.model.zeros,
     )
-    report = judged(old.model_copy(update={"model": sizes, "gates": ()}), measured, recipe.gates)
+    report = judged(
+        old.model_copy(update={"model": sizes, "gates": ()}), measured, tuple(gates) or tuple(manifest.recipe["gates"])
+    )
     replace_report(artifact, report.as_json())
     return finished(report, artifact.folder)
+
+
+def _require_complete(artifact: Artifact) -> None:
+    """A manifest can be valid and still not list what measuring needs."""
+    names = set(artifact.manifest.files)
+    needed = {
+        "a model": any(name.startswith("model/") for name in names),
+        "a report": artifact.report is not None,
+        SOURCE_CONFIG: SOURCE_CONFIG in names,
+        "a reference": bool(names & {DECODER_FILE, SAMPLE_FILE}),
+    }
+    missing = [what for what, there in needed.items() if not there]
+    if missing:
+        raise UsageError(
+            "CS1021",
+            "This is not a complete artifact.",
+            where=str(artifact.folder),
+            why=f"Its manifest does not list {', '.join(missing)}.",
+            hint="Compile it again.",
+        )
 
 
 def _recipe(
     canonical: Mapping[str, Any],
     eval: Mapping[str, str | Path] | None,
     workload: str | None,
-    gates: Sequence[str],
 ) -> Recipe:
     """What to measure: the workload, windows and seed it was compiled with, the data files given now."""
     evaluation = Evaluation.model_validate({**canonical["evaluation"], "slices": {}})
@@ -112,7 +142,7 @@ def _recipe(
         workload=Workload.model_validate(canonical["workload"]),
         seed=canonical["seed"],
     )
-    return merge_options(base, eval=eval, workload=workload, gates=gates)
+    return merge_options(base, eval=eval, workload=workload)
 
 
 def _dense(model: str | Path | None, digest: str, target: Target, progress: Progress) -> Program:

@@ -77,8 +77,9 @@ class PruneChannels(BaseModel):
         return PassResult(
             program=pruned,
             modified=True,
-            requested={"fraction": self.fraction},
+            requested={"fraction": self.fraction, "criterion": self.criterion},
             achieved={
+                "criterion": self._used_criterion(context),
                 "fraction": 1.0 - after / before,
                 "groups": len(chosen),
                 "channels": {"before": before, "after": after},
@@ -110,13 +111,16 @@ class PruneChannels(BaseModel):
                 taken.add(group.leaf)
         return [group for group in groups if group.leaf in taken], skips
 
+    def _used_criterion(self, context: PassContext) -> str:
+        return self.criterion or ("activation" if context.calibration is not None else "magnitude")
+
     def _scores(
         self, analysis: Analysis, groups: Sequence[Group], context: PassContext
     ) -> Mapping[Axis, torch.Tensor] | None:
         """Score per channel, or None when only sizes are wanted."""
         if context.plan_only:
             return None
-        if self.criterion == "magnitude" or context.calibration is None:
+        if self._used_criterion(context) == "magnitude" or context.calibration is None:
             return magnitude_scores(analysis, groups, context.progress)
         return activation_scores(analysis, groups, context.calibration, context.progress)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from transformers import PreTrainedModel
@@ -12,6 +13,8 @@ from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.weights import AbsentTensor, TensorSource
 
 __all__ = ["bind_weights"]
+
+NUMBER = re.compile(r"(?<=\.)\d+(?=\.)")
 
 
 def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] | None) -> dict[str, TensorSource]:
@@ -42,8 +45,10 @@ def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] 
             wrong.append(f"{name} is {list(found.shape)}, the config implies {list(value.shape)}")
         else:
             sources[name] = found
-    if missing or wrong:
+    surplus = _unexpected(renamed, wanted)
+    if missing or wrong or surplus:
         why = [f"{_few(wrong)}."] if wrong else []
+        why += [f"The checkpoint has more layers than the config: {_few(surplus)}."] if surplus else []
         why += [f"Missing: {_few(missing)}."] if missing else []
         raise ModelError(
             "CS2005",
@@ -53,6 +58,15 @@ def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] 
             hint="Use the config.json that was saved with these weights.",
         )
     return sources
+
+
+def _unexpected(found: Mapping[str, TensorSource], wanted: Mapping[str, object]) -> list[str]:
+    """Stored tensors that differ from the model's only in a layer number: the config says fewer layers.
+
+    Other surplus tensors (a head that this model class does not have) are as harmless here as in transformers.
+    """
+    shapes = {NUMBER.sub("#", name) for name in wanted}
+    return sorted(name for name in found if name not in wanted and NUMBER.sub("#", name) in shapes)
 
 
 def _few(items: list[str]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +15,7 @@ from compile_sparse.compiler.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["ModelFolder", "open_folder"]
+__all__ = ["ModelFolder", "is_causal", "open_folder"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -36,11 +37,19 @@ class ModelFolder:
 
     def digest(self) -> str:
         """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
-        total = hashlib.sha256()
-        for path in [self.path / "config.json", *sorted(self.path.glob("*.safetensors"))]:
-            with path.open("rb") as handle:
-                total.update(f"{path.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\0".encode())
-        return total.hexdigest()
+        return _digest([self.path / "config.json", *sorted(self.path.glob("*.safetensors"))])
+
+    def tokenizer_digest(self) -> str:
+        """sha256 over everything else that decides how text becomes token ids, or is copied into an artifact."""
+        return _digest(path for path in sorted(self.path.glob("*.json")) if path.name != "config.json")
+
+
+def _digest(paths: Iterable[Path]) -> str:
+    total = hashlib.sha256()
+    for path in paths:
+        with path.open("rb") as handle:
+            total.update(f"{path.name}\0{hashlib.file_digest(handle, 'sha256').hexdigest()}\0".encode())
+    return total.hexdigest()
 
 
 def open_folder(model: str | Path) -> ModelFolder:
@@ -55,6 +64,16 @@ def open_folder(model: str | Path) -> ModelFolder:
         path = _from_hub(str(model))
     raw = _read_config(path)
     return ModelFolder(path.resolve(), *_classes(raw, path))
+
+
+def is_causal(model_class: type) -> bool:
+    """Whether a class generates text token by token, by transformers' own list."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    names: set[str] = set()
+    for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        names.update(value if isinstance(value, (tuple, list)) else [value])
+    return model_class.__name__ in names
 
 
 def _from_hub(model: str) -> Path:

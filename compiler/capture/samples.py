@@ -18,8 +18,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from compile_sparse.compiler.capture.folder import is_causal
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.program import Input, ModelKind, Output
 
@@ -55,7 +55,7 @@ def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
         ModelError: CS2007 when the model is of a kind that is not supported.
     """
     config = model.config
-    if type(model).__name__ in _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) and not config.is_encoder_decoder:
+    if is_causal(type(model)) and not config.is_encoder_decoder:
         return _decoder(model, mode)
     if config.is_encoder_decoder:
         raise _unsupported(model, "it is an encoder-decoder model")
@@ -64,13 +64,6 @@ def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
     if model.main_input_name == "input_ids":
         return _encoder(model, mode)
     raise _unsupported(model, f"its main input is {model.main_input_name!r}")
-
-
-def _names(mapping: Any) -> set[str]:
-    names: set[str] = set()
-    for value in mapping.values():
-        names.update(value if isinstance(value, (tuple, list)) else [value])
-    return names
 
 
 def _unsupported(model: PreTrainedModel, why: str) -> ModelError:

@@ -57,6 +57,7 @@ def _decoder(worker: Worker, name: str, reference: dict[str, Any], progress: Pro
     equal = column(expected, "top1") == column(found, "top1")
     return Fidelity(
         tokens=int(difference.size),
+        ties=int((~real).sum()),
         mean_abs_logprob_diff=float(difference.mean()),
         max_abs_diff=float(difference.max()),
         top1_agreement=float(equal[real].mean()) if real.any() else 0.0,

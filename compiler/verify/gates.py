@@ -179,7 +179,9 @@ def _at(data: Any, *path: str | None) -> Any:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else None
+    """A finite number, or None: a measurement that is not a number was not a measurement."""
+    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    return float(value) if usable else None
 
 
 def _divided(compiled: Any, baseline: Any) -> float | None:

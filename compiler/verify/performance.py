@@ -60,7 +60,7 @@ def measure_decoder(
             on_progress=lambda done, count: task.advance(),
         )
     rounds: dict[str, list[dict[str, Any]]] = reply["rounds"]
-    bandwidth = float(worker.call("bandwidth")["bytes_per_s"])
+    bandwidth = float(worker.call("bandwidth", threads=threads)["bytes_per_s"])
     speeds = {
         name: _speed(rounds[name], workload, peak_rss_bytes.get(name), weight_bytes[name] / bandwidth) for name in NAMES
     }

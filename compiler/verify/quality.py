@@ -19,6 +19,9 @@ from compile_sparse.compiler.worker import Worker
 
 __all__ = ["measure_agreement", "measure_perplexity"]
 
+MAX_NATS = 300.0
+"""Loss per token beyond which a model is broken and its perplexity no longer a useful number."""
+
 
 def measure_perplexity(
     worker: Worker, slices: Mapping[str, Sequence[Sequence[int]]], *, seed: int, progress: Progress
@@ -39,15 +42,24 @@ def measure_perplexity(
                 on_progress=lambda done, count: task.advance(),
             )
             measured[name] = _slice(reply["windows"], seed)
-    worst = max(measured, key=lambda name: measured[name].ratio or 0.0) if measured else None
+    worst = max(measured, key=lambda name: _damage(measured[name])) if measured else None
     return Quality(slices=measured, worst_slice=worst)
+
+
+def _damage(found: Slice) -> float:
+    """Ratio of perplexities; infinite when it is not a number, so that such a slice is the worst."""
+    return math.inf if found.ratio is None else found.ratio
 
 
 def _slice(scores: Sequence[Mapping[str, Any]], seed: int) -> Slice:
     tokens = [int(s["tokens"]) for s in scores]
+    count = sum(tokens)
+    if not all(
+        math.isfinite(s[key]) and s[key] < MAX_NATS * s["tokens"] for s in scores for key in ("nll", "nll_against")
+    ):
+        return Slice(samples=len(scores), tokens=count)  # no perplexity: gates on it fail
     compiled, baseline = [float(s["nll"]) for s in scores], [float(s["nll_against"]) for s in scores]
     estimate = perplexity_ratio(baseline, compiled, tokens, seed=seed)
-    count = sum(tokens)
     return Slice(
         ppl_baseline=math.exp(sum(baseline) / count),
         ppl_compiled=math.exp(sum(compiled) / count),

@@ -327,7 +327,29 @@ def test_a_failed_gate_leaves_artifact_and_report(artifact: Path, command: tuple
     assert found.out.splitlines()[-1] == str(artifact / "report.json")
     report = json.loads((artifact / "report.json").read_text())
     assert [gate["passed"] for gate in report["gates"]] == [False, True]
-    assert shell("verify", artifact, "--json").code == 0
+    again = shell("verify", artifact, "--json")
+    assert again.code == 3  # the gates it was compiled with still hold for it
+    assert set(again.report["quality"]["slices"]) == set(report["quality"]["slices"])  # measured before, still known
+    assert shell("verify", artifact, "--gate", "artifact_bytes<=0.6x", "--json").code == 0
+
+
+def test_a_request_longer_than_the_model_is_refused_before_any_work(
+    llama: Path, artifact: Path, tmp_path: Path
+) -> None:
+    found = shell(llama, "--target", "ort-cpu", "--workload", "prompt=120,output=60", "--out", tmp_path / "o", "--json")
+    assert (found.code, found.error["code"]) == (2, "CS1040")
+    again = shell("verify", artifact, "--workload", "prompt=120,output=60", "--json")
+    assert (again.code, again.error["code"]) == (2, "CS1040")
+
+
+def test_an_artifact_whose_manifest_lists_too_little_is_incomplete(artifact: Path) -> None:
+    manifest = json.loads((artifact / "manifest.json").read_text())
+    del manifest["files"]["source_config.json"]
+    (artifact / "source_config.json").unlink()
+    (artifact / "manifest.json").write_text(json.dumps(manifest))
+    found = shell("verify", artifact, "--json")
+    assert (found.code, found.error["code"]) == (2, "CS1021")
+    assert "source_config.json" in found.error["why"]
 
 
 def test_an_interrupted_run_leaves_no_artifact_and_resumes(

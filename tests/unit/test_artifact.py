@@ -198,11 +198,12 @@ def _run_killed(fault, out):
 
 def _state(out):
     """'none', 'old' or 'new'; anything half-done raises."""
-    if not out.exists():
-        with pytest.raises(UsageError, match="CS1021"):
-            read_artifact(out)
+    try:
+        return read_artifact(out).report["content"]
+    except UsageError as error:
+        assert error.code == "CS1021"
+        assert not out.exists()
         return "none"
-    return read_artifact(out).report["content"]
 
 
 @pytest.mark.parametrize("existing", [False, True])
@@ -234,7 +235,7 @@ def test_killed_at_any_point(tmp_path, existing):
         assert again.returncode == 0, again.stderr
         assert _state(out) == "new"
         assert [path.name for path in out.parent.iterdir()] == ["out"], fault
-    assert seen == ({"old", "none", "new"} if existing else {"none", "new"})
+    assert seen == ({"old", "new"} if existing else {"none", "new"})
 
 
 def test_artifact_that_was_moved_aside_comes_back(tmp_path):
@@ -252,3 +253,19 @@ def test_paths_are_not_patterns(tmp_path):
     _build(out, "old")
     _build(out, "new", force=True)
     assert [path.name for path in tmp_path.iterdir()] == ["we[i]rd*"]
+
+
+def test_a_manifest_of_something_else_or_an_added_file_protects_a_folder(tmp_path):
+    foreign = tmp_path / "project"
+    (foreign / "src").mkdir(parents=True)
+    (foreign / "manifest.json").write_text('{"name": "a browser extension", "manifest_version": 3}')
+    (foreign / "src" / "code.txt").write_text("precious")
+    with pytest.raises(UsageError, match="CS1020"):
+        _build(foreign, "new", force=True)
+    ours = tmp_path / "out"
+    _build(ours, "old")
+    (ours / "notes.txt").write_text("added by a person")
+    with pytest.raises(UsageError, match="CS1020"):
+        _build(ours, "new", force=True)
+    assert (foreign / "src" / "code.txt").read_text() == "precious"
+    assert (ours / "notes.txt").exists()

@@ -87,6 +87,10 @@ def test_missing_metrics_fail_with_a_reason(name, report):
 def test_nan_never_passes():
     report = {"fidelity": {"top1_agreement": float("nan")}}
     assert not evaluate_gates(["fidelity_top1<=2"], report)[0]["passed"]
+    slices = {"en": {"ratio": 1.0}, "broken": {"ratio": float("nan")}}
+    assert not evaluate_gates(["worst_slice_ppl<=1.1x"], {"quality": {"slices": slices}})[0]["passed"]
+    slices["broken"] = {"tokens": 5}
+    assert not evaluate_gates(["worst_slice_ppl<=1.1x"], {"quality": {"slices": slices}})[0]["passed"]
 
 
 @pytest.mark.parametrize(

@@ -209,7 +209,7 @@ def test_fractions_outside_the_open_interval(fraction):
         ({"calibration_samples": 4}, "CS1006"),
         ({"gates": ("ppl[xx]<=1.1x",)}, "CS1012"),
         ({"seed": -1}, "CS1105"),
-        ({"gates": ("nonsense",)}, "CS1105"),
+        ({"gates": ("nonsense",)}, "CS1011"),
     ],
 )
 def test_options_that_cannot_hold(options, code):

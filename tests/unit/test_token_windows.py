@@ -51,8 +51,9 @@ def test_the_beginning_token_starts_every_window_of_text_once(tmp_path: Path, to
     assert found == [[0] + [a] * 5, [0] + [a] * 5]
 
 
-def test_token_files_are_taken_as_they_are_without_a_tokenizer(tmp_path: Path) -> None:
+def test_token_files_are_taken_as_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
     assert read(tmp_path, [ids(3, 5)], beginning=1) == [[5, 6, 7]]
+    assert read(tmp_path, [ids(3, 5)], beginning=1, tokenizer=tokenizer) == [[5, 6, 7]]
 
 
 def test_text_becomes_the_tokenizers_ids(tmp_path: Path, tokenizer: Tokenizer) -> None:

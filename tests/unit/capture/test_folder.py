@@ -82,6 +82,21 @@ def test_a_missing_tensor_is_named(copy_of: CopyOf) -> None:
     assert "encoder.layer.1.output.dense.bias" in error.why
 
 
+def test_a_config_with_fewer_layers_than_the_checkpoint_is_refused(copy_of: CopyOf) -> None:
+    error = refused(configure(copy_of("bert"), num_hidden_layers=1))
+    assert error.code == "CS2005"
+    assert "more layers than the config" in error.why
+    assert "encoder.layer.1." in error.why
+
+
+def test_a_tensor_of_another_head_is_no_disagreement(copy_of: CopyOf) -> None:
+    folder = copy_of("bert")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["cls.predictions.bias"] = tensors["pooler.dense.bias"].clone()
+    save_file(tensors, folder / "model.safetensors")
+    capture(open_folder(folder))
+
+
 def test_an_unknown_model_type_is_refused(copy_of: CopyOf) -> None:
     error = refused(configure(copy_of("bert"), model_type="llamma9"))
     assert error.code == "CS2002"

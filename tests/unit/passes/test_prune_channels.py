@@ -43,7 +43,7 @@ def context(alignment: int = 8, calibration: CalibrationStream | None = None, pl
 def test_requested_and_achieved(tiny_llama_program: Program) -> None:
     result = PruneChannels(fraction=0.25).run(tiny_llama_program, context())
     assert result.modified
-    assert result.requested == {"fraction": 0.25}
+    assert result.requested == {"fraction": 0.25, "criterion": None}
     assert result.achieved["groups"] == 2
     assert result.achieved["channels"] == {
         "before": 176,
