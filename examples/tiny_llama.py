@@ -25,7 +25,7 @@ from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.table import report_table
 
-STEPS, BATCH, LENGTH = 90, 16, 128
+STEPS, BATCH, LENGTH = 180, 16, 128
 HELD_OUT = ("asyncio", "email", "json")
 """Packages the model never sees: the evaluation slices."""
 
