@@ -21,7 +21,7 @@ from compile_sparse.compiler.recipe import Recipe
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target, find_target
 from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
-from compile_sparse.compiler.version import TOOL_VERSION, library_versions
+from compile_sparse.compiler.version import code_identity, library_versions
 from compile_sparse.compiler.workload import Workload
 
 __all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "fitting", "prepare", "runtime_threads"]
@@ -71,7 +71,7 @@ class Job:
                 "recipe": self.recipe.canonical(),
                 "target": self.target.model_dump(mode="json"),
                 "tokenizer": self.folder.tokenizer_digest(),
-                "tool": TOOL_VERSION,
+                "code": code_identity(),
                 "libraries": library_versions(),
                 "runtime": self.probe.version,
             }
@@ -106,7 +106,7 @@ def baseline_key(source_digest: str, target: Target, runtime_version: str) -> st
             "kind": "baseline",
             "source": source_digest,
             "target": target.model_dump(mode="json"),
-            "tool": TOOL_VERSION,
+            "code": code_identity(),
             "libraries": library_versions(),
             "runtime": runtime_version,
         }

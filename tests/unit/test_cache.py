@@ -122,3 +122,20 @@ print((Cache(root).get_or_build("k", build) / "data").read_text())
     ]
     assert [worker.communicate(timeout=60)[0].strip() for worker in workers] == ["content"] * 4
     assert (tmp_path / "calls").read_text() == "x"
+
+
+def test_changed_source_is_another_identity(tmp_path, monkeypatch):
+    """Whoever edits a pass and compiles again must not get what the old pass made."""
+    from types import SimpleNamespace
+
+    from compile_sparse.compiler import version
+
+    real = version.code_identity.__wrapped__()
+    assert real == version.code_identity.__wrapped__()
+    (tmp_path / "a.py").write_text("x = 1")
+    spec = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    monkeypatch.setattr(version, "find_spec", lambda name: spec)
+    first = version.code_identity.__wrapped__()
+    (tmp_path / "a.py").write_text("x = 2")
+    assert version.code_identity.__wrapped__()["source"] != first["source"]
+    assert real["source"] != first["source"]
