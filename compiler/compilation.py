@@ -8,13 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compile_sparse.compiler.baseline import get_baseline
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import GateFailure
-from compile_sparse.compiler.job import DTYPE_NAMES, Job, baseline_key, runtime_threads
+from compile_sparse.compiler.job import Job, baseline_dtype, baseline_key, runtime_threads
 from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
 from compile_sparse.compiler.measure import Measured, folder_bytes, measure
 from compile_sparse.compiler.program import Program
@@ -69,8 +67,7 @@ class _Build:
 
     @cached_property
     def dense(self) -> Program:
-        dtype = getattr(torch, DTYPE_NAMES[self.job.target.baseline_precision])
-        program = capture(self.job.folder, dtype=dtype, progress=self.progress)
+        program = capture(self.job.folder, dtype=baseline_dtype(self.job.target), progress=self.progress)
         if self.verify_each:
             verify_program(program)
         return program
@@ -173,7 +170,7 @@ def compile_job(
             return Manifest(
                 tool=Tool(version=TOOL_VERSION),
                 source=Source(name=job.folder.path.name, digest=job.source_digest),
-                recipe=job.recipe.canonical(),
+                recipe=job.canonical_recipe,
                 target=job.target.name,
                 passes=passes,
                 runtime=report.runtime,

@@ -143,11 +143,11 @@ def decoder_inputs(
     past_length = 0
     for item in program.inputs:
         if item.role in ("past_key", "past_value"):
-            fake = program.node(item.placeholder).meta["val"]
-            name = item.name.replace("past_key_values", "present")
-            values[item.name] = (
-                past[name] if past else torch.zeros(batch, fake.shape[1], 0, fake.shape[3], dtype=fake.dtype)
-            )
+            if past:
+                values[item.name] = past[item.name.replace("past_key_values", "present")]
+            else:
+                fake = program.node(item.placeholder).meta["val"]
+                values[item.name] = torch.zeros(batch, fake.shape[1], 0, fake.shape[3], dtype=fake.dtype)
             past_length = values[item.name].shape[2]
     mask = torch.ones(batch, past_length + length, dtype=torch.long) if attention_mask is None else attention_mask
     for item in program.inputs:

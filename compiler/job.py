@@ -9,6 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.cache import cache_key
 from compile_sparse.compiler.calibration import CalibrationStream
@@ -24,11 +26,11 @@ from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
 from compile_sparse.compiler.version import code_identity, library_versions
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["DTYPE_NAMES", "Job", "TextReader", "baseline_key", "fitting", "prepare", "runtime_threads"]
+__all__ = ["Job", "TextReader", "baseline_dtype", "baseline_key", "fitting", "prepare", "runtime_threads"]
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
-DTYPE_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -62,13 +64,18 @@ class Job:
         return self.folder.digest()
 
     @cached_property
+    def canonical_recipe(self) -> dict[str, Any]:
+        """The recipe with digests of its files, as they were when the run began."""
+        return self.recipe.canonical()
+
+    @cached_property
     def key(self) -> str:
         """Digest of everything the artifact depends on."""
         return cache_key(
             {
                 "kind": "artifact",
                 "source": self.source_digest,
-                "recipe": self.recipe.canonical(),
+                "recipe": self.canonical_recipe,
                 "target": self.target.model_dump(mode="json"),
                 "tokenizer": self.folder.tokenizer_digest(),
                 "code": code_identity(),
@@ -111,6 +118,11 @@ def baseline_key(source_digest: str, target: Target, runtime_version: str) -> st
             "runtime": runtime_version,
         }
     )
+
+
+def baseline_dtype(target: Target) -> torch.dtype:
+    """Type of the dense baseline's weights."""
+    return _DTYPES[target.baseline_precision]
 
 
 def fitting(workload: Workload, context: int | None) -> Workload:
@@ -178,8 +190,6 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
 
 def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
     """What the zeros would amount to in this model, from the headers of its weight files."""
-    import torch
-
     tensors = read_checkpoint(folder.path, torch.float32).values()
     weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
     if not weights:

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-import torch
-
-from compile_sparse.compiler.axes.analysis import Analysis, analyse
+from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, Refusal
-from compile_sparse.compiler.job import DTYPE_NAMES, Job
+from compile_sparse.compiler.job import Job, baseline_dtype
 from compile_sparse.compiler.model_facts import layer_count
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runner import run_passes
@@ -34,8 +32,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         by kind and size, with the reason where frozen), ``bytes`` and ``parameters`` before and after, ``runtime`` (what the
         backend says about the result) and ``refusals``.
     """
-    dtype = getattr(torch, DTYPE_NAMES[job.target.baseline_precision])
-    dense = capture(job.folder, dtype=dtype, require_weights=False, progress=progress)
+    dense = capture(job.folder, dtype=baseline_dtype(job.target), require_weights=False, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
     context = PassContext(target=job.target, progress=progress, calibration=job.calibration, plan_only=True)
     program, sections = dense, []
@@ -49,7 +46,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
             continue
         sections += [section.model_dump(mode="json") for section in done]
     with progress.task("axes", total=1) as task:
-        groups = _groups(analyse(dense))
+        groups = _groups(analyse(dense, interface_may_change=changeable_roles(job.target)))
         task.advance()
     return {
         "schema_version": 1,

@@ -8,15 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compile_sparse.compiler.artifact import Artifact, read_artifact, replace_report
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.baseline import baseline_parameters, get_baseline
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
-from compile_sparse.compiler.job import DTYPE_NAMES, TextReader, baseline_key, fitting, runtime_threads
+from compile_sparse.compiler.job import TextReader, baseline_dtype, baseline_key, fitting, runtime_threads
 from compile_sparse.compiler.measure import folder_bytes, measure
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
@@ -163,4 +161,4 @@ def _dense(model: str | Path | None, digest: str, target: Target, progress: Prog
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    return capture(folder, dtype=getattr(torch, DTYPE_NAMES[target.baseline_precision]), progress=progress)
+    return capture(folder, dtype=baseline_dtype(target), progress=progress)

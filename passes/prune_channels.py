@@ -9,7 +9,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.axes.algebra import Axis, leaves, segments
-from compile_sparse.compiler.axes.analysis import Analysis, analyse
+from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.contract import PassContext, PassResult
@@ -57,7 +57,7 @@ class PruneChannels(BaseModel):
                 where=f"{self.name}.criterion",
                 hint="Give calibration text, or set criterion: magnitude.",
             )
-        analysis = analyse(program)
+        analysis = analyse(program, interface_may_change=changeable_roles(context.target))
         groups, skips = self._eligible(analysis)
         widths: dict[Axis, int] = {}
         alignment = context.target.alignment

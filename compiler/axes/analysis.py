@@ -22,11 +22,17 @@ from compile_sparse.compiler.axes.rules import labels_of
 from compile_sparse.compiler.axes.sizes import same_size, shape_of
 from compile_sparse.compiler.axes.step import Step
 from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.targets import Target
 
-__all__ = ["CACHE_ROLES", "Analysis", "analyse"]
+__all__ = ["CACHE_ROLES", "Analysis", "analyse", "changeable_roles"]
 
 CACHE_ROLES = frozenset({"past_key", "past_value", "present_key", "present_value"})
 """Inputs and outputs whose shapes are the runtime's business, not the caller's."""
+
+
+def changeable_roles(target: Target) -> frozenset[str]:
+    """Roles of inputs and outputs whose shapes ``target`` lets passes change."""
+    return CACHE_ROLES if target.cache_may_change else frozenset()
 
 
 @dataclass(frozen=True)
