@@ -10,7 +10,6 @@ from typing import Any
 
 from compile_sparse.compiler.baseline import get_baseline
 from compile_sparse.compiler.capture import capture
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.job import Job, baseline_dtype, baseline_key, runtime_threads
 from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
@@ -75,10 +74,7 @@ class _Build:
     def lower(self, staging: Staging) -> dict[str, Any]:
         """Run passes and lower into ``staging``; returns what later stages need."""
         job = self.job
-        context = PassContext(
-            target=job.target, progress=self.progress, calibration=job.calibration, seed=job.recipe.seed
-        )
-        program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
+        program, sections = run_passes(self.dense, job.passes, job.context(self.progress), verify_each=self.verify_each)
         with observed() as cost:
             lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
         text = [w for windows in job.slices.values() for w in windows]

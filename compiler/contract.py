@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
+from compile_sparse.compiler.workload import Workload
+
 if TYPE_CHECKING:
     from compile_sparse.compiler.calibration import CalibrationStream
     from compile_sparse.compiler.program import Program
@@ -27,6 +29,9 @@ class PassContext:
         progress: where long work reports; never None (a silent one exists).
         plan_only: weights are absent or must not be read: decide sizes, not values.
         seed: for anything random.
+        contraction_multiple: contraction dimensions should be multiples of this, or a later quantization's groups do not
+            divide them. Kept sizes are multiples of it and of the target's alignment, where such a size exists.
+        workload: what is optimised for.
     """
 
     target: Target
@@ -34,6 +39,8 @@ class PassContext:
     calibration: CalibrationStream | None = None
     plan_only: bool = False
     seed: int = 0
+    contraction_multiple: int = 1
+    workload: Workload = field(default_factory=Workload)
 
 
 @dataclass(frozen=True)

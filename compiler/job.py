@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -16,9 +17,10 @@ from compile_sparse.compiler.cache import cache_key
 from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
-from compile_sparse.compiler.contract import Backend, Pass, Probe, ZeroingPass
+from compile_sparse.compiler.contract import Backend, Pass, PassContext, Probe, ZeroingPass
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.model_facts import context_length
+from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipe import Recipe
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target, find_target
@@ -67,6 +69,18 @@ class Job:
     def canonical_recipe(self) -> dict[str, Any]:
         """The recipe with digests of its files, as they were when the run began."""
         return self.recipe.canonical()
+
+    def context(self, progress: Progress, *, plan_only: bool = False) -> PassContext:
+        """What the passes are given."""
+        return PassContext(
+            target=self.target,
+            progress=progress,
+            calibration=self.calibration,
+            plan_only=plan_only,
+            seed=self.recipe.seed,
+            contraction_multiple=math.lcm(*(getattr(step, "contraction_multiple", 1) for step in self.passes)),
+            workload=self.workload,
+        )
 
     @cached_property
     def key(self) -> str:

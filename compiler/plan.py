@@ -7,7 +7,6 @@ from typing import Any
 
 from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
 from compile_sparse.compiler.capture import capture
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.job import Job, baseline_dtype
 from compile_sparse.compiler.model_facts import layer_count
@@ -34,7 +33,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
     """
     dense = capture(job.folder, dtype=baseline_dtype(job.target), require_weights=False, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
-    context = PassContext(target=job.target, progress=progress, calibration=job.calibration, plan_only=True)
+    context = job.context(progress, plan_only=True)
     program, sections = dense, []
     for step in job.passes:
         try:

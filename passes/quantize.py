@@ -67,6 +67,11 @@ class Quantize(BaseModel):
     )
     quantizer: Literal["rtn"] = Field(default="rtn", description="how codes are chosen; rtn: round to nearest")
 
+    @property
+    def contraction_multiple(self) -> int:
+        """Contraction sizes that whole groups divide; earlier passes keep to it."""
+        return SCHEMES[self.scheme].group or 1
+
     def run(self, program: Program, context: PassContext) -> PassResult:
         if self.scheme not in context.target.schemes:
             raise Refusal(
