@@ -6,7 +6,7 @@ budget keeps weights between runs when they fit (calibration and evaluation run 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import fx
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.program import Program
 
-__all__ = ["Executor", "decoder_inputs"]
+__all__ = ["Executor", "decoder_inputs", "interpret_graph", "last_uses"]
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -34,7 +34,7 @@ class Executor:
         self._budget = cache_bytes
         self._cached: dict[str, torch.Tensor] = {}
         self._cached_bytes = 0
-        self._last_use = _last_uses(program.graph)
+        self._last_use = last_uses(program.graph)
         self._from_weights = _weight_only(program)
 
     def run(
@@ -49,31 +49,15 @@ class Executor:
         Raises:
             UsageError: CS1033 when an input is missing.
         """
-        program, watched = self._program, observe or {}
-        by_placeholder = {i.placeholder: i.name for i in program.inputs}
-        environment: dict[fx.Node, Any] = {}
-
-        def value_of(node: fx.Node) -> Any:
-            if node not in environment:  # a weight, met for the first time
-                environment[node] = self._weight(program.bindings[node.name].tensor)
-            return environment[node]
-
         with torch.no_grad():
-            for node in program.graph.nodes:
-                if node.op == "placeholder":
-                    if node.name in by_placeholder:
-                        environment[node] = _input(inputs, by_placeholder[node.name])
-                elif node.op == "output":
-                    results = fx.node.map_arg(node.args[0], value_of)
-                elif node in self._from_weights:
-                    environment[node] = self._kept(node.name, partial(_call, node, value_of))
-                else:
-                    environment[node] = _call(node, value_of)
-                if node.name in watched:
-                    watched[node.name](value_of(node))
-                for dead in self._last_use.get(node, ()):
-                    environment.pop(dead, None)
-        return {output.name: value for output, value in zip(program.outputs, results, strict=True)}
+            return interpret_graph(
+                self._program, inputs, self._weight, observe, dead_after=self._last_use, evaluate=self._evaluate
+            )
+
+    def _evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+        if node in self._from_weights:
+            return self._kept(node.name, partial(_call, node, value_of))
+        return _call(node, value_of)
 
     def _weight(self, name: str) -> torch.Tensor:
         return self._kept(name, partial(self._program.weights.load, name))
@@ -87,6 +71,52 @@ class Executor:
             self._cached[name] = value
             self._cached_bytes += value.nbytes
         return value
+
+
+def interpret_graph(
+    program: Program,
+    inputs: Mapping[str, torch.Tensor],
+    weight: Callable[[str], torch.Tensor],
+    observe: Mapping[str, Observer] | None = None,
+    *,
+    dead_after: Mapping[fx.Node, Sequence[fx.Node]],
+    evaluate: Callable[[fx.Node, Callable[[fx.Node], Any]], Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """Outputs by name, in the caller's gradient mode; every value is dropped after its last use.
+
+    Args:
+        program: what to run.
+        inputs: every model input by its public name.
+        weight: values of a stored tensor, asked for when the first node needs it.
+        observe: graph node name -> callback that receives the node's value.
+        dead_after: ``last_uses`` of the graph.
+        evaluate: computes a call; by default the operator itself.
+
+    Raises:
+        UsageError: CS1033 when an input is missing.
+    """
+    watched, compute = observe or {}, evaluate or _call
+    by_placeholder = {i.placeholder: i.name for i in program.inputs}
+    environment: dict[fx.Node, Any] = {}
+
+    def value_of(node: fx.Node) -> Any:
+        if node not in environment:  # a weight, met for the first time
+            environment[node] = weight(program.bindings[node.name].tensor)
+        return environment[node]
+
+    for node in program.graph.nodes:
+        if node.op == "placeholder":
+            if node.name in by_placeholder:
+                environment[node] = _input(inputs, by_placeholder[node.name])
+        elif node.op == "output":
+            results = fx.node.map_arg(node.args[0], value_of)
+        else:
+            environment[node] = compute(node, value_of)
+        if node.name in watched:
+            watched[node.name](value_of(node))
+        for dead in dead_after.get(node, ()):
+            environment.pop(dead, None)
+    return {output.name: value for output, value in zip(program.outputs, results, strict=True)}
 
 
 def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
@@ -111,7 +141,7 @@ def _input(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     return inputs[name]
 
 
-def _last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
+def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
     """For each node, the values that nobody needs after it."""
     last: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:

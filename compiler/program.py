@@ -11,9 +11,9 @@ Programs are values: a pass clones, edits the clone and returns it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import fx
@@ -21,14 +21,25 @@ from torch import fx
 import compile_sparse.compiler.ops  # noqa: F401  registers the operators a graph may hold
 from compile_sparse.compiler.weights import WeightStore
 
+if TYPE_CHECKING:
+    from compile_sparse.compiler.differentiate import ProgramModule
+
 CODES = ".codes"
 """Suffix of the tensor that holds a quantized tensor's integer codes."""
 
 __all__ = ["CODES", "Binding", "Input", "ModelKind", "Output", "Program", "SparsityMask"]
 
-ModelKind = Literal["decoder", "encoder", "vision"]
+ModelKind = Literal["decoder", "encoder", "vision", "audio"]
 InputRole = Literal[
-    "input_ids", "attention_mask", "position_ids", "token_type_ids", "pixel_values", "past_key", "past_value", "other"
+    "input_ids",
+    "attention_mask",
+    "position_ids",
+    "token_type_ids",
+    "pixel_values",
+    "input_features",
+    "past_key",
+    "past_value",
+    "other",
 ]
 OutputRole = Literal["logits", "hidden", "present_key", "present_value", "other"]
 
@@ -90,7 +101,8 @@ class Program:
         inputs: model inputs in graph order (after the weights).
         outputs: one per element of the output node's tuple.
         weights: values by tensor name.
-        kind: decoder (with key-value cache inputs and outputs), encoder or vision model.
+        kind: decoder (with key-value cache inputs and outputs), text encoder, or
+            image or audio model.
         config: the Hugging Face config as plain data; backends read token ids, vocabulary size and context length from it.
         aliases: tied tensor name -> the name that is bound in the graph.
         masks: sparsity annotations by tensor name.
@@ -118,6 +130,12 @@ class Program:
         for old, new in zip(self.graph.nodes, copied.graph.nodes, strict=True):
             new.meta = dict(old.meta)
         return replace(self, graph_module=copied)
+
+    def module(self, *, trainable: Collection[str] | None = None) -> ProgramModule:
+        """The program as a trainable ``torch.nn.Module``; see ``compiler.differentiate``."""
+        from compile_sparse.compiler.differentiate import ProgramModule  # it needs this module
+
+        return ProgramModule(self, trainable=trainable)
 
     def node(self, name: str) -> fx.Node:
         """The node called ``name``; KeyError when there is none."""
