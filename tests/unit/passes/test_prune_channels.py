@@ -18,7 +18,8 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets import Target
 from compile_sparse.compiler.weights import AbsentTensor, WeightStore
-from compile_sparse.passes.prune_channels import PruneChannels, kept_width
+from compile_sparse.passes.prune_channels import PruneChannels
+from compile_sparse.passes.pruning.groups import nearest_size
 from compile_sparse.passes.scores.activation import activation_scores
 from compile_sparse.passes.scores.magnitude import magnitude_scores
 from tests.models import example_inputs
@@ -48,6 +49,7 @@ def test_requested_and_achieved(tiny_llama_program: Program) -> None:
     assert result.achieved["channels"] == {
         "before": 176,
         "after": 128,
+        "sizes": [64],
     }  # 66 wanted of 88, 64 is the nearest multiple of 8
     assert result.achieved["fraction"] == pytest.approx(24 / 88)
     removed = 2 * 3 * 24 * 64  # layers, projections, channels, width
@@ -107,7 +109,8 @@ def test_the_best_channels_stay(tiny_llama_program: Program, criterion: str) -> 
         scores = magnitude_scores(analysis, groups, SilentProgress())
     else:
         scores = activation_scores(analysis, groups, calibration, SilentProgress())
-    result = PruneChannels(fraction=0.25).run(tiny_llama_program, context(calibration=calibration))
+    chosen = PruneChannels(fraction=0.25, criterion=criterion, compensation="none")
+    result = chosen.run(tiny_llama_program, context(calibration=calibration))
     for group in groups:
         best = scores[group.leaf].argsort(descending=True)[:64].sort()[0]
         name, dim = group.members[0]
@@ -136,7 +139,7 @@ def test_no_aligned_width_is_refused_with_the_arithmetic(tiny_llama_program: Pro
     with pytest.raises(ModelError) as caught:
         PruneChannels(fraction=0.25).run(tiny_llama_program, context(alignment=128))
     assert caught.value.code == "CS2105"
-    assert "No width below 88 is a multiple of 128" in caught.value.why
+    assert "no multiple of 128 is below 88" in caught.value.why
 
 
 def test_activation_without_text_is_a_usage_error(tiny_llama_program: Program) -> None:
@@ -164,7 +167,7 @@ class TwoBlocks(torch.nn.Module):
 def test_frozen_groups_are_skipped_with_the_cause() -> None:
     program = toy_program(TwoBlocks(False), [torch.zeros(2, 8)])
     result = PruneChannels(fraction=0.5).run(program, context())
-    assert result.achieved["channels"] == {"before": 16, "after": 8}
+    assert result.achieved["channels"] == {"before": 16, "after": 8, "sizes": [8]}
     causes = [skip.why for skip in result.skips]
     assert [skip.code for skip in result.skips] == ["CS2104", "CS2104"]
     assert any("op 'roll' depends on positions" in why for why in causes)
@@ -194,13 +197,13 @@ class Shuffled(torch.nn.Module):
 
 def test_a_grid_of_channels_loses_one_side_only() -> None:
     result = PruneChannels(fraction=0.5).run(toy_program(Shuffled(), [torch.zeros(2, 8)]), context(alignment=1))
-    assert result.achieved["channels"] == {"before": 8, "after": 4}
+    assert result.achieved["channels"] == {"before": 8, "after": 4, "sizes": [4]}
     assert [skip.code for skip in result.skips if "grid" in skip.why] == ["CS2109"]
 
 
 @given(st.integers(2, 4096), st.floats(0.001, 0.999), st.sampled_from([1, 8, 16, 64]))
 def test_kept_width_is_the_nearest_aligned_one(size: int, fraction: float, alignment: int) -> None:
-    width = kept_width(size, fraction, alignment)
+    width = nearest_size(size, fraction, alignment)
     candidates = range(alignment, size, alignment)
     if not candidates:
         assert width is None

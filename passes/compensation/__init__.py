@@ -1,0 +1,1 @@
+"""Repairing what pruning removed, in closed form."""

@@ -1,0 +1,181 @@
+"""Refit linear layers, front to back, so that the pruned network computes what the dense one did.
+
+For a linear ``y = W x + b`` of the pruned program, with ``x`` as the pruned network now produces it and ``t`` the dense
+program's value at the same place (the residual sum it feeds, else its own output):
+
+    W' = W + argmin_D  sum_tokens | t - other - W x - b - D x |^2 + damp |D|^2
+
+A layer that lost inputs thus passes their work to the inputs it kept, and every layer on the residual stream also repairs
+what earlier ones lost. Closed form, no training; each node runs once per batch for either program.
+
+Sources: least-squares reconstruction after structured pruning as in FASP (arXiv:2501.09412) and ZipLM (arXiv:2302.04089);
+sequential targets from the dense network as in arXiv:2208.11580 (OBC) and arXiv:2502.07784.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.calibration import CalibrationStream
+from compile_sparse.compiler.linears import Linear, find_linears
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.scratch import Scratch
+from compile_sparse.compiler.staged import StagedRun
+from compile_sparse.compiler.weights import TensorSource
+from compile_sparse.passes.compensation.matching import Objective, objective_of
+from compile_sparse.passes.compensation.regression import Regression
+
+__all__ = ["Refitted", "refit"]
+
+DAMPING = 1e-3
+"""Ridge penalty as a share of the mean square input."""
+
+Gather = Callable[[str, torch.Tensor], torch.Tensor]
+"""``gather(dense node, dense value)``: the part of the value that is left in the pruned program."""
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """What the repair did.
+
+    Attributes:
+        program: the pruned program with new weights.
+        layers: number of linear layers refitted.
+        residual: mean over layers of the share of the missing output energy that is left.
+    """
+
+    program: Program
+    layers: int
+    residual: float
+
+
+def refit(
+    dense: Program,
+    pruned: Program,
+    calibration: CalibrationStream,
+    progress: Progress,
+    *,
+    gather: Gather = lambda node, value: value,
+    only: Collection[str] | None = None,
+    stands_for: Mapping[str, str] | None = None,
+    biases_only: bool = False,
+    damping: float = DAMPING,
+) -> Refitted:
+    """Refit the pruned program's linear layers to the dense program.
+
+    Args:
+        dense: the program before pruning.
+        pruned: after; nodes of the same name mean the same value.
+        calibration: text both run on.
+        progress: one step per layer.
+        gather: how a dense value is cut to the pruned program's shape.
+        only: names of linear nodes to refit; None: all that can be.
+        stands_for: node of the pruned program -> dense node whose value it should take, where that is not its namesake
+            (layers between them were removed).
+        biases_only: keep the weights and shift the outputs of layers that have a bias by what they lack on average.
+        damping: see ``Regression``.
+
+    Left alone: weights read by several nodes (tied embeddings), layers that make the logits, linears whose place the dense
+    program does not have.
+    """
+    work = _Refit(dense, pruned, calibration, gather, stands_for or {}, None if biases_only else damping)
+    layers = [
+        layer for layer in find_linears(pruned)[0] if (only is None or layer.node.name in only) and work.fits(layer)
+    ]
+    residuals = []
+    with progress.task("refit layers", total=len(layers)) as task:
+        for layer in layers:
+            residuals.append(work.refit(layer))
+            task.advance()
+    program = replace(pruned, weights=pruned.weights.updated(work.changed))
+    return Refitted(program, len(layers), sum(residuals) / len(residuals) if residuals else 0.0)
+
+
+class _Refit:
+    def __init__(
+        self,
+        dense: Program,
+        pruned: Program,
+        calibration: CalibrationStream,
+        gather: Gather,
+        stands_for: Mapping[str, str],
+        damping: float | None,
+    ) -> None:
+        self.pruned, self.gather, self.stands_for, self.damping = pruned, gather, stands_for, damping
+        self.dense_nodes = {node.name: node for node in dense.graph.nodes}
+        self.order = {node: place for place, node in enumerate(pruned.graph.nodes)}
+        self.logits = {n for n, o in zip(pruned.output_nodes, pruned.outputs, strict=True) if o.role == "logits"}
+        self.tied = set(pruned.aliases.values())
+        self.teacher = StagedRun(dense, calibration.feeds(dense))
+        self.student = StagedRun(pruned, calibration.feeds(pruned))
+        self.scratch = Scratch()
+        self.changed: dict[str, TensorSource] = {}
+
+    def fits(self, layer: Linear) -> bool:
+        objective = objective_of(layer, self.order)
+        return (
+            len(layer.weight.users) == 1
+            and layer.tensor not in self.tied
+            and objective.value not in self.logits
+            and layer.node not in self.logits
+            and self._target_name(objective) in self.dense_nodes
+            and (self.damping is not None or bool(self._bias_name(layer)))
+        )
+
+    def _target_name(self, objective: Objective) -> str:
+        name = objective.value.name
+        return self.stands_for.get(name, name)
+
+    def refit(self, layer: Linear) -> float:
+        """Fit one layer; returns the share of the missing energy that is left."""
+        objective = objective_of(layer, self.order)
+        target = self.dense_nodes[self._target_name(objective)]
+        values: dict[int, torch.Tensor] = {}
+        if self.teacher.passed(target):
+            return 1.0  # its place in the dense program was already used: parallel branches meet in one sum
+        self.teacher.advance(target, inclusive=True, watch={target.name: values.__setitem__})
+        self.student.advance(layer.node)
+        weight, bias = self._values(layer)
+        regression = Regression(weight.shape[1], weight.shape[0], intercept=bias is not None)
+        for batch in range(self.student.batches):
+            # Rows, whatever the leading dimensions: a sum may be [batch, tokens, width] where the layer saw [rows, width].
+            x = self.student.value(batch, layer.input).reshape(-1, weight.shape[1])
+            missing = self.gather(target.name, values.pop(batch)).reshape(-1, weight.shape[0])
+            if objective.other is not None:
+                missing = missing - self.student.value(batch, objective.other).reshape(-1, weight.shape[0])
+            missing = missing - x @ weight.t()
+            regression.add(x, missing if bias is None else missing - bias)
+        if self.damping is None:
+            shift, left = regression.mean_shift()
+            self._store(self._bias_name(layer), (bias.double() + shift).to(bias.dtype))
+            return left
+        change, shift, left = regression.solve(self.damping)
+        new = (weight.double() + change).to(weight.dtype)
+        self._store(layer.tensor, new if layer.axis == 1 else new.t().contiguous())
+        if shift is not None and bias is not None:
+            self._store(self._bias_name(layer), (bias.double() + shift).to(bias.dtype))
+        return left
+
+    def _store(self, tensor: str, value: torch.Tensor) -> None:
+        self.changed[tensor] = self.scratch.keep(value)
+        self.student.replace(tensor, self.changed[tensor])
+
+    def _values(self, layer: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """``W: [N, K]`` and ``b: [N]`` as stored in the pruned program."""
+        weight = self.pruned.weights.load(layer.tensor)
+        name = self._bias_name(layer)
+        return weight if layer.axis == 1 else weight.t(), self.pruned.weights.load(name) if name else None
+
+    def _bias_name(self, layer: Linear) -> str:
+        """Stored name of the bias; empty when there is none of its own."""
+        place = {"linear": 2, "addmm": 0}.get(str(layer.node.target._schema.name).split("::")[-1])
+        node = layer.node.args[place] if place is not None and place < len(layer.node.args) else None
+        if not isinstance(node, fx.Node) or len(node.users) != 1:
+            return ""
+        tensor = self.pruned.tensor_of(node)
+        return tensor if tensor is not None and len(self.pruned.weights[tensor].shape) == 1 else ""

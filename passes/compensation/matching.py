@@ -1,0 +1,62 @@
+"""Which value of the network a linear layer is responsible for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.editing import op_name, schema_arguments
+from compile_sparse.compiler.linears import Linear
+
+__all__ = ["Objective", "objective_of"]
+
+_SAME_ELEMENTS = frozenset(
+    {"reshape", "view", "clone", "to", "_to_copy", "contiguous", "dropout", "alias", "squeeze", "unsqueeze"}
+)
+
+
+@dataclass(frozen=True)
+class Objective:
+    """The value that should equal the dense program's.
+
+    Attributes:
+        value: the linear's own output, or the residual sum it is added into.
+        other: the other operand of that sum.
+    """
+
+    value: fx.Node
+    other: fx.Node | None = None
+
+
+def objective_of(linear: Linear, order: dict[fx.Node, int]) -> Objective:
+    """The residual sum ``linear`` feeds, else its own output.
+
+    Matching the sum makes the layer also repair what earlier layers lost: the other operand comes from the pruned network, and
+    is known by the time the layer runs only when it does not depend on it.
+    """
+    node = linear.node
+    while len(node.users) == 1:
+        (user,) = node.users
+        name = op_name(user)
+        if name in _SAME_ELEMENTS and user.all_input_nodes[0] is node:
+            node = user
+            continue
+        if name == "add" and schema_arguments(user).get("alpha", 1) == 1:
+            left, right = user.args[0], user.args[1]
+            other = right if left is node else left
+            if (
+                isinstance(other, fx.Node)
+                and other is not node
+                and _same_shape(other, node)
+                and order[other] < order[linear.node]
+            ):
+                return Objective(user, other)
+        break
+    return Objective(linear.node)
+
+
+def _same_shape(a: fx.Node, b: fx.Node) -> bool:
+    x, y = a.meta.get("val"), b.meta.get("val")
+    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.shape == y.shape

@@ -1,0 +1,243 @@
+"""What the passes that remove positions of axes have in common: options, order of work, report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+
+from compile_sparse.compiler.axes.algebra import Axis
+from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
+from compile_sparse.compiler.axes.groups import Group, Kind
+from compile_sparse.compiler.axes.rewrite import rewrite
+from compile_sparse.compiler.axes.selection import KeepTables, Selection
+from compile_sparse.compiler.contract import PassContext, PassResult
+from compile_sparse.compiler.errors import ModelError, UsageError
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.passes.compensation.least_squares import refit
+from compile_sparse.passes.pruning.groups import Prunable, eligible_groups, prunable_groups
+from compile_sparse.passes.pruning.obs import Removal
+from compile_sparse.passes.pruning.selection import (
+    Choice,
+    can_use_obs,
+    keep_table,
+    kept_sizes,
+    rank_by_obs,
+    rank_by_score,
+)
+from compile_sparse.passes.scores.registry import CRITERIA
+
+__all__ = ["AxisPruning", "CriterionName"]
+
+CriterionName = Literal["obs", "magnitude", "activation", "wanda", "fasp", "taylor", "fisher"]
+
+
+class AxisPruning(BaseModel):
+    """Base of the structural passes. A subclass names a kind of axis and documents what that means.
+
+    Positions are ranked, the least important of every group go, the rewriting engine slices every coupled tensor and literal,
+    and with calibration text the linear layers are refitted in closed form to the dense network.
+
+    Raises (from ``run``):
+        ModelError: CS2104 when every group is frozen or there is none, CS2105 when none has an aligned size, CS2107 when a
+            router would have too few experts to choose from.
+        UsageError: CS1121 when a criterion or the refitting needs calibration text and there is none.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: ClassVar[str]
+    stage: ClassVar[str] = "structural"
+    kind: ClassVar[Kind]
+    noun: ClassVar[str]
+    """What a position is called in messages."""
+    nothing: ClassVar[str]
+    """Why a model may have none."""
+    data_criterion: ClassVar[CriterionName] = "obs"
+    """Ranking used when there is calibration text and the recipe names none."""
+    refits_all: ClassVar[bool] = False
+    """Whether every linear layer is refitted, or only those that lost inputs."""
+
+    fraction: float = Field(gt=0.0, lt=1.0, description="share of the positions to remove, between 0 and 1")
+    criterion: CriterionName | None = Field(
+        default=None,
+        description="how positions are ranked; null: 'obs' (the error left after refitting) or, where that has no closed form, "
+        "'wanda', with calibration text; 'magnitude' without",
+    )
+    allocation: Literal["uniform", "global"] = Field(
+        default="uniform",
+        description="uniform: every group loses the same share; global: one ranking over all groups, sizes differ by layer",
+    )
+    compensation: Literal["least-squares", "bias", "none"] | None = Field(
+        default=None,
+        description="least-squares: refit the linear layers to the dense network; bias: only their biases; "
+        "null: least-squares with calibration text, else none",
+    )
+
+    def selects(self, group: Group) -> bool:
+        """Whether a group of the kind is meant."""
+        return True
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """Choose what stays, let the rewriting engine apply it, refit what is left."""
+        self._require_text(context)
+        analysis = analyse(program, interface_may_change=changeable_roles(context.target))
+        groups, skips = eligible_groups(analysis, self.kind, self.selects)
+        prunables, unaligned, notes = prunable_groups(analysis, groups, self.fraction, context)
+        skips += unaligned
+        if not prunables:
+            raise self._nothing_to_do(skips)
+        choices = self._ranked(analysis, prunables, context)
+        whole = self.allocation == "global" and not context.plan_only
+        sizes = kept_sizes(choices, fraction=self.fraction, whole=whole)
+        keep = {
+            choice.prunable.group.anchor: keep_table(choice, sizes[choice.prunable.group.leaf])
+            for choice in choices
+            if sizes[choice.prunable.group.leaf] < choice.prunable.group.size
+        }
+        pruned = rewrite(program, analysis, keep)
+        repaired, repair = self._repaired(program, pruned, analysis, keep, prunables, context)
+        return PassResult(
+            program=repaired,
+            modified=True,
+            requested=self.model_dump(exclude_defaults=True) | {"fraction": self.fraction, "criterion": self.criterion},
+            achieved=self._achieved(program, repaired, prunables, sizes, context) | repair,
+            skips=tuple(skips),
+            notes=self._notes(notes, context),
+        )
+
+    # -- steps
+
+    def _require_text(self, context: PassContext) -> None:
+        if context.calibration is not None or context.plan_only:
+            return
+        named = self.criterion
+        if named is not None and (named == "obs" or CRITERIA[named].needs_calibration):
+            raise UsageError(
+                "CS1121",
+                f"Ranking {self.noun} by {named} needs calibration text.",
+                where=f"{self.name}.criterion",
+                hint="Give calibration text, or set criterion: magnitude.",
+            )
+        if self.compensation in ("least-squares", "bias"):
+            raise UsageError(
+                "CS1121",
+                "Refitting needs calibration text.",
+                where=f"{self.name}.compensation",
+                hint="Give calibration text, or set compensation: none.",
+            )
+
+    def _ranked(self, analysis: Analysis, prunables: Sequence[Prunable], context: PassContext) -> list[Choice]:
+        if context.plan_only:  # sizes only: the last positions go
+            return [_last_first(prunable) for prunable in prunables]
+        whole = self.allocation == "global"
+        if self._used_criterion(context) != "obs":
+            used = self._used_criterion(context)
+            return rank_by_score(analysis, prunables, used, context, comparable=whole)
+        closed = [p for p in prunables if can_use_obs(analysis, p.group)]
+        others = [p for p in prunables if p not in closed]
+        choices = (
+            rank_by_obs(analysis, closed, context, whole=whole, nested=self._nested(analysis, closed)) if closed else []
+        )
+        for criterion, some in _without_closed_form(others).items():
+            choices += rank_by_score(analysis, some, criterion, context, comparable=True)
+        return choices
+
+    def _nested(self, analysis: Analysis, prunables: Sequence[Prunable]) -> Mapping[Axis, Group]:
+        """Groups whose positions may be chosen anew for each position of an outer axis."""
+        return {}
+
+    def _used_criterion(self, context: PassContext) -> CriterionName:
+        return self.criterion or (self.data_criterion if context.calibration is not None else "magnitude")
+
+    def _repaired(
+        self,
+        program: Program,
+        pruned: Program,
+        analysis: Analysis,
+        keep: KeepTables,
+        prunables: Sequence[Prunable],
+        context: PassContext,
+    ) -> tuple[Program, dict[str, Any]]:
+        wanted = self.compensation or ("least-squares" if context.calibration is not None else "none")
+        if wanted == "none" or context.calibration is None or context.plan_only:
+            return pruned, {"compensation": wanted}
+        selection = Selection(analysis, keep)
+
+        def gather(node: str, value: torch.Tensor) -> torch.Tensor:
+            label = analysis.labels[node]
+            return selection.gather(value, label) if isinstance(label, list) else value
+
+        consumers = {contact.node for prunable in prunables for contact in prunable.group.consumers}
+        repaired = refit(
+            program,
+            pruned,
+            context.calibration,
+            context.progress,
+            gather=gather,
+            only=None if self.refits_all else consumers,
+            biases_only=wanted == "bias",
+        )
+        if not repaired.layers:
+            return pruned, {"compensation": "none"}
+        return repaired.program, {
+            "compensation": wanted,
+            "refitted_layers": repaired.layers,
+            "missing_energy_left": round(repaired.residual, 4),
+        }
+
+    def _achieved(
+        self,
+        program: Program,
+        pruned: Program,
+        prunables: Sequence[Prunable],
+        sizes: Mapping[Axis, int],
+        context: PassContext,
+    ) -> dict[str, Any]:
+        before, after = sum(p.group.size for p in prunables), sum(sizes.values())
+        counts = sorted({sizes[p.group.leaf] for p in prunables})
+        return {
+            "criterion": self._used_criterion(context),
+            "allocation": self.allocation,
+            "fraction": 1.0 - after / before,
+            "groups": len(prunables),
+            self.noun: {"before": before, "after": after, "sizes": counts},
+            "parameters": {"before": program.parameter_count(), "after": pruned.parameter_count()},
+        }
+
+    def _notes(self, uniform: Sequence[str], context: PassContext) -> tuple[str, ...]:
+        if self.allocation == "uniform":
+            return tuple(uniform)
+        unknown = "Global allocation ranks weights or text, which a plan does not read; equal sizes are shown."
+        return (unknown,) if context.plan_only else ()
+
+    def _nothing_to_do(self, skips: Sequence[Skip]) -> ModelError:
+        unaligned = any(skip.code == "CS2105" for skip in skips)
+        reasons: list[str] = list(dict.fromkeys(f"{skip.where}: {skip.why}" for skip in skips))
+        shown = reasons[:5] + ([f"... and {len(reasons) - 5} more."] if len(reasons) > 5 else [])
+        return ModelError(
+            "CS2105" if unaligned else "CS2104",
+            f"No {self.noun} can be removed from this model.",
+            where=self.name,
+            why=" ".join(shown) or self.nothing,
+            hint=next((s.hint for s in skips if s.code == "CS2105"), "")
+            if unaligned
+            else f"Remove {self.name} from the recipe.",
+        )
+
+
+def _last_first(prunable: Prunable) -> Choice:
+    size = prunable.group.size
+    return Choice(prunable, Removal(torch.arange(size).flip(0), torch.zeros(size, dtype=torch.float64)))
+
+
+def _without_closed_form(prunables: Sequence[Prunable]) -> dict[CriterionName, list[Prunable]]:
+    """What ranks groups that linear layers do not read: by their inputs where a weight contracts them, else by gradients."""
+    found: dict[CriterionName, list[Prunable]] = {}
+    for prunable in prunables:
+        criterion: CriterionName = "wanda" if prunable.group.consumers else "fisher"
+        found.setdefault(criterion, []).append(prunable)
+    return found

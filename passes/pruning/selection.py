@@ -1,0 +1,217 @@
+"""In which order positions go, and how many each group loses."""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from compile_sparse.compiler.axes.algebra import Axis, coords, find
+from compile_sparse.compiler.axes.analysis import Analysis
+from compile_sparse.compiler.axes.groups import Group
+from compile_sparse.compiler.axes.selection import Keep
+from compile_sparse.compiler.contract import PassContext
+from compile_sparse.compiler.execute import Executor
+from compile_sparse.compiler.linears import Linear, find_linears
+from compile_sparse.passes.compensation.matching import objective_of
+from compile_sparse.passes.pruning.groups import Prunable
+from compile_sparse.passes.pruning.obs import Consumer, Removal, removal_order
+from compile_sparse.passes.scores.registry import CRITERIA
+from compile_sparse.passes.statistics.gram import Gram, each_gram
+
+__all__ = ["Choice", "can_use_obs", "keep_table", "kept_sizes", "outer_of", "rank_by_obs", "rank_by_score"]
+
+LEAST_SHARE = 4
+"""A global ranking takes no group below this fraction (one over) of its positions."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one group shrinks.
+
+    Attributes:
+        prunable: the group and its sizes.
+        removal: which positions go first, and their costs.
+        outer: with it, ``removal`` numbers cells ``outer * size + position``, and each outer position loses equally many.
+    """
+
+    prunable: Prunable
+    removal: Removal
+    outer: Group | None = None
+
+
+def can_use_obs(analysis: Analysis, group: Group) -> bool:
+    """Whether every consumer is a plain linear layer, whose refitted error has a closed form."""
+    linears = {linear.node.name for linear in find_linears(analysis.program)[0]}
+    return bool(group.consumers) and all(contact.node in linears for contact in group.consumers)
+
+
+def rank_by_score(
+    analysis: Analysis, prunables: Sequence[Prunable], criterion: str, context: PassContext, *, comparable: bool
+) -> list[Choice]:
+    """Lowest scores first.
+
+    Args:
+        analysis, prunables: what is ranked.
+        criterion: a name of ``CRITERIA``.
+        context: calibration text and progress.
+        comparable: whether costs will be compared across groups. Gradients of one loss are comparable as they are; other
+            scores are divided by the group's mean, which compares positions with their own layer's.
+    """
+    groups = [prunable.group for prunable in prunables]
+    scores = CRITERIA[criterion].score(analysis, groups, context.calibration, context.progress)
+    choices = []
+    for prunable in prunables:
+        score = scores[prunable.group.leaf]
+        if comparable and criterion not in ("taylor", "fisher"):
+            score = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
+        order = score.argsort(descending=True, stable=True).flip(0)  # of equals, the later goes first
+        choices.append(Choice(prunable, Removal(order, score[order])))
+    return choices
+
+
+def rank_by_obs(
+    analysis: Analysis,
+    prunables: Sequence[Prunable],
+    context: PassContext,
+    *,
+    whole: bool,
+    nested: Mapping[Axis, Group],
+) -> list[Choice]:
+    """Greedy OBS on the inputs of each group's consumers; see ``removal_order``.
+
+    Args:
+        analysis, prunables: what is ranked; every group passed ``can_use_obs``.
+        context: calibration text and progress.
+        whole: rank as far as the smallest size a global ranking may choose, and make costs comparable across groups: error
+            relative to the energy of the residual stream it enters, because the next norm divides by that.
+        nested: leaf -> outer group, where each outer position chooses its own.
+    """
+    linears = {linear.node.name: linear for linear in find_linears(analysis.program)[0]}
+    readers = {p.group.leaf: [linears[c.node] for c in p.group.consumers] for p in prunables}
+    names = {linear.input.name for found in readers.values() for linear in found}
+    energies = _energies(analysis, [r for found in readers.values() for r in found], context) if whole else None
+    waiting, grams, choices = list(prunables), dict[str, Gram](), list[Choice]()
+    with context.progress.task("choose what to remove", total=len(prunables)) as task:
+        for name, gram in each_gram(analysis.program, names, context.calibration, context.progress):
+            grams[name] = gram
+            ready = [p for p in waiting if all(r.input.name in grams for r in readers[p.group.leaf])]
+            for prunable in ready:
+                leaf = prunable.group.leaf
+                choices.append(_obs(analysis, prunable, readers[leaf], grams, energies, nested.get(leaf)))
+                task.advance()
+            waiting = [p for p in waiting if p not in ready]
+            needed = {reader.input.name for p in waiting for reader in readers[p.group.leaf]}
+            grams = {name: gram for name, gram in grams.items() if name in needed}
+    return choices
+
+
+def _obs(
+    analysis: Analysis,
+    prunable: Prunable,
+    readers: Sequence[Linear],
+    grams: Mapping[str, Gram],
+    energies: Mapping[str, float] | None,
+    outer: Group | None,
+) -> Choice:
+    group, weights = prunable.group, analysis.program.weights
+    consumers, quota, size = [], None, group.size
+    for reader in readers:
+        columns = dict(coords(analysis.labels[reader.weight.name][reader.axis]))
+        units = columns[group.leaf]
+        if outer is not None:
+            rows = columns[outer.leaf]
+            size = outer.size * group.size
+            units = torch.where(units >= 0, rows * group.size + units, units)
+            quota = torch.arange(size) // group.size
+        weight = weights.load(reader.tensor)
+        weight = weight if reader.axis == 1 else weight.t()
+        importance = 1.0 if energies is None else 1.0 / max(energies[reader.node.name], 1e-300)
+        consumers.append(Consumer(weight, grams[reader.input.name].second, units, importance))
+    least = prunable.kept
+    if energies is not None:
+        least = max(prunable.step, group.size // LEAST_SHARE // prunable.step * prunable.step)
+    count = (group.size - least) * (outer.size if outer is not None else 1)
+    return Choice(prunable, removal_order(consumers, size, count, quota=quota), outer)
+
+
+def _energies(analysis: Analysis, readers: Sequence[Linear], context: PassContext) -> dict[str, float]:
+    """Linear node -> sum of squares, over the text, of the residual sum it feeds (or of its own output)."""
+    program = analysis.program
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    places = {reader.node.name: objective_of(reader, order).value.name for reader in readers}
+    sums = dict.fromkeys(places.values(), 0.0)
+
+    def observer(name: str) -> Callable[[torch.Tensor], None]:
+        def observe(value: torch.Tensor) -> None:
+            sums[name] += float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
+
+        return observe
+
+    executor, observers = Executor(program), {name: observer(name) for name in sums}
+    with context.progress.task("measure the residual stream", total=len(context.calibration)) as task:
+        for inputs in context.calibration.feeds(program):
+            executor.run(inputs, observe=observers)
+            task.advance()
+    return {node: sums[place] for node, place in places.items()}
+
+
+def kept_sizes(choices: Sequence[Choice], *, fraction: float, whole: bool) -> dict[Axis, int]:
+    """Positions each group keeps: what was asked for alike, or the cheapest removal of the same number of parameters overall.
+
+    The global form takes blocks of one step, always the one with the lowest cost per parameter next; groups may stay whole.
+    """
+    if not whole:
+        return {c.prunable.group.leaf: c.prunable.kept for c in choices}
+    budget = fraction * sum(c.prunable.parameters * c.prunable.group.size for c in choices)
+    kept = {c.prunable.group.leaf: c.prunable.group.size for c in choices}
+    queue: list[tuple[float, int, int]] = []
+    for place, choice in enumerate(choices):
+        _offer(queue, place, choice, choice.prunable.group.size)
+    while budget > 0 and queue:
+        _, place, size = heapq.heappop(queue)
+        prunable = choices[place].prunable
+        removed = (kept[prunable.group.leaf] - size) * prunable.parameters
+        if removed > 2 * budget:  # leaving it out is nearer to what was asked for
+            continue
+        budget -= removed
+        kept[prunable.group.leaf] = size
+        _offer(queue, place, choices[place], size)
+    return kept
+
+
+def _offer(queue: list[tuple[float, int, int]], place: int, choice: Choice, size: int) -> None:
+    """Put the group's next smaller size into the queue, by its cost per parameter."""
+    prunable, cost = choice.prunable, choice.removal.cost
+    full = prunable.group.size
+    smaller = (size - 1) // prunable.step * prunable.step
+    least = max(prunable.step, full // LEAST_SHARE // prunable.step * prunable.step)
+    if smaller < least or full - smaller > len(cost):
+        return
+    added = float(cost[full - size : full - smaller].sum())
+    heapq.heappush(queue, (added / ((size - smaller) * prunable.parameters), place, smaller))
+
+
+def keep_table(choice: Choice, size: int) -> Keep:
+    """The table the rewriting engine takes, for ``size`` kept positions."""
+    group = choice.prunable.group
+    if choice.outer is None:
+        kept = torch.ones(group.size, dtype=torch.bool)
+        kept[choice.removal.order[: group.size - size]] = False
+        return kept
+    cells = torch.ones(choice.outer.size * group.size, dtype=torch.bool)
+    cells[choice.removal.order[: (group.size - size) * choice.outer.size]] = False
+    return choice.outer.anchor, cells.view(choice.outer.size, group.size)
+
+
+def outer_of(analysis: Analysis, group: Group, among: Sequence[Group]) -> Group | None:
+    """The group of ``among`` inside which ``group`` lies wherever it is contracted, or None."""
+    found: set[Axis] = set()
+    for contact in group.consumers:
+        axis = analysis.labels[contact.operand][contact.dim]
+        if not isinstance(axis, Axis) or not isinstance(find(axis).size, int):
+            return None
+        found |= {leaf for leaf, _ in coords(axis)}
+    return next((other for other in among if other.leaf in found and other.leaf is not group.leaf), None)

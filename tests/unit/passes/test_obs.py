@@ -1,0 +1,106 @@
+"""Greedy OBS selection and the refit it assumes, against brute force."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from compile_sparse.passes.compensation.regression import Regression
+from compile_sparse.passes.pruning.obs import DAMPING, Consumer, removal_order
+
+
+def layer(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A weight and correlated inputs ``[T, K]``."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(inputs, inputs, generator=generator, dtype=torch.float64)
+    x = torch.randn(400, inputs, generator=generator, dtype=torch.float64) @ mixing
+    return torch.randn(outputs, inputs, generator=generator, dtype=torch.float64), x
+
+
+def refitted_error(weight: torch.Tensor, second: torch.Tensor, kept: list[int]) -> float:
+    """``min_V tr((W - V) C (W - V)^T)`` over ``V`` supported on ``kept``, solved directly."""
+    solution = torch.linalg.solve(second[kept][:, kept], second[kept] @ weight.t())
+    full = torch.zeros_like(weight)
+    full[:, kept] = solution.t()
+    missing = weight - full
+    return float((missing @ second * missing).sum())
+
+
+def damped(x: torch.Tensor) -> torch.Tensor:
+    second = x.t() @ x
+    return second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_each_step_is_the_best_single_removal_and_costs_what_refitting_leaves(width: int) -> None:
+    units, remove = 6, 3
+    weight, x = layer(units * width, 5, seed=width)
+    index = torch.arange(units * width) // width
+    second = damped(x)
+    removal = removal_order([Consumer(weight, x.t() @ x, index)], units, remove)
+    kept = list(range(units))
+    before = 0.0
+    for unit, cost in zip(removal.order.tolist(), removal.cost.tolist(), strict=True):
+        errors = {u: refitted_error(weight, second, columns(kept, u, width)) for u in kept}
+        assert unit == min(errors, key=errors.__getitem__)
+        assert cost == pytest.approx(errors[unit] - before, rel=1e-6)
+        before = errors[unit]
+        kept.remove(unit)
+
+
+def columns(kept: list[int], without: int, width: int) -> list[int]:
+    return [u * width + i for u in kept if u != without for i in range(width)]
+
+
+def test_greedy_is_near_the_best_subset() -> None:
+    weight, x = layer(8, 4, seed=3)
+    second = damped(x)
+    removal = removal_order([Consumer(weight, x.t() @ x, torch.arange(8))], 8, 3)
+    errors = sorted(refitted_error(weight, second, list(kept)) for kept in itertools.combinations(range(8), 5))
+    assert float(removal.cost.sum()) <= errors[len(errors) // 10]
+
+
+def test_quota_takes_equally_many_from_every_outer_position() -> None:
+    weight, x = layer(12, 5, seed=4)
+    quota = torch.arange(12) // 4
+    removal = removal_order([Consumer(weight, x.t() @ x, torch.arange(12))], 12, 6, quota=quota)
+    assert torch.bincount(quota[removal.order], minlength=3).tolist() == [2, 2, 2]
+
+
+def test_regression_equals_the_normal_equations() -> None:
+    generator = torch.Generator().manual_seed(5)
+    x = torch.randn(300, 7, generator=generator)
+    truth, shift = torch.randn(4, 7, generator=generator), torch.randn(4, generator=generator)
+    r = x @ truth.t() + shift + 0.1 * torch.randn(300, 4, generator=generator)
+    regression = Regression(7, 4, intercept=True)
+    for part in torch.arange(300).split(70):
+        regression.add(x[part], r[part])
+    change, moved, left = regression.solve(0.0)
+    ones = torch.cat([x, torch.ones(300, 1)], 1).double()
+    wanted = torch.linalg.lstsq(ones, r.double()).solution
+    # float32 products of 300 rows: about 300 * 6e-8 relative to the largest sum.
+    torch.testing.assert_close(torch.cat([change, moved[:, None]], 1), wanted.t(), rtol=1e-4, atol=1e-4)
+    missing = r.double() - ones @ wanted
+    assert left == pytest.approx(float(missing.square().sum() / r.double().square().sum()), rel=1e-3)
+
+
+def test_mean_shift_is_the_mean() -> None:
+    generator = torch.Generator().manual_seed(6)
+    x, r = torch.randn(50, 3, generator=generator), torch.randn(50, 2, generator=generator) + 3.0
+    regression = Regression(3, 2, intercept=True)
+    regression.add(x, r)
+    shift, left = regression.mean_shift()
+    torch.testing.assert_close(shift, r.double().mean(0), rtol=1e-5, atol=1e-5)
+    assert left == pytest.approx(float((r - r.mean(0)).double().square().sum() / r.double().square().sum()), rel=1e-4)
+
+
+def test_unexcited_inputs_keep_their_weights() -> None:
+    x = torch.zeros(20, 3)
+    x[:, 0] = torch.linspace(-1, 1, 20)
+    regression = Regression(3, 2, intercept=False)
+    regression.add(x, torch.ones(20, 2) * x[:, :1])
+    change, _, _ = regression.solve(1e-6)
+    assert float(change[:, 1:].abs().max()) < 1e-12
+    torch.testing.assert_close(change[:, 0], torch.ones(2, dtype=torch.float64), rtol=1e-4, atol=1e-4)
