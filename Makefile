@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv test lint format schema demo clean
+.PHONY: venv test lint format schema architectures demo clean
 
 venv: $(STAMP)
 
@@ -27,6 +27,9 @@ format: venv
 
 schema: venv
 	$(BIN)/python -m compile_sparse.compiler.recipe_schema docs/recipe.schema.json
+
+architectures: venv
+	$(BIN)/python -m tests.unit.axes.architecture_table docs/architectures.md
 
 demo: venv
 	$(BIN)/python examples/tiny_llama.py

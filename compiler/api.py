@@ -46,8 +46,8 @@ def compile(
         verify_each: check the program after every pass.
         progress: where long work reports.
         options: shorthand for a recipe, see ``recipe_flags.merge_options``: ``prune={"channels": 0.25}``,
-            ``quantize="w8a8"``, ``calibration=FILE``, ``eval={"en": FILE}``, ``workload="prompt=128,output=64"``,
-            ``gates=["decode_tok_s>=1.2x"]``, ``seed=0``, and so on.
+            ``criterion="wanda"``, ``allocation="global"``, ``low_rank=0.2``, ``quantize="w8a8"``, ``calibration=FILE``,
+            ``eval={"en": FILE}``, ``workload="prompt=128,output=64"``, ``gates=["decode_tok_s>=1.2x"]``, ``seed=0``, and so on.
 
     Raises:
         CompileSparseError: see ``errors``; each class has its exit code.

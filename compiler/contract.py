@@ -65,7 +65,9 @@ class PassResult:
 
 class Pass(Protocol):
     """One transformation. Entry-point group ``compile_sparse.passes``; the entry is a pydantic model class (the pass's options
-    are its fields) with these members. ``stage`` is one of ``pass_registry.STAGES``; a recipe in another order is refused.
+    are its fields) with these members. ``stage`` is one of ``pass_registry.STAGES``; a recipe in another order is refused, and
+    one with two passes that treat the same things: those of the same name, unless they have an attribute ``treats`` (names of
+    things) that says otherwise.
     """
 
     name: str

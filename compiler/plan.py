@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any
 
-from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
+from compile_sparse.compiler.axes.analysis import analyse, changeable_roles
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.errors import ModelError, Refusal
+from compile_sparse.compiler.gain import largest_gain
+from compile_sparse.compiler.group_shares import group_rows
 from compile_sparse.compiler.job import Job, baseline_dtype
 from compile_sparse.compiler.model_facts import layer_count
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runner import run_passes
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.stored_size import stored_bytes
+from compile_sparse.compiler.token_cost import token_cost
 
 __all__ = ["plan_job"]
 
@@ -27,9 +29,9 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         accept_useless: do not list what the target cannot exploit as refused.
 
     Returns:
-        Plain data: ``model``, ``passes`` (requested, achieved, skips), ``groups`` (axes that can be removed together, counted
-        by kind and size, with the reason where frozen), ``bytes`` and ``parameters`` before and after, ``runtime`` (what the
-        backend says about the result) and ``refusals``.
+        Plain data: ``model``, ``passes`` (requested, achieved, skips, notes), ``groups`` (axes that can be removed together,
+        see ``group_rows``), ``bytes`` and ``parameters`` before and after, ``gain`` (bounds on the speed-up, see
+        ``largest_gain``), ``runtime`` (what the backend says about the result) and ``refusals``.
     """
     dense = capture(job.folder, dtype=baseline_dtype(job.target), require_weights=False, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
@@ -45,7 +47,8 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
             continue
         sections += [section.model_dump(mode="json") for section in done]
     with progress.task("axes", total=1) as task:
-        groups = _groups(analyse(dense, interface_may_change=changeable_roles(job.target)))
+        analysis = analyse(dense, interface_may_change=changeable_roles(job.target))
+        groups = group_rows(analysis, token_cost(dense, tokens=1 if dense.kind == "decoder" else job.workload.prompt))
         task.advance()
     return {
         "schema_version": 1,
@@ -59,21 +62,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         "groups": groups,
         "bytes": {"baseline": stored_bytes(dense), "compiled": stored_bytes(program)},
         "parameters": {"baseline": dense.parameter_count(), "compiled": program.parameter_count()},
+        "gain": largest_gain(dense, program, job.target, prompt=job.workload.prompt),
         "runtime": [skip.as_dict() for skip in job.backend.plan(program, job.target)],
         "refusals": refusals,
     }
-
-
-def _groups(analysis: Analysis) -> list[dict[str, Any]]:
-    """Groups counted by kind, size and reason."""
-    counted: Counter[tuple[str, int, str]] = Counter()
-    for group in analysis.groups:
-        if group.size > 1:
-            counted[group.kind, group.size, str(group.frozen[0]) if group.frozen else ""] += 1
-    merged: dict[tuple[str, int, bool], dict[str, Any]] = {}
-    for (kind, size, reason), count in counted.items():
-        entry = merged.setdefault(
-            (kind, size, bool(reason)), {"kind": kind, "count": 0, "size": size, "frozen": reason or None}
-        )
-        entry["count"] += count
-    return list(merged.values())

@@ -20,6 +20,7 @@ from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
 from compile_sparse.compiler.contract import Pass
+from compile_sparse.compiler.contradictions import refuse_second
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.pass_registry import STAGES, load_pass
 from compile_sparse.compiler.recipe_errors import explained
@@ -139,7 +140,7 @@ class Recipe(_Model):
         """Instances of the requested passes, options validated, in order.
 
         Raises:
-            Refusal: CS4101 for a pass that is not installed.
+            Refusal: CS4101 for a pass that is not installed, CS4105 for two that treat the same things.
             UsageError: CS1105 for a wrong option, CS1106 for a wrong order.
         """
         built: list[tuple[PassRequest, Pass]] = []
@@ -158,6 +159,8 @@ class Recipe(_Model):
                 ) from error
             if built:
                 _check_order(*built[-1], request, made)
+            for _, earlier in built:
+                refuse_second(earlier, made, where=request.where)
             built.append((request, made))
         return tuple(made for _, made in built)
 

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.option_values import accepts, literals
 from compile_sparse.compiler.pass_registry import STAGES, load_pass, stage_of_name
 from compile_sparse.compiler.recipe import PassRequest, Recipe
 from compile_sparse.compiler.recipe_errors import explained
@@ -23,6 +25,7 @@ def merge_options(
     *,
     prune: Mapping[str, float] | None = None,
     criterion: str | None = None,
+    allocation: str | None = None,
     sparsity: str | None = None,
     low_rank: float | None = None,
     quantize: str | None = None,
@@ -41,8 +44,8 @@ def merge_options(
     are added to the recipe's. ``sequence_length`` holds for calibration and evaluation.
 
     Raises:
-        UsageError: CS1004 a fraction outside (0, 1), CS1006 an option without what it modifies, CS1012 a gate on a slice
-            that is not evaluated, and the errors of workloads, gates and recipes.
+        UsageError: CS1004 a fraction outside (0, 1), CS1006 an option without what it modifies, CS1007 a value that no such
+            pass accepts, CS1012 a gate on a slice that is not evaluated, and the errors of workloads, gates and recipes.
         Refusal: CS4101 a pass that is not installed.
     """
     for text in gates:
@@ -58,7 +61,9 @@ def merge_options(
     if quantize is not None:
         passes.put("quantize", where="--quantize", scheme=quantize)
     if criterion is not None:
-        passes.modify(criterion, "criterion", ("prune-", "mask"), "--prune or --sparsity")
+        passes.modify(criterion, "criterion", ("prune-", "low-rank", "mask"), "--prune, --low-rank or --sparsity")
+    if allocation is not None:
+        passes.modify(allocation, "allocation", ("prune-", "low-rank"), "--prune or --low-rank")
     if quantizer is not None:
         passes.modify(quantizer, "quantizer", ("quantize",), "--quantize")
 
@@ -99,20 +104,42 @@ class _Passes:
         return len(self._requests)
 
     def modify(self, value: str, option: str, names: tuple[str, ...], needs: str) -> None:
-        """Set ``option`` on the first family of passes (by name prefix) that is present."""
+        """Set ``option`` on the first family of passes (by name prefix) of which some accept the value; only on those."""
+        refused: dict[str, str] = {}
         for prefix in names:
-            chosen = [index for index, request in enumerate(self._requests) if request.name.startswith(prefix)]
-            for index in chosen:
+            fitting = []
+            for index, request in enumerate(self._requests):
+                field = self._option(request, option) if request.name.startswith(prefix) else None
+                if field is None:
+                    continue
+                if accepts(field, value):
+                    fitting.append(index)
+                else:
+                    refused[request.name] = ", ".join(literals(field.annotation))
+            for index in fitting:
                 request = self._requests[index]
                 self._requests[index] = request.model_copy(update={"options": request.options | {option: value}})
-            if chosen:
+            if fitting:
                 return
+        if refused:
+            raise UsageError(
+                "CS1007",
+                f"{value!r} is not a value of --{option} that the recipe's passes accept.",
+                where=f"--{option} {value}",
+                why=" ".join(f"{name} accepts: {values or 'other values'}." for name, values in refused.items()),
+            )
+        asked = [r.name for r in self._requests if r.name.startswith(names)]
         raise UsageError(
             "CS1006",
             f"--{option} has nothing to apply to.",
             where=f"--{option} {value}",
-            why=f"It modifies {needs}, and neither the flags nor the recipe ask for that.",
+            why=f"{', '.join(asked)}: no such option."
+            if asked
+            else f"It modifies {needs}, and neither the flags nor the recipe ask for that.",
         )
+
+    def _option(self, request: PassRequest, option: str) -> FieldInfo | None:
+        return load_pass(request.name, where=request.where).model_fields.get(option)
 
     def ordered(self) -> tuple[PassRequest, ...]:
         return tuple(self._requests)

@@ -53,7 +53,7 @@ class Change(_Section):
 class ModelSection(_Section):
     """Size of the model."""
 
-    kind: Literal["decoder", "encoder", "vision"] | None = None
+    kind: Literal["decoder", "encoder", "vision", "audio"] | None = None
     parameters: Change = Field(description="trained elements")
     artifact_bytes: Change | None = Field(default=None, description="bytes of what the runtime loads")
     zeros: float | None = Field(default=None, ge=0, le=1, description="share of stored weights that are zero, 0 to 1")

@@ -16,6 +16,7 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from compile_sparse.compiler.editing import fake_mode_of, is_pure, op_name
 from compile_sparse.compiler.program import Program
@@ -91,7 +92,8 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
         computed = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
     else:
         args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        with mode, torch.no_grad():
+        # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
+        with enable_python_dispatcher(), mode, torch.no_grad():
             try:
                 computed = node.target(*args, **kwargs)  # type: ignore[operator]
             except (RuntimeError, ValueError, TypeError, IndexError) as error:

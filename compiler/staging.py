@@ -26,7 +26,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 
 from compile_sparse.compiler.durable import as_disk_failure, disk_errors, sync_folder, sync_tree, write_durably
-from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.errors import EnvironmentFailure, ModelError, Refusal, UsageError
 from compile_sparse.compiler.file_digests import folder_digests, list_files
 from compile_sparse.compiler.manifest import TOOL_NAME, FileEntry, Manifest
 
@@ -81,7 +81,8 @@ class Staging:
             staging.write("report.json", report)
             staging.publish(lambda files: Manifest(..., files=files))
 
-    Leaving the block without ``publish`` (an error, Ctrl-C, a kill) keeps the folder, so the same key resumes.
+    Leaving the block without ``publish`` (a failure, Ctrl-C, a kill) keeps the folder, so the same key resumes; a refusal before
+    the first complete stage removes it.
 
     Args:
         out: final place; must not exist (an empty folder may) unless ``force``.
@@ -120,8 +121,11 @@ class Staging:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._published:
+        # A model that is refused would be refused again: there is nothing to resume.
+        refused = isinstance(error, (ModelError, Refusal, UsageError)) and not self._stages()
+        if self._published or refused:
             shutil.rmtree(self.root, ignore_errors=True)
+        if self._published:
             self._remove_stale()
         self._lock.release()
         if isinstance(error, OSError) and (failure := as_disk_failure(error, self.out)):

@@ -36,12 +36,9 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     ]
     parts += [_passes(plan["passes"])] if plan.get("passes") else []
     if groups := plan.get("groups"):
-        table = _table("what may be removed together", "axis", "count", "size", "left alone because")
-        for group in groups:
-            frozen = group.get("frozen")
-            reason = "" if not frozen else "fixed" if frozen is True else str(frozen)
-            table.add_row(escape(str(group["kind"])), f"{group['count']:,}", _plain(group["size"]), escape(reason))
-        parts.append(table)
+        parts.append(_groups(groups))
+    if gain := plan.get("gain"):
+        parts.append(_gain(gain))
     if refusals := plan.get("refusals"):
         parts.append(_skips("refused", refusals))
     return Group(*parts)
@@ -132,7 +129,8 @@ def _passes(passes: Sequence[Mapping[str, Any]]) -> RenderableType:
         cells = (entry["name"], _options(entry.get("requested")), _options(entry.get("achieved")))
         table.add_row(*(escape(str(cell)) for cell in cells), str(len(entry.get("skips") or ())))
     skips = [skip for entry in passes for skip in entry.get("skips") or ()]
-    return Group(table, _skips("left alone", skips)) if skips else table
+    notes = [Text(f"{entry['name']}: {note}") for entry in passes for note in entry.get("notes") or ()]
+    return Group(table, *notes, *([_skips("left alone", skips)] if skips else []))
 
 
 def _skips(title: str, skips: Sequence[Mapping[str, Any]], *, most: int = 12) -> RenderableType:
@@ -141,6 +139,32 @@ def _skips(title: str, skips: Sequence[Mapping[str, Any]], *, most: int = 12) ->
         table.add_row(*(escape(str(skip.get(key, ""))) for key in ("code", "where", "why", "hint")))
     more = len(skips) - most
     return Group(table, Text(f"... and {more:,} more; --json lists all.")) if more > 0 else table
+
+
+def _groups(groups: Sequence[Mapping[str, Any]]) -> RenderableType:
+    table = _table(
+        "what may be removed together", "axis", "count", "size", "parameters", "bytes", "FLOPs", "left alone because"
+    )
+    for group in groups:
+        frozen = group.get("frozen")
+        reason = "" if not frozen else "fixed" if frozen is True else str(frozen)
+        name = f"{group['kind']} (query, in each group)" if group.get("unit") == "query" else str(group["kind"])
+        shares = (_share(group.get(key)) for key in ("parameter_share", "byte_share", "flop_share"))
+        table.add_row(escape(name), f"{group['count']:,}", _plain(group["size"]), *shares, escape(reason))
+    return Group(table, Text("Shares of the model that go through them; a matrix has two axes, so they overlap."))
+
+
+def _gain(gain: Mapping[str, Any]) -> RenderableType:
+    table = _table("what the target could gain at most (not measured)", "", "", "baseline", "compiled", "speed-up")
+    for label in ("decode", "prefill", "forward"):
+        if found := gain.get(label):
+            show = _bytes if "bytes" in found["quantity"] else _plain
+            ratio = found["at_most"]
+            bound = (
+                f"not known: {found['unknown_because']}" if ratio is None else f"at most {ratio:.2f}x if {found['if']}"
+            )
+            table.add_row(label, found["quantity"], show(found["baseline"]), show(found["compiled"]), escape(bound))
+    return Group(table, Text(str(gain.get("basis", ""))))
 
 
 def _gates(gates: Sequence[Mapping[str, Any]]) -> Table:
@@ -156,8 +180,9 @@ def _options(values: Mapping[str, Any] | None) -> str:
 
 
 def _option(value: Any) -> str:
-    if isinstance(value, Mapping) and set(value) == {"before", "after"}:
-        return f"{value['before']:,} to {value['after']:,}"
+    if isinstance(value, Mapping) and {"before", "after"} <= set(value):
+        sizes = ", ".join(f"{size:,}" for size in value.get("sizes", ()))
+        return f"{value['before']:,} to {value['after']:,}" + (f" ({sizes} each)" if sizes else "")
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -166,6 +191,10 @@ def _interval(found: Mapping[str, Any] | None) -> str:
         return ""
     bounds = found.get("ci95")
     return f"{found['value']:.3f}x" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.1%}"
 
 
 def _plain(value: Any) -> str:

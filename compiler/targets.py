@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 
-__all__ = ["SparsePattern", "Target", "find_target", "load_targets"]
+__all__ = ["FactoredProducts", "SparsePattern", "Target", "find_target", "load_targets"]
 
 
 class SparsePattern(BaseModel):
@@ -31,6 +31,21 @@ class SparsePattern(BaseModel):
     why: str = Field(description="the mechanism, one sentence")
     measured: str = Field(default="", description="figures with the setting they were measured in")
     instead: str = Field(default="", description="what to use on this target")
+
+
+class FactoredProducts(BaseModel):
+    """What two thin products in place of one are worth on a target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decode_pays_below: float = Field(
+        gt=0, le=1, description="share of the dense parameters below which two factors run faster, one token at a time"
+    )
+    prefill_pays_below: float = Field(gt=0, le=1, description="the same for a prompt")
+    extra_product_weights: int = Field(
+        default=0, ge=0, description="weights that are read in the time one more product takes to start, decoding"
+    )
+    measured: str = Field(description="figures with the setting they were measured in")
 
 
 class Target(BaseModel):
@@ -47,6 +62,9 @@ class Target(BaseModel):
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
     schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
     sparse_patterns: tuple[SparsePattern, ...] = Field(default=(), description="zero patterns and whether they pay")
+    low_rank: FactoredProducts | None = Field(
+        default=None, description="when two factors pay; null: whenever they have fewer parameters"
+    )
     cache_may_change: bool = Field(
         default=True, description="whether key-value cache inputs and outputs may change shape (heads may be pruned)"
     )

@@ -53,3 +53,35 @@ class Applied(torch.nn.Module):
 
     def forward(self, *values: torch.Tensor) -> Any:
         return self.function(*values)
+
+
+class ConvNet(torch.nn.Module):
+    """``[batch, 3, 8, 8] -> [batch, 5]``: batch norm, residual, depthwise, grouped and transposed convolution, group norm.
+
+    Statistics, scales and shifts are random; the last linear reads channels and positions flattened together.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        nn = torch.nn
+        self.stem, self.stem_norm = nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16)
+        self.inner, self.inner_norm = nn.Conv2d(16, 10, 1, bias=False), nn.BatchNorm2d(10)
+        self.depthwise, self.outer = nn.Conv2d(10, 10, 3, padding=1, groups=10), nn.Conv2d(10, 16, 1)
+        self.grouped, self.group_norm = nn.Conv2d(16, 24, 3, stride=2, padding=1, groups=4), nn.GroupNorm(8, 24)
+        self.transposed, self.head = nn.ConvTranspose2d(24, 14, 2, groups=2), nn.Linear(14 * 4, 5)
+        for name, value in [*self.named_parameters(), *self.named_buffers()]:
+            if value.ndim == 1:
+                value.data = (
+                    torch.rand_like(value) + 0.5 if name.endswith(("weight", "var")) else torch.randn_like(value)
+                )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.stem_norm(self.stem(x)))
+        y = torch.nn.functional.hardswish(self.inner_norm(self.inner(x)))
+        x = x + self.outer(torch.relu(self.depthwise(y)))
+        x = torch.nn.functional.silu(self.group_norm(self.grouped(x)))
+        x = torch.nn.functional.max_pool2d(self.transposed(x), 2)
+        out = self.head(x.flatten(1))
+        assert isinstance(out, torch.Tensor)
+        return out

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from compile_sparse.backends.null.safetensors_stream import write_safetensors
 from compile_sparse.compiler.contract import Lowered, Probe
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.file_digests import digest_file
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.safetensors_stream import write_safetensors
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target
 
@@ -47,7 +47,7 @@ class NullBackend:
         listing.write_text("\n".join([*lines, str(program.graph), ""]), encoding="utf-8")
         weights = out / "weights.safetensors"
         with progress.task("writing weights", total=len(program.weights)) as task:
-            digest = write_safetensors(weights, program.weights, on_tensor=task.advance)
+            digest = write_safetensors(weights, dict(sorted(program.weights.items())), on_tensor=task.advance)
         return Lowered(
             files={listing.name: digest_file(listing)[0], weights.name: digest}, form={"weights": "as stored"}
         )

@@ -46,11 +46,19 @@ def _any_or_all(emission: Emission, node: fx.Node) -> str:
     return emission.graph.call("Cast", [reduced], hint=node.name, to=9)
 
 
-@emits("aten::softmax", "aten::_softmax")
+@emits("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax")
 def _softmax(emission: Emission, node: fx.Node) -> str:
     given = arguments(node)
     source = emission.tensor(given["self"], emission.dtype(node))
-    return emission.graph.call("Softmax", [source], hint=node.name, axis=emission.axis(node, given["dim"]))
+    op = "LogSoftmax" if "log" in node.target._schema.name else "Softmax"  # type: ignore[union-attr]
+    return emission.graph.call(op, [source], hint=node.name, axis=emission.axis(node, given["dim"]))
+
+
+@emits("aten::linalg_vector_norm")
+def _vector_norm(emission: Emission, node: fx.Node) -> str:
+    if arguments(node)["ord"] != 2:
+        raise Unsupported("a vector norm other than the Euclidean")
+    return _reduction("ReduceL2")(emission, node)
 
 
 @emits("aten::max", "aten::min")

@@ -162,3 +162,50 @@ def _stack(emission: Emission, node: fx.Node) -> str:
     where = emission.graph.constant([axis])
     parts = [emission.graph.call("Unsqueeze", [emission.tensor(part, dtype), where]) for part in given["tensors"]]
     return emission.graph.call("Concat", parts, hint=node.name, axis=axis)
+
+
+@emits("aten::unbind")
+def _unbind(emission: Emission, node: fx.Node) -> list[str]:
+    given = arguments(node)
+    source = given["self"]
+    axis = emission.axis(source, given["dim"])
+    name = emission.value(source)
+    return [
+        emission.graph.call("Gather", [name, emission.graph.constant(place)], hint=f"{node.name}_{place}", axis=axis)
+        for place in range(len(node.meta["val"]))
+    ]
+
+
+@emits("aten::roll")
+def _roll(emission: Emission, node: fx.Node) -> str:
+    """The end of each dimension in front of its beginning."""
+    given = arguments(node)
+    if not given["dims"]:
+        raise Unsupported("rolling over all dimensions at once")
+    name = emission.value(given["self"])
+    for dim, shift in zip(given["dims"], given["shifts"], strict=True):
+        size = dimensions(given["self"])[dim]
+        if not isinstance(shift, int) or not isinstance(size, int):
+            raise Unsupported("rolling a dynamic dimension")
+        if shift % size:
+            axis, cut = emission.axis(given["self"], dim), size - shift % size
+            sizes = emission.graph.constant([cut, size - cut])
+            front, back = emission.graph.call_many("Split", [name, sizes], 2, axis=axis)
+            name = emission.graph.call("Concat", [back, front], hint=node.name, axis=axis)
+    return name
+
+
+_PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge", "circular": "wrap"}
+
+
+@emits("aten::pad", "aten::constant_pad_nd")
+def _pad(emission: Emission, node: fx.Node) -> str:
+    """torch gives pairs from the last dimension on; ONNX begins, then ends."""
+    given, dtype = arguments(node), emission.dtype(node)
+    amounts = list(given["pad"])
+    count = len(amounts) // 2
+    axes = [emission.rank(node) - 1 - place for place in range(count)]
+    mode = _PAD_MODES[given.get("mode", "constant")]
+    value = emission.tensor(given["value"] or 0, dtype) if mode == "constant" else ""
+    inputs = [emission.tensor(given["self"], dtype), emission.integers(amounts[0::2] + amounts[1::2]), value]
+    return emission.graph.call("Pad", [*inputs, emission.graph.constant(axes)], hint=node.name, mode=mode)

@@ -17,6 +17,7 @@ _DYNAMIC = {
     "position_ids": ("batch_size", "sequence_length"),
     "token_type_ids": ("batch_size", "sequence_length"),
     "pixel_values": ("batch_size", "channels", "height", "width"),
+    "input_features": ("batch_size", "bins", "frames"),
     "past_key": ("batch_size", "heads", "past_sequence_length", "head_size"),
     "past_value": ("batch_size", "heads", "past_sequence_length", "head_size"),
 }

@@ -71,6 +71,13 @@ def _matmul(emission: Emission, node: fx.Node) -> str:
     return _contract(emission, node, node.args[0], node.args[1], None, axis=0)  # type: ignore[arg-type]
 
 
+@emits("aten::einsum")
+def _einsum(emission: Emission, node: fx.Node) -> str:
+    given = arguments(node)
+    operands = [emission.tensor(tensor, emission.dtype(node)) for tensor in given["tensors"]]
+    return emission.graph.call("Einsum", operands, hint=node.name, equation=given["equation"])
+
+
 def _contract(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
     if is_op(weight, "compile_sparse::dequantize_weight"):
         packed = _quantized(emission, node, x, weight, bias, axis)

@@ -13,8 +13,10 @@ import torch
 from compile_sparse.backends.onnxruntime import (  # noqa: F401
     emit_activations,
     emit_arithmetic,
+    emit_convolution,
     emit_creation,
     emit_norms,
+    emit_pooling,
     emit_reductions,
     emit_shapes,
     emit_sizes,

@@ -84,7 +84,7 @@ def analyse(program: Program, *, interface_may_change: frozenset[str] = CACHE_RO
         program: any program; weights are not read, shapes suffice.
         interface_may_change: roles of inputs and outputs whose static axes may shrink. All others are frozen.
     """
-    ledger = Ledger()
+    ledger = Ledger(stored=frozenset(program.bindings))
     inputs = {entry.placeholder: entry for entry in program.inputs}
     by_tensor: dict[str, Label] = {}
     for node in program.graph.nodes:

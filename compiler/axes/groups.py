@@ -9,26 +9,19 @@ from typing import Literal
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis, find, leaves
-from compile_sparse.compiler.axes.ledger import Contact, Freeze, Ledger
-from compile_sparse.compiler.editing import op_name
+from compile_sparse.compiler.axes.ledger import Contact, Freeze, Ledger, origin
 from compile_sparse.compiler.program import Program
 
 __all__ = ["Anchor", "Group", "Kind", "build_groups", "format_groups", "leaf_at"]
 
-Kind = Literal["channels", "heads", "width", "head_dim", "experts", "conv", "vocab", "other"]
+Kind = Literal["channels", "heads", "width", "head_dim", "experts", "conv", "vocab", "space", "other"]
+"""What an axis is called in recipes and reports.
 
-_PASSING = {
-    "transpose",
-    "t",
-    "permute",
-    "alias",
-    "_to_copy",
-    "to",
-    "clone",
-    "contiguous",
-    "dequantize_weight",
-    "detach",
-}
+``conv``: channels that a convolution sums over or carries group by group (batch norm, group norm and residual sums follow them);
+a stage of ConvNeXt is one, although linears read it too. ``width``: a normalised residual stream that no convolution reads, even
+when a patch embedding or a convolution stem makes it. ``channels``: what only linears sum over, such as the inside of an MLP.
+``space``: positions of images and kernels, always frozen.
+"""
 
 
 @dataclass(frozen=True)
@@ -116,13 +109,18 @@ def _kind(roles: frozenset[str]) -> Kind:
         return "experts"
     if roles & {"vocab", "output_logits"}:
         return "vocab"
+    if "space" in roles:
+        return "space"
+    if "attn_heads" in roles:
+        return "heads"
+    if roles & {"qk_dim", "v_dim"} and "softmax" not in roles:  # attention normalises over positions
+        return "head_dim"
     if roles & {"conv_groups", "conv_in"}:
         return "conv"
-    if roles & {"attn_heads", "batch_matmul"}:
+    if "batch_matmul" in roles:
         return "heads"
-    if roles & {"qk_dim", "v_dim"}:
-        return "head_dim"
-    if roles & {"norm", "reduce_mean", "embedding"}:
+    # A mean alone may be one over positions; a norm written out averages what linears read.
+    if roles & {"norm", "embedding"} or roles >= {"reduce_mean", "contract"}:
         return "width"
     if "conv_out" in roles:
         return "conv"
@@ -137,8 +135,8 @@ def _contacts(
     """Contacts whose weight side is a stored tensor, by leaf."""
     out: dict[Axis, list[Contact]] = {}
     for axis, contact in events:
-        tensor = _stored_tensor(program, nodes[contact.weight])
-        if tensor is None or (contact.operand and _stored_tensor(program, nodes[contact.operand]) is not None):
+        tensor = program.tensor_of(origin(nodes[contact.weight], choices=True))
+        if tensor is None or (contact.operand and program.tensor_of(origin(nodes[contact.operand])) is not None):
             continue
         named = Contact(contact.node, contact.operand, contact.dim, tensor)
         for found in leaves(axis):
@@ -146,13 +144,6 @@ def _contacts(
             if named not in known:
                 known.append(named)
     return out
-
-
-def _stored_tensor(program: Program, node: fx.Node) -> str | None:
-    """Tensor a node reads through moves and casts, or None when it is computed from inputs."""
-    while node.op == "call_function" and op_name(node) in _PASSING and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return program.tensor_of(node)
 
 
 def _path_to(axis: Axis, target: Axis) -> tuple[int, ...]:

@@ -12,12 +12,16 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis
+from compile_sparse.compiler.editing import op_name
 
-__all__ = ["Contact", "Freeze", "Label", "Ledger", "source_line"]
+__all__ = ["Contact", "Freeze", "Label", "Ledger", "origin", "source_line"]
 
 Label = list[Axis]
 """One axis per dimension of a tensor."""
 
+_SAME_VALUES = {"alias", "_to_copy", "to", "clone", "contiguous", "detach", "dequantize_weight"}
+_MOVES = frozenset(_SAME_VALUES | {"transpose", "t", "permute", "unsqueeze", "squeeze", "expand"})
+_CHOICES = frozenset({"index", "index_select"})
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
 
 
@@ -59,8 +63,12 @@ class Contact:
 
 @dataclass
 class Ledger:
-    """Labels, index domains and deferred events of one analysis."""
+    """Labels, index domains and deferred events of one analysis.
 
+    ``stored`` names the placeholders of stored tensors.
+    """
+
+    stored: frozenset[str] = frozenset()
     labels: dict[str, Label | tuple[Label, ...]] = field(default_factory=dict)
     domains: dict[str | tuple[str, int], Axis] = field(default_factory=dict)
     freezes: list[tuple[Axis, Freeze]] = field(default_factory=list)
@@ -79,6 +87,17 @@ class Ledger:
     def freeze(self, axis: Axis, reason: str, node: fx.Node) -> None:
         """The axis may not change."""
         self.freezes.append((axis, Freeze(reason, node.name, source_line(node))))
+
+
+def origin(node: fx.Node, *, choices: bool = False) -> fx.Node:
+    """The node that a value was read from, through moves and casts.
+
+    With ``choices``, also through indexing: one matrix of several, as experts are chosen.
+    """
+    passing = _MOVES | _CHOICES if choices else _MOVES
+    while node.op == "call_function" and op_name(node) in passing and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
 
 
 def source_line(node: fx.Node) -> str:

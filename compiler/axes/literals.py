@@ -160,11 +160,24 @@ def _norm(site: _Site) -> None:
         site.set("normalized_shape", [site.size(axis) for axis in site.label("input")[-count:]])
 
 
-@_writer("convolution", "conv1d", "conv2d", "conv3d")
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
+
+
+@_writer("convolution", "conv1d", "conv2d", "conv3d", *_TRANSPOSED)
 def _convolution(site: _Site) -> None:
     if site.arguments["groups"] > 1:
-        channels, inner = site.label("input")[1], site.label("weight")[1]
+        transposed = site.arguments.get("transposed") or op_name(site.node) in _TRANSPOSED
+        channels, inner = (site.single if transposed else site.label("input"))[1], site.label("weight")[1]
         site.set("groups", site.size(channels) // site.size(inner))
+
+
+@_writer("channel_shuffle")
+def _channel_shuffle(site: _Site) -> None:
+    channels, groups = site.label("self")[1], site.arguments["groups"]
+    size = find(channels).size
+    assert isinstance(size, int)  # the rule refuses dynamic channels
+    outer, _ = regroup(factors(channels), [groups, size // groups])
+    site.set("groups", site.size(outer))
 
 
 @_writer("group_norm")
@@ -184,6 +197,17 @@ def _repeat_interleave(site: _Site) -> None:
         old, new = site.selection.size(source[dim]), site.selection.size(site.single[dim])
         if isinstance(old, int) and isinstance(new, int):
             site.set("repeats", new // old)
+
+
+@_writer("repeat")
+def _repeat(site: _Site) -> None:
+    source, repeats = site.label("self"), list(site.arguments["repeats"])
+    offset = len(repeats) - len(source)
+    for dim, axis in enumerate(site.single):
+        if isinstance(repeats[dim], int) and site.selection.touched(axis):
+            before = site.size(source[dim - offset]) if dim >= offset else 1
+            repeats[dim] = site.size(axis) // before
+    site.set("repeats", repeats)
 
 
 @_writer("scaled_dot_product_attention")

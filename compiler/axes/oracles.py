@@ -101,10 +101,22 @@ def tolerance(program: Program) -> float:
         value = node.meta.get("val")
         if isinstance(value, torch.Tensor) and value.is_floating_point():
             unit = max(unit, torch.finfo(value.dtype).eps / 2)
-        if op_name(node) in ("linear", "addmm", "mm", "bmm", "matmul", "convolution", "scaled_dot_product_attention"):
-            length = node.all_input_nodes[0].meta["val"].shape[-1]
-            roots += math.sqrt(length) if isinstance(length, int) else 1.0
+        length = _summed_terms(node)
+        roots += math.sqrt(length) if length else 0.0
     return _SAFETY * unit * max(roots, 1.0)
+
+
+def _summed_terms(node: fx.Node) -> int:
+    """Terms each element of a contraction sums over; 0 for other operators, 1 for a dynamic length."""
+    name = op_name(node)
+    if name.startswith("conv"):
+        weight = node.args[1].meta["val"]  # type: ignore[union-attr]
+        transposed = "transpose" in name or bool(schema_arguments(node).get("transposed"))
+        return math.prod(weight.shape[2:]) * int(weight.shape[0 if transposed else 1])
+    if name in ("linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "einsum", "scaled_dot_product_attention"):
+        length = node.all_input_nodes[0].meta["val"].shape[-1]
+        return length if isinstance(length, int) else 1
+    return 0
 
 
 def interpret(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -299,13 +311,15 @@ def _group_norm(masked: _Masked) -> Any:
     return _spread(masked.call(changes), 1, kept, size)
 
 
+# Not listed: cumsum. Zeros held at removed positions add nothing, and the end of an empty run stays where it was.
 _SPECIAL: dict[str, Callable[[_Masked], Any]] = {
     **dict.fromkeys(
         ("mean", "sum", "amax", "amin", "var", "std", "any", "all", "prod", "logsumexp", "linalg_vector_norm", "norm"),
         _reduce,
     ),
     **dict.fromkeys(("max", "min", "argmax", "argmin"), _reduce),
-    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax", "cumsum"), _along),
+    **dict.fromkeys(("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax"), _along),
+    **dict.fromkeys(("cumprod", "logcumsumexp"), _along),
     **dict.fromkeys(("layer_norm", "rms_norm", "native_layer_norm", "residual_rms_norm"), _norm),
     "group_norm": _group_norm,
     "topk": _topk,

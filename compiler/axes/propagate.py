@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 
 from compile_sparse.compiler.axes.sizes import Size, same_size, shape_of
 from compile_sparse.compiler.editing import fake_mode_of
@@ -48,7 +49,8 @@ def repropagate(program: Program, expected: Mapping[str, Shapes] | None = None) 
             arguments = fx.map_arg(node.args, values.__getitem__)
             keywords = fx.map_arg(node.kwargs, values.__getitem__)
             try:
-                with mode, torch.no_grad():
+                # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
+                with enable_python_dispatcher(), mode, torch.no_grad():
                     values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise _internal(node, f"The operator rejects its arguments: {error}") from error

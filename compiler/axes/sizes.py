@@ -6,6 +6,7 @@ Only static sizes can be pruned; symbolic ones are carried so that merges such a
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import TypeAlias
 
 import sympy
@@ -37,7 +38,12 @@ def same_size(a: Size, b: Size) -> bool:
     """Equality of two sizes; symbolic ones are equal when their difference simplifies to zero."""
     if isinstance(a, int) and isinstance(b, int):
         return a == b
-    return a == b or sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0
+    return a == b or _difference_is_zero(a, b)
+
+
+@lru_cache(maxsize=4096)  # every layer asks the same few questions, and sympy takes a millisecond for each
+def _difference_is_zero(a: Size, b: Size) -> bool:
+    return bool(sympy.simplify(sympy.sympify(a) - sympy.sympify(b)) == 0)
 
 
 def total(sizes: Iterable[Size]) -> Size:
@@ -45,13 +51,23 @@ def total(sizes: Iterable[Size]) -> Size:
     product: Size = 1
     for size in sizes:
         product = product * size
-    return product if isinstance(product, int) else _plain(sympy.expand(product))
+    return product if isinstance(product, int) else _expanded(product)
+
+
+@lru_cache(maxsize=4096)
+def _expanded(product: sympy.Expr) -> Size:
+    return _plain(sympy.expand(product))
 
 
 def quotient(big: Size, small: Size) -> Size | None:
     """``big / small`` when it is a whole number for every value of the symbols, else None."""
     if isinstance(big, int) and isinstance(small, int):
         return big // small if small and big % small == 0 else None
+    return _symbolic_quotient(big, small)
+
+
+@lru_cache(maxsize=4096)
+def _symbolic_quotient(big: Size, small: Size) -> Size | None:
     ratio = sympy.cancel(sympy.sympify(big) / sympy.sympify(small))
     numerator, denominator = sympy.fraction(ratio)
     return _plain(numerator) if denominator == 1 else None

@@ -10,7 +10,7 @@ from torch import fx
 
 from compile_sparse.compiler.axes import algebra
 from compile_sparse.compiler.axes.algebra import Axis, Conflict, find, leaf, one
-from compile_sparse.compiler.axes.ledger import Contact, Label, Ledger
+from compile_sparse.compiler.axes.ledger import Contact, Label, Ledger, origin
 from compile_sparse.compiler.axes.sizes import is_static, same_size, shape_of
 from compile_sparse.compiler.editing import op_name, schema_arguments
 
@@ -55,6 +55,10 @@ class Step:
     def optional(self, argument: str) -> Label | None:
         """Label of an argument that may be None."""
         return None if self.arguments.get(argument) is None else self.label(argument)
+
+    def is_weight(self, node: fx.Node) -> bool:
+        """Whether the node is a stored tensor, or matrices chosen from one."""
+        return origin(node, choices=True).name in self._ledger.stored
 
     # -- index domains: a tensor whose *values* are positions along an axis
 

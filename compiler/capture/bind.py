@@ -1,4 +1,4 @@
-"""Match the checkpoint's tensors with the model's parameters by name and shape."""
+"""Match the checkpoint's tensors with the model's parameters by name and shape, assembling those stored in pieces."""
 
 from __future__ import annotations
 
@@ -7,8 +7,9 @@ from collections.abc import Mapping
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightRenaming, rename_source_key
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 
+from compile_sparse.compiler.capture.assemble import CannotAssemble, assembled
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.weights import AbsentTensor, TensorSource
 
@@ -21,11 +22,12 @@ def bind_weights(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource] 
     """A source for every state-dict name of ``model``; shapes only when ``checkpoint`` is None.
 
     Names on disk differ from names in memory: transformers renames on load and save (older spellings, the base model's
-    prefix), and its own table of renamings is used here. A tied tensor may be stored under any one of its names.
+    prefix), and its own table of renamings is used here. A tied tensor may be stored under any one of its names. Tensors that
+    are stored in pieces (fused experts) are assembled when they are loaded, see ``capture.assemble``.
 
     Raises:
-        ModelError: CS2005 when a tensor is missing or has another shape than the config implies; CS2009 when the checkpoint
-            stores a tensor in pieces that transformers assembles on load.
+        ModelError: CS2005 when a tensor is missing or has another shape than the config implies; CS2009 when pieces cannot be
+            put together.
     """
     wanted = model.state_dict(keep_vars=True)
     if checkpoint is None:
@@ -74,22 +76,35 @@ def _few(items: list[str]) -> str:
 
 
 def _renamed(model: PreTrainedModel, checkpoint: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
-    """The checkpoint under the names the model uses in memory."""
+    """The checkpoint under the names and in the form the model uses in memory."""
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if not isinstance(t, WeightRenaming)]
+    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     state = model.state_dict()
     found: dict[str, TensorSource] = {}
-    # Sorted, because a group of renamings is switched on by the alphabetically first of its names.
-    for name in sorted(checkpoint):
+    pieces: dict[str, dict[str, list[str]]] = {}
+    # transformers' own order: experts by number, and a group of renamings is switched on by the first of its names.
+    for name in sorted(checkpoint, key=dot_natural_key):
         target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if pattern is not None and target not in checkpoint:
+        if target not in state and name in state:  # stored as in memory already
+            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
+        if pattern is None:
+            found[target] = checkpoint[name]
+        else:
+            pieces.setdefault(target, {}).setdefault(pattern, []).append(name)
+    wanted = {name: tuple(value.shape) for name, value in state.items()}
+    for target, names in pieces.items():
+        sources = {pattern: [checkpoint[name] for name in stored] for pattern, stored in names.items()}
+        converter = by_pattern[next(iter(names))]
+        try:
+            found.update(assembled(converter, target, sources, wanted))
+        except CannotAssemble as reason:
             raise ModelError(
                 "CS2009",
-                "The checkpoint stores a tensor in pieces.",
-                where=name,
-                why=f"transformers assembles {target!r} from several stored tensors when it loads this model type.",
-                hint="Models with fused experts cannot be read from disk in this version.",
-            )
-        found[target] = checkpoint[name]
+                "The checkpoint stores a tensor in pieces that cannot be put together.",
+                where=next(iter(names.values()))[0],
+                why=f"transformers assembles {target!r} from several stored tensors when it loads this model type; {reason}.",
+                hint="Load and save the model once with transformers, without its original format.",
+            ) from reason
     return found

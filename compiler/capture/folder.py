@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import re
 from collections.abc import Iterable
@@ -15,7 +16,7 @@ from compile_sparse.compiler.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["ModelFolder", "is_causal", "open_folder"]
+__all__ = ["ModelFolder", "find_model_class", "is_causal", "open_folder"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -74,6 +75,24 @@ def is_causal(model_class: type) -> bool:
     for value in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
         names.update(value if isinstance(value, (tuple, list)) else [value])
     return model_class.__name__ in names
+
+
+def find_model_class(config: PretrainedConfig, name: str) -> type[PreTrainedModel] | None:
+    """transformers' own class of that name, or None.
+
+    Parts of a model (``WhisperEncoder``, as ``get_encoder().save_pretrained`` names it) are found next to the config's models.
+    """
+    import transformers
+
+    found = getattr(transformers, name, None)
+    if found is None:
+        # Derived from transformers' config class, never from the file.
+        package = type(config).__module__.rpartition(".")[0]
+        models = importlib.import_module(f"{package}.modeling_{package.rpartition('.')[2]}")
+        found = getattr(models, name, None)
+    if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+        return found
+    return None
 
 
 def _from_hub(model: str) -> Path:
@@ -152,8 +171,8 @@ def _classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[Pr
         ) from error
     names = raw.get("architectures") or []
     if names:
-        model_class = getattr(transformers, str(names[0]), None)
-        if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        model_class = find_model_class(config, str(names[0]))
+        if model_class is None:
             raise ModelError(
                 "CS2002",
                 f"The architecture {names[0]!r} is unknown.",

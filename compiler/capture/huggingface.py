@@ -68,7 +68,7 @@ def capture(
             )
     mode = new_fake_mode()
     model = build_skeleton(folder.model_class, folder.config, dtype, mode)
-    program = _capture(model, checkpoint or None, mode, progress or SilentProgress())
+    program = _capture(model, bind_weights(model, checkpoint or None), mode, progress or SilentProgress())
     return replace(program, config={**program.config, SOURCE_FOLDER: str(folder.path)})
 
 
@@ -76,19 +76,19 @@ def capture_model(model: PreTrainedModel) -> Program:
     """Capture a model that is in memory; its tensors are shared, not copied."""
     mode = new_fake_mode()
     skeleton = build_skeleton(type(model), model.config, model.dtype, mode)
-    values = {name: ResidentTensor(value.detach()) for name, value in model.state_dict().items()}
-    return _capture(skeleton, values, mode, SilentProgress())
+    # Already in the form of memory: nothing to rename or assemble.
+    sources = {name: ResidentTensor(value.detach()) for name, value in model.state_dict().items()}
+    return _capture(skeleton, sources, mode, SilentProgress())
 
 
 def _capture(
     model: PreTrainedModel,
-    checkpoint: Mapping[str, TensorSource] | None,
+    sources: Mapping[str, TensorSource],
     mode: torch._subclasses.FakeTensorMode,
     progress: Progress,
 ) -> Program:
     with quiet_transformers(), progress.task("capture", total=3) as task:
         sample = sample_for(model, mode)
-        sources = bind_weights(model, checkpoint)
         task.advance()
         exported = _export(model, sample)
         task.advance()
@@ -153,7 +153,8 @@ def _program(
     inputs = tuple(
         type(i)(placeholder, i.name, i.role, i.layer) for placeholder, i in zip(user, sample.inputs, strict=True)
     )
-    config = model.config.to_dict()
+    # A config made in memory names no class until it is saved.
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     graph_module, bindings = normalize(exported, bindings)
     program = Program(
         graph_module=graph_module,

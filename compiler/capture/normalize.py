@@ -2,8 +2,8 @@
 
 - ``view`` becomes ``reshape``: a view that is legal now may not be after a pass changed strides.
 - attention states its scale: the default depends on a size that pruning may change.
-- operations without effect on values are removed (full-range slices, copies, same-type casts, ``* 1.0``), and so are
-  assertions, which keep dead values alive.
+- operations without effect on values are removed (full-range slices, copies, same-type casts, ``* 1.0``, concatenation with
+  nothing), and so are assertions, which keep dead values alive.
 """
 
 from __future__ import annotations
@@ -50,8 +50,23 @@ def _normalize_node(node: fx.Node) -> None:
     elif name == "scaled_dot_product_attention" and schema_arguments(node)["scale"] is None:
         query = node.args[0].meta["val"]  # type: ignore[union-attr]
         node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(query.shape[-1])}
+    elif name == "cat":
+        _drop_empty_parts(node)
     elif _has_no_effect(node, name):
         node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+
+
+def _drop_empty_parts(node: fx.Node) -> None:
+    """Parts of size 0 say nothing: a model with partial rotation writes them when all of a head is rotated."""
+    parts, *rest = node.args
+    # Only numbers are compared: asking a symbol would pin it.
+    kept = [p for p in parts if not any(isinstance(n, int) and n == 0 for n in p.meta["val"].shape)]  # type: ignore[union-attr]
+    if not kept or len({p.meta["val"].dtype for p in parts}) != 1:  # type: ignore[union-attr]  # they may decide the dtype
+        return
+    if len(kept) == 1:
+        node.replace_all_uses_with(kept[0])
+    else:
+        node.args = (kept, *rest)
 
 
 def _has_no_effect(node: fx.Node, name: str) -> bool:
@@ -67,9 +82,11 @@ def _has_no_effect(node: fx.Node, name: str) -> bool:
         return True
     if name == "slice":
         arguments = schema_arguments(node)
-        end = arguments["end"]
-        whole = end is None or (isinstance(end, int) and end >= END)
+        end, size = arguments["end"], before.shape[arguments["dim"]]
+        whole = end is None or (isinstance(end, int) and end >= (size if isinstance(size, int) else END))
         return arguments["start"] in (None, 0) and arguments["step"] == 1 and whole
+    if name in ("pad", "constant_pad_nd"):
+        return all(amount == 0 for amount in schema_arguments(node)["pad"])
     if name == "expand":
         return before.ndim == value.ndim and all(size == -1 for size in node.args[1])  # type: ignore[union-attr]
     if node.target is aten.mul.Tensor or node.target is operator.mul:

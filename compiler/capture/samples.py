@@ -18,6 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.cache_utils import DynamicCache
+from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from compile_sparse.compiler.capture.folder import is_causal
 from compile_sparse.compiler.errors import ModelError
@@ -34,7 +35,7 @@ class Sample:
     """What ``torch.export`` needs, and the meaning of each flat input and output.
 
     Attributes:
-        kind: decoder, encoder or vision.
+        kind: decoder, encoder (of text), vision or audio.
         kwargs: keyword arguments of ``forward``.
         dynamic_shapes: per keyword.
         inputs: in flat order, ``placeholder`` still empty.
@@ -51,29 +52,48 @@ class Sample:
 def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
     """Build the sample for a fake ``model``.
 
+    What a model is follows from its forward and its main input: the configs of encoder-decoders also belong to encoders.
+
     Raises:
-        ModelError: CS2007 when the model is of a kind that is not supported.
+        ModelError: CS2007 when the model is of a kind that is not supported, CS2008 when it rejects the sample.
     """
-    config = model.config
+    config, accepted = model.config, inspect.signature(model.forward).parameters
+    if "decoder_input_ids" in accepted:
+        raise _unsupported(model, "it is an encoder-decoder model", _encoder_hint(config))
     if is_causal(type(model)) and not config.is_encoder_decoder:
         return _decoder(model, mode)
-    if config.is_encoder_decoder:
-        raise _unsupported(model, "it is an encoder-decoder model")
+    if "encoder_hidden_states" in accepted and _is_decoder_half(model):
+        raise _unsupported(model, "it is a decoder without a language-model head")
     if model.main_input_name == "pixel_values":
         return _vision(model, config, mode)
     if model.main_input_name == "input_ids":
         return _encoder(model, mode)
+    if model.main_input_name == "input_features":
+        return _audio(model, config, mode)
     raise _unsupported(model, f"its main input is {model.main_input_name!r}")
 
 
-def _unsupported(model: PreTrainedModel, why: str) -> ModelError:
+def _is_decoder_half(model: PreTrainedModel) -> bool:
+    """T5's stacks know which half they are; other classes with cross-attention are decoders when their config has any."""
+    config = model.config
+    return bool(getattr(model, "is_decoder", config.is_encoder_decoder or getattr(config, "is_decoder", False)))
+
+
+def _unsupported(model: PreTrainedModel, why: str, hint: str = "") -> ModelError:
     return ModelError(
         "CS2007",
         f"{type(model).__name__} is not a kind of model that can be captured.",
         where="config.json, architectures",
-        why=f"Decoders, text encoders and image models are supported; {why}.",
-        hint="Compile the encoder or the decoder on its own.",
+        why=f"Decoders and encoders of text, images and audio features are supported; {why}.",
+        hint=hint or "Compile the encoder or the decoder on its own.",
     )
+
+
+def _encoder_hint(config: PretrainedConfig) -> str:
+    if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
+        name = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)].__name__
+        return f"To compile the encoder, write [\"{name}\"] as 'architectures' in config.json: it reads the same weights."
+    return "To compile the encoder, save it on its own: model.get_encoder().save_pretrained(FOLDER)."
 
 
 def _decoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
@@ -122,10 +142,20 @@ def _encoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
 
 
 def _vision(model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode) -> Sample:
+    # The size of images is fixed at capture: position tables and windows depend on it.
     size = getattr(config, "image_size", 224)
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     kwargs = {"pixel_values": torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width)}
     return _plain("vision", model, mode, kwargs, {"pixel_values": {0: DYNAMIC}})
+
+
+def _audio(model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode) -> Sample:
+    """Log-mel features ``[batch, mel bins, frames]`` of one fixed length, two frames per position, as Whisper has them."""
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if not isinstance(bins, int) or not isinstance(positions, int):
+        raise _unsupported(model, "its config does not say how many mel bins and positions its input features have")
+    kwargs = {"input_features": torch.zeros(BATCH, bins, 2 * positions)}
+    return _plain("audio", model, mode, kwargs, {"input_features": {0: DYNAMIC}})
 
 
 def _plain(
@@ -135,8 +165,19 @@ def _plain(
     kwargs: dict[str, Any],
     dynamic: dict[str, Any],
 ) -> Sample:
-    with mode, torch.no_grad():
-        result = model(**{name: mode.from_tensor(value) for name, value in kwargs.items()})
+    try:
+        with mode, torch.no_grad():
+            # Static shapes: a forward may compute with them, or keep them (Swin's window size).
+            given = {name: mode.from_tensor(value, static_shapes=True) for name, value in kwargs.items()}
+            result = model(**given)
+    except (RuntimeError, ValueError, TypeError, AttributeError, KeyError, NotImplementedError) as error:
+        raise ModelError(
+            "CS2008",
+            f"{type(model).__name__} cannot be run on its main input alone.",
+            where=", ".join(f"{name} {list(value.shape)}" for name, value in kwargs.items()),
+            why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
+            hint="Use the encoder or the decoder of the model on its own.",
+        ) from error
     outputs: list[Output] = []
     for name, value in result.items():
         leaves = pytree.tree_leaves(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -46,7 +47,10 @@ def build_skeleton(
     with quiet_transformers():
         try:
             with torch.device("meta"):
-                model = model_class._from_config(config, dtype=dtype).eval()
+                # The other implementations of experts choose rows by data (not exportable) or sort them (opaque to pruning).
+                model = model_class._from_config(
+                    copy.deepcopy(config), dtype=dtype, experts_implementation="batched_mm"
+                ).eval()
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
             raise UsageError(
                 "CS1003",

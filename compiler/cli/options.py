@@ -20,7 +20,7 @@ def _named_fractions(
     ctx: click.Context, parameter: click.Parameter, values: tuple[str, ...]
 ) -> dict[str, float] | None:
     named: dict[str, float] = {}
-    for key, text in _pairs(values, "KIND=FRACTION"):
+    for key, text in _pairs(values, "KIND=FRACTION", repeated=True):
         try:
             number = float(text)
         except ValueError:
@@ -31,6 +31,11 @@ def _named_fractions(
                 ctx,
                 parameter,
             )
+        if key in named:
+            from compile_sparse.compiler.contradictions import refuse_repetition
+
+            first = f"--prune {key}={named[key]:g}"
+            refuse_repetition(first, f"--prune {key}={text}", named[key], number, where="--prune")
         named[key] = number
     return named or None
 
@@ -39,16 +44,16 @@ def _named_files(ctx: click.Context, parameter: click.Parameter, values: tuple[s
     return dict(_pairs(values, "SLICE=FILE")) or None
 
 
-def _pairs(values: tuple[str, ...], form: str) -> list[tuple[str, str]]:
-    pairs: dict[str, str] = {}
+def _pairs(values: tuple[str, ...], form: str, *, repeated: bool = False) -> list[tuple[str, str]]:
+    pairs: list[tuple[str, str]] = []
     for value in values:
         key, separator, text = value.partition("=")
         if not (separator and key and text):
             raise click.BadParameter(f"{value!r} does not have the form {form}.")
-        if key in pairs:
+        if not repeated and key in dict(pairs):
             raise click.BadParameter(f"{key!r} is given twice.")
-        pairs[key] = text
-    return list(pairs.items())
+        pairs.append((key, text))
+    return pairs
 
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON on stdout.")
@@ -74,7 +79,11 @@ _RECIPE = (
         "--prune", metavar="KIND=FRACTION", multiple=True, callback=_named_fractions,
         help="Remove this share of channels, heads, width, layers, experts or conv; repeatable.",
     ),
-    click.option("--criterion", metavar="NAME", help="How importance is scored: magnitude, activation, ..."),
+    click.option("--criterion", metavar="NAME", help="How importance is scored: magnitude, activation, wanda, taylor, ..."),
+    click.option(
+        "--allocation", metavar="uniform|global",
+        help="Remove the same share everywhere, or where one ranking over all layers says.",
+    ),
     click.option("--sparsity", metavar="PATTERN", help="Zeros: 2:4, N:M, 0.5 or block=16x16:0.5."),
     click.option("--low-rank", metavar="FRACTION", type=float, help="Remove this share by factorisation."),
     click.option("--quantize", metavar="SCHEME", help="w8a8, w8a16, w4a16, w4a16-g32, fp8, ..."),

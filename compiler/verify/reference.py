@@ -40,12 +40,12 @@ def _windows(text: Sequence[Sequence[int]], count: int, vocabulary: int, context
 
 
 def sample_inputs(program: Program, seed: int, *, batch: int = 1, length: int = 64) -> dict[str, np.ndarray[Any, Any]]:
-    """Seeded inputs of an encoder or vision model: ``batch`` samples."""
+    """Seeded inputs of a model of text, images or audio features without a cache: ``batch`` samples."""
     draws = np.random.default_rng(seed)
     length = min(length, context_length(program.config) or length)
     values: dict[str, np.ndarray[Any, Any]] = {}
     for item in program.inputs:
-        if item.role == "pixel_values":
+        if item.role in ("pixel_values", "input_features"):
             shape = program.node(item.placeholder).meta["val"].shape
             values[item.name] = draws.standard_normal((batch, *map(int, shape[1:])), dtype=np.float32)
         elif item.role == "input_ids":

@@ -15,8 +15,8 @@ from compile_sparse.passes.pruning.units import Unit
 
 __all__ = ["MAX_WINDOWS", "greedy_ablation"]
 
-MAX_WINDOWS = 64
-"""Windows of calibration text a candidate is judged on. More cost time in proportion and hardly change the ranking."""
+MAX_WINDOWS = 32
+"""Windows of calibration text a candidate is judged on: all see the same ones, so few are enough to rank them."""
 
 Measure = Callable[[Program], float]
 
@@ -28,8 +28,7 @@ def greedy_ablation(
 
     The loss is next-token cross-entropy in nats for decoders. Other models have no labels, so it is the squared distance of
     their outputs to those of ``program``, relative to their size. ``n + (n - 1) + ...`` evaluations of at most ``MAX_WINDOWS``
-    windows: costly, and the choice is better than by block influence (LLM-Pruner's and SLEB's observation,
-    arXiv:2402.09025).
+    windows: far more than block influence needs, for a better choice. Source: SLEB (arXiv:2402.09025).
 
     Returns:
         Units in the order of removal, and the loss after each.

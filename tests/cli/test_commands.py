@@ -24,6 +24,8 @@ def test_every_option_arrives(api, shell):
         *(
             "--criterion",
             "wanda",
+            "--allocation",
+            "global",
             "--sparsity",
             "2:4",
             "--low-rank",
@@ -56,6 +58,7 @@ def test_every_option_arrives(api, shell):
         "recipe": "R",
         "prune": {"channels": 0.25, "heads": 0.5},
         "criterion": "wanda",
+        "allocation": "global",
         "sparsity": "2:4",
         "low_rank": 0.3,
         "quantize": "w8a8",

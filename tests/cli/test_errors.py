@@ -81,7 +81,7 @@ def test_ctrl_c(api, shell):
         (("M", "--target", "null", "--prune", "channels=half"), "'half' is not a number"),
         (("M", "--target", "null", "--prune", "channels=1.0"), "strictly between 0 and 1"),
         (("M", "--target", "null", "--prune", "channels=nan"), "strictly between 0 and 1"),
-        (("M", "--target", "null", "--prune", "a=0.1", "--prune", "a=0.2"), "given twice"),
+        (("M", "--target", "null", "--eval", "a=x", "--eval", "a=y"), "given twice"),
         (("M", "--target", "null", "--eval", "file.jsonl"), "SLICE=FILE"),
         (("M", "--target", "null", "--nonsense"), "No such option"),
         (("doctro",), "Did you mean 'doctor'?"),
@@ -96,6 +96,16 @@ def test_usage_errors_exit_2(api, shell, words, part):
     assert out == ""
     assert not api.calls
     assert json.loads(shell(*words, "--json")[1])["error"]["exit_code"] == 2
+
+
+def test_a_kind_given_twice_is_refused_with_the_arithmetic(api, shell):
+    words = ("M", "--target", "null", "--prune", "channels=0.25", "--prune", "heads=0.5", "--prune", "channels=0.25")
+    code, out, err = shell(*words)
+    assert (code, out) == (4, "")
+    for part in ("CS4105", "1 - 0.75 x 0.75 = 0.4375 in all, not 0.5", "fraction 0.4375, or 0.5"):
+        assert part in err
+    assert not api.calls
+    assert json.loads(shell(*words, "--json")[1])["error"]["exit_code"] == 4
 
 
 def test_a_real_interrupt_reaches_a_real_process(tmp_path):

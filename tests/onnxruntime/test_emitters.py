@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,6 +21,18 @@ from tests.toys import Applied, toy_program
 
 F = torch.nn.functional
 Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+def image(x: torch.Tensor, channels: int = 4, size: int = 6) -> torch.Tensor:
+    """``[batch, channels, size, size]``, every element another function of x."""
+    steps = torch.arange(channels * size * size).reshape(channels, size, size) / 7
+    return torch.sin(x[:, :1, None, None] * 3 + x[:, 1:2, None, None] * steps + steps)
+
+
+def weight(*shape: int) -> torch.Tensor:
+    """A weight kept in the graph."""
+    return torch.cos(torch.arange(math.prod(shape)) * 1.3).reshape(shape)
+
 
 # One argument, float [batch, 6] with a dynamic batch.
 FUNCTIONS: dict[str, Function] = {
@@ -57,8 +70,115 @@ FUNCTIONS: dict[str, Function] = {
     "matrix products": lambda x: x @ x.t() @ x + torch.bmm(x[None], x.t()[None])[0] @ x,
     "layer norm without weight": lambda x: F.layer_norm(x, (6,)),
     "convolution": lambda x: F.conv1d(x[:, None], torch.ones(2, 1, 3), padding=1, stride=2),
+    "rectifiers": lambda x: (
+        F.relu6(x * 4) + F.hardtanh(x, -0.5, 0.7) + F.leaky_relu(x, 0.2) + F.elu(x, 0.5) + F.selu(x)
+    ),
+    "smooth activations": lambda x: F.hardsigmoid(x) + F.softplus(x) + F.mish(x) + F.softsign(x) + x.log_softmax(-1),
+    "slope per channel": lambda x: (
+        F.prelu(x, torch.arange(6) / 4) + F.prelu(x[:, :, None, None], torch.full((1,), 0.3)).sum((2, 3))
+    ),
+    "gated linear unit": lambda x: F.glu(x, 1) + F.glu(x, -1),
+    "vector norm": lambda x: F.normalize(x, dim=-1) + torch.linalg.vector_norm(x, dim=0),
+    "roll": lambda x: (
+        x.roll(2, 1) - x.roll((-1, 1), (1, 1)) + x.roll(6, 1) + x.unflatten(1, (2, 3)).roll((1, -1), (1, 2)).flatten(1)
+    ),
+    "unbind": lambda x: x.unbind(1)[1] * x.unflatten(1, (2, 3)).unbind(2)[-1].sum(1),
+    "pad": lambda x: (
+        F.pad(x, (1, 2)) + F.pad(x, (2, 1), value=0.5) + F.pad(x, (4, -1)) + F.pad(x, (0, 3))[: x.shape[0]]
+    ),
+    "pad a batch": lambda x: F.pad(x, (0, 0, 1, 2)),
+    "pad from inside": lambda x: (
+        F.pad(image(x), (1, 1, 0, 2), mode="reflect")[:, :, 1:] * F.pad(image(x), (2, 0, 0, 1), mode="replicate")
+        + F.pad(image(x), (0, 2, 1, 0), mode="circular")
+    ),
+    "einsum": lambda x: (
+        torch.einsum("bi,oi->bo", x, torch.ones(4, 6)) + torch.einsum("...i,i", x, torch.arange(6.0))[:, None]
+    ),
     "scalar sizes": lambda x: x * x.shape[0] + (x.shape[0] * 2 - 1) // 2,
 }
+
+FUNCTIONS |= {
+    "convolution by name": lambda x: (
+        F.conv2d(image(x), weight(5, 4, 2, 3), padding="same")
+        + F.conv2d(image(x), weight(5, 4, 1, 1), weight(5), padding="valid")
+        + F.conv2d(image(x), weight(5, 4, 3, 3), padding="same", dilation=2)
+    ),
+    "grouped convolution": lambda x: (
+        F.conv2d(image(x), weight(8, 2, 3, 3), weight(8), stride=2, padding=(1, 0), groups=2).sum(3)
+        + F.conv2d(image(x), weight(8, 1, 3, 3), stride=2, padding=1, groups=4).sum(3)
+    ),
+    "convolution of a volume": lambda x: F.conv3d(image(x)[:, None], weight(2, 1, 2, 3, 3), padding=(0, 1, 1)),
+    "transposed convolution": lambda x: (
+        F.conv_transpose2d(image(x), weight(4, 3, 3, 3), weight(3), stride=2, padding=1, output_padding=1)
+        + F.conv_transpose2d(image(x), weight(4, 3, 2, 2), stride=2)
+    ),
+    "grouped transposed convolution": lambda x: F.conv_transpose1d(
+        image(x).flatten(2), weight(4, 3, 3), stride=2, dilation=2, groups=2
+    ),
+    "batch norm": lambda x: (
+        F.batch_norm(image(x), weight(4), weight(4) + 2, weight(4), weight(4))
+        + F.batch_norm(image(x), weight(4), weight(4) + 2)
+    ),
+    "group norm": lambda x: F.group_norm(image(x), 2, weight(4), weight(4) + 1, 1e-3) + F.group_norm(image(x), 4),
+    "instance norm": lambda x: (
+        F.instance_norm(image(x), weight=weight(4), bias=weight(4))
+        + F.instance_norm(image(x), weight(4), weight(4) + 2, use_input_stats=False)
+    ),
+    "maximum pooling": lambda x: (
+        F.max_pool2d(image(x), 3, 2, 1)
+        + F.max_pool2d(image(x), 2, return_indices=True)[0]
+        + F.max_pool2d(image(x), 2, ceil_mode=True)
+    ),
+    "mean pooling": lambda x: (
+        F.avg_pool2d(image(x), 3, 2, 1)
+        + F.avg_pool2d(image(x), 3, 2, 1, count_include_pad=False)
+        + F.avg_pool2d(image(x), (2, 2))
+    ),
+    "windows larger than the image": lambda x: (
+        F.avg_pool2d(image(x), 9, ceil_mode=True) + F.max_pool2d(image(x), (7, 6), 2, ceil_mode=True)
+    ),
+    "pooling of a line": lambda x: F.max_pool1d(x[:, None], 2) + F.avg_pool1d(x[:, None], 3, 2, 1),
+    "adaptive pooling": lambda x: (
+        F.adaptive_avg_pool2d(image(x), 1) * F.adaptive_max_pool2d(image(x), 1)
+        + F.adaptive_avg_pool2d(image(x), (2, 3)).sum()
+    ),
+    "adaptive pooling of a line": lambda x: F.adaptive_avg_pool1d(x[:, None], 1) + F.adaptive_max_pool1d(x[:, None], 3),
+    "interpolation": lambda x: (
+        F.interpolate(image(x), scale_factor=2)
+        + F.interpolate(image(x), size=(12, 12), mode="nearest-exact")
+        + F.interpolate(image(x), scale_factor=2, mode="bilinear")
+        + F.interpolate(image(x), size=(12, 12), mode="bilinear", align_corners=True)
+        + F.interpolate(image(x), size=(12, 12), mode="bicubic")
+    ),
+    "interpolation to a smaller size": lambda x: (
+        F.interpolate(image(x), size=(4, 5)) + F.interpolate(image(x), size=(4, 5), mode="bilinear")
+    ),
+    "interpolation of a line": lambda x: (
+        F.interpolate(x[:, None], size=9, mode="linear") + F.interpolate(x[:, None], size=9)
+    ),
+    "pixel shuffle": lambda x: F.pixel_shuffle(image(x, 8), 2),
+}
+
+UNSUPPORTED: dict[str, tuple[Function, str]] = {
+    "positions": (lambda x: F.max_pool2d(image(x), 2, return_indices=True)[1] * 1.0, "positions of maxima"),
+    "edges": (lambda x: F.max_pool2d(image(x), 4, 4, ceil_mode=True), "ceil_mode"),
+    "divisor": (lambda x: F.avg_pool2d(image(x), 2, divisor_override=3), "divisor"),
+    "unequal windows": (lambda x: F.adaptive_avg_pool2d(image(x), 4), "unequal"),
+    "partial factor": (lambda x: F.interpolate(image(x), scale_factor=1.3, mode="bilinear"), "whole size"),
+    "no batch": (
+        lambda x: F.conv1d(x, weight(2, 2, 3))[0] if x.shape[0] == 2 else F.avg_pool1d(x, 2),
+        "batch dimension",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_what_has_no_equal_form_is_planned_as_a_skip(name: str) -> None:
+    function, why = UNSUPPORTED[name]
+    program = toy_program(Applied(function), [torch.randn(6, 6)], [{0: Dim("batch", min=3, max=64)}])
+    (skip,) = rehearse(program)
+    assert skip.code == "CS2311"
+    assert why in skip.why
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)

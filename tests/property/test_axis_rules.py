@@ -81,6 +81,9 @@ CASES: dict[str, Case] = {
     "unbind": Case(lambda x: x.unbind(1)[0], [(3, 4, 5)], [3, 5]),
     "repeat_interleave": Case(lambda x: x.repeat_interleave(2, 1), [(3, 4)], [3, 4]),
     "repeat": Case(lambda x: x.repeat(1, 2), [(3, 4)], [3, 4]),
+    "repeated_copies": Case(lambda x, y: x.repeat(2, 1, 5) * y, [(3, 1), (2, 3, 5)], [2, 3, 5]),
+    "repeated_tiles": Case(lambda x, y: x.repeat(2, 3) * y, [(3, 4), (6, 12)], [2, 3, 3, 4]),
+    "empty_slice": Case(lambda x: torch.cat([x[:, :4], x[:, 4:]], 1), [(3, 4)], [3, 4]),
     "pad": Case(lambda x: F.pad(x, (1, 1)), [(3, 4)], [3]),
     "tril": Case(lambda x: x.tril(), [(3, 4, 4)], [3]),
     "flip": Case(lambda x: x.flip(1), [(3, 4)], [3]),
@@ -103,6 +106,75 @@ CASES: dict[str, Case] = {
     "conv1d": Case(F.conv1d, [(2, 4, 5), (6, 4, 3)], [2, 4, 6], "reduces"),
     "depthwise": Case(lambda x, w: F.conv2d(x, w, groups=4), [(2, 4, 5, 5), (4, 1, 3, 3)], [2, 4], "reduces"),
     "grouped_conv": Case(lambda x, w: F.conv2d(x, w, groups=2), [(2, 4, 5, 5), (6, 2, 3, 3)], [2, 2, 2, 3], "reduces"),
+    "conv_same": Case(lambda x, w: F.conv2d(x, w, padding="same"), [(2, 4, 5, 5), (6, 4, 3, 3)], [2, 4, 6], "reduces"),
+    "conv3d": Case(F.conv3d, [(2, 4, 3, 3, 3), (6, 4, 2, 2, 2), (6,)], [2, 4, 6], "reduces"),
+    "transposed_conv": Case(
+        lambda x, w, b: F.conv_transpose2d(x, w, b, stride=2), [(2, 4, 3, 3), (4, 6, 3, 3), (6,)], [2, 4, 6], "reduces"
+    ),
+    "transposed_conv1d": Case(F.conv_transpose1d, [(2, 4, 5), (4, 6, 3), (6,)], [2, 4, 6], "reduces"),
+    "grouped_transposed_conv": Case(
+        lambda x, w, b: F.conv_transpose2d(x, w, b, groups=3),
+        [(2, 12, 3, 3), (12, 5, 3, 3), (15,)],
+        [2, 3, 4, 5],
+        "reduces",
+    ),
+    "convolution": Case(
+        lambda x, w: torch.convolution(x, w, None, [1], [0], [1], True, [0], 2), [(2, 6, 5), (6, 4, 3)], [2, 2, 3, 4], "reduces"
+    ),
+    "pools": Case(
+        lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 2) + F.adaptive_max_pool2d(x, 3) + F.max_pool2d(x, 2, 2, 0, 1, False, True)[0],
+        [(2, 4, 6, 6)],
+        [2, 4],
+    ),
+    "pools_of_a_line": Case(
+        lambda x: F.max_pool1d(x, 2) + F.avg_pool1d(x, 2) + F.adaptive_avg_pool1d(x, 3) + F.adaptive_max_pool1d(x, 3),
+        [(2, 4, 6)],
+        [2, 4],
+    ),
+    "pools_of_a_volume": Case(
+        lambda x: F.max_pool3d(x, 2) + F.avg_pool3d(x, 2) + F.adaptive_avg_pool3d(x, 2), [(2, 4, 4, 4, 4)], [2, 4]
+    ),
+    "pool_without_batch": Case(lambda x: F.avg_pool2d(x, 2), [(4, 6, 6)], [4]),
+    "interpolation": Case(
+        lambda x: F.interpolate(x, scale_factor=2)
+        + F.interpolate(x, scale_factor=2, mode="bilinear")
+        + F.interpolate(x, size=(6, 6), mode="bicubic")
+        + F.interpolate(x, size=(6, 6), mode="nearest-exact")
+        + F.interpolate(x, size=(6, 6), mode="bilinear", antialias=True),
+        [(2, 4, 3, 3)],
+        [2, 4],
+    ),
+    "interpolation_of_a_line": Case(
+        lambda x: F.interpolate(x, size=6) + F.interpolate(x, size=6, mode="linear"), [(2, 4, 3)], [2, 4]
+    ),
+    "patches": Case(lambda x: F.unfold(x, (2, 3)), [(2, 4, 5, 5)], [2, 4]),
+    "patches_put_back": Case(lambda x: F.fold(x, (5, 5), (2, 3)), [(2, 24, 12)], [2, 4]),
+    "pixel_shuffle": Case(lambda x: F.pixel_shuffle(x, 2), [(2, 12, 3, 3)], [2, 3]),
+    "pixel_unshuffle": Case(lambda x: F.pixel_unshuffle(x, 2), [(2, 3, 6, 6)], [2, 3]),
+    "channel_shuffle": Case(lambda x: F.channel_shuffle(x, 3), [(2, 12, 2, 2)], [2, 2, 2, 3, 4]),
+    "windows": Case(lambda x: x.unfold(1, 3, 2), [(3, 7, 4)], [3, 4]),
+    "padded_beside": Case(lambda x: F.pad(x, (0, 0, 1, 2)), [(2, 3, 4)], [2, 4]),
+    "padded_by_reflection": Case(lambda x: F.pad(x, (1, 2), mode="reflect"), [(2, 3, 4)], [2, 3]),
+    "padded_by_nothing": Case(lambda x: F.pad(x, (0, 0, 0, 0)), [(2, 3, 4)], [2, 3, 4]),
+    "slice_across_windows": Case(lambda x: x.reshape(2, 3, 3, 4).reshape(2, 9, 4)[:, :8], [(2, 9, 4)], [2, 4]),
+    "stride_of_a_part": Case(lambda x: x[:, 1:6:2], [(3, 8, 4)], [3, 4]),
+    "instance_norm": Case(
+        lambda x, w, m: F.instance_norm(x, None, None, w, m) + F.instance_norm(x, m, w.abs() + 1, w, m, False),
+        [(2, 6, 4), (6,), (6,)],
+        [2, 6],
+    ),
+    "gated_linear_unit": Case(lambda x: F.glu(x, 1), [(2, 8, 3)], [2, 4, 3]),
+    "slopes": Case(lambda x, a: F.prelu(x, a), [(2, 4, 3), (4,)], [2, 4, 3]),
+    "one_slope": Case(lambda x, a: F.prelu(x, a), [(2, 4, 3), (1,)], [2, 4, 3]),
+    "untagged_pointwise": Case(lambda x: F.hardswish(x) + F.logsigmoid(x), [(3, 4)], [3, 4]),
+    "cumprod": Case(lambda x: x.cumprod(-1), [(3, 6)], [3, 6], "reduces"),
+    "logcumsumexp": Case(lambda x: x.logcumsumexp(-1), [(3, 6)], [3, 6], "reduces"),
+    "einsum_without_result": Case(lambda x, y: torch.einsum("ki,ij", x, y), [(3, 4), (4, 5)], [3, 4, 5], "reduces"),
+    "einsum_with_dots": Case(
+        lambda x, y: torch.einsum("...i,oi->...o", x, y), [(2, 3, 4), (5, 4)], [2, 3, 4, 5], "reduces"
+    ),
+    "einsum_stretched": Case(lambda x, y: torch.einsum("bij,bj->bi", x, y), [(1, 3, 4), (2, 4)], [2, 3, 4], "reduces"),
+    "einsum_of_blocks": Case(lambda x, y: torch.einsum("bhi,hio->bho", x, y), [(2, 3, 4), (3, 4, 5)], [2, 3, 4, 5], "reduces"),
     "pool": Case(lambda x: F.max_pool2d(x, 2), [(2, 4, 6, 6)], [2, 4]),
     "adaptive_pool": Case(lambda x: F.adaptive_avg_pool2d(x, 2), [(2, 4, 6, 6)], [2, 4]),
     "layer_norm": Case(lambda x, w, b: F.layer_norm(x, (6,), w, b), [(3, 6), (6,), (6,)], [3, 6], "reduces"),
@@ -123,6 +195,12 @@ CASES: dict[str, Case] = {
     "argmax": Case(lambda x, y: y.index_select(0, x.argmax(-1)), [(3, 4), (4, 5)], [3, 4, 5], "reduces"),
     "topk": Case(lambda x: torch.gather(x, -1, x.topk(1, -1)[1]) + x.topk(1, -1)[0], [(3, 6)], [3, 6], "reduces"),
     "experts": Case(lambda x, w: w[x.topk(1, -1)[1].squeeze(-1)], [(3, 6), (6, 5)], [3, 6, 5], "reduces"),
+    "chosen_matrices": Case(
+        lambda x, r, w: torch.bmm(w[r.topk(1, -1)[1].reshape(-1)], x.unsqueeze(-1)).squeeze(-1),
+        [(3, 4), (3, 6), (6, 5, 4)],
+        [3, 4, 6, 5],
+        "reduces",
+    ),
     "one_hot": Case(lambda x: F.one_hot(x.argmax(-1), 6).float() * x, [(3, 6)], [3, 6], "reduces"),
     "argmax_as_number": Case(lambda x: x.argmax(-1) * 2.0, [(3, 6)], [3]),
     "embedding": Case(F.embedding, [(3, 4), (7, 5)], [3, 4, 5], integers={0: 7}),
@@ -130,7 +208,12 @@ CASES: dict[str, Case] = {
     "two_indices": Case(lambda x, i, j: x[i, :, j], [(3, 7, 5), (4,), (4,)], [7, 4], integers={1: 3, 2: 5}),
     "sort": Case(lambda x: x.sort(-1)[0], [(3, 6)], [3]),
     "arange": Case(lambda x: x + torch.arange(6), [(3, 6)], [3]),
-    "stack": Case(lambda x: torch.stack([x, x], -1), [(3, 6)], []),
+    "stack": Case(lambda x, y: torch.stack([x, y], 1), [(3, 6), (3, 6)], [3, 6]),
+    "interleave": Case(
+        lambda x, c: x * c.repeat_interleave(2, -1) + torch.stack([-x[:, 1::2], x[:, ::2]], -1).flatten(-2),
+        [(3, 8), (4,)],
+        [3, 4],
+    ),
     "own_rms_norm": Case(lambda x, w: _own.rms_norm(x, w, 1e-6), [(3, 6), (6,)], [3, 6], "reduces"),
     "residual_norm": Case(
         lambda x, r, w: _own.residual_rms_norm(x, r, w, 1e-6), [(3, 6), (3, 6), (6,)], [3, 6], "reduces"

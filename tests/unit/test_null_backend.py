@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import fx
 
 from compile_sparse.backends.null import NullBackend
-from compile_sparse.backends.null.safetensors_stream import write_safetensors
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.program import Binding, Output, Program
 from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.safetensors_stream import write_safetensors
 from compile_sparse.compiler.targets import find_target
 from compile_sparse.compiler.weights import DerivedTensor, ResidentTensor, WeightStore
 

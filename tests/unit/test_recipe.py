@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Literal
+from typing import Any, ClassVar, Literal
 
 import jsonschema
 import pytest
@@ -26,30 +26,49 @@ class _Options(BaseModel):
 
 
 class FakePrune(_Options):
-    name: str = "prune-channels"
-    stage: str = "structural"
+    name: ClassVar[str] = "prune-channels"
+    stage: ClassVar[str] = "structural"
     fraction: float = Field(gt=0, lt=1)
-    criterion: str = "magnitude"
+    criterion: Literal["magnitude", "activation", "taylor"] | None = None
+    allocation: Literal["uniform", "global"] = "uniform"
+    unit: Literal["group", "query"] = "group"
+
+
+class FakeLayers(_Options):
+    name: ClassVar[str] = "prune-layers"
+    stage: ClassVar[str] = "depth"
+    fraction: float = Field(gt=0, lt=1)
+    criterion: Literal["ablation", "deepest"] = "deepest"
+    unit: Literal["block", "attention", "mlp"] = "block"
+
+    @property
+    def treats(self):
+        return {"attention", "mlp"} if self.unit == "block" else {self.unit}
 
 
 class FakeMask(_Options):
-    name: str = "mask"
-    stage: str = "masks"
+    name: ClassVar[str] = "mask"
+    stage: ClassVar[str] = "masks"
     pattern: str
     criterion: str = "magnitude"
 
 
 class FakeQuantize(_Options):
-    name: str = "quantize"
-    stage: str = "quantization"
+    name: ClassVar[str] = "quantize"
+    stage: ClassVar[str] = "quantization"
     scheme: Literal["w8a8", "w4a16"]
     quantizer: str = "rtn"
 
 
 @pytest.fixture(autouse=True)
 def passes(monkeypatch):
-    """Three passes as an installation would register them; the recipe code must not care which."""
-    classes = {"prune-channels": "FakePrune", "mask": "FakeMask", "quantize": "FakeQuantize"}
+    """Four passes as an installation would register them; the recipe code must not care which."""
+    classes = {
+        "prune-channels": "FakePrune",
+        "prune-layers": "FakeLayers",
+        "mask": "FakeMask",
+        "quantize": "FakeQuantize",
+    }
     module = __name__
 
     class Entry:
@@ -127,7 +146,7 @@ def test_unknown_pass_is_refused_with_what_is_installed():
     with pytest.raises(Refusal) as caught:
         recipe_from_yaml("passes:\n\n- prune-heads: {fraction: 0.5}", source="r.yaml").build_passes()
     assert (caught.value.code, caught.value.where) == ("CS4101", "r.yaml:3")
-    assert "mask, prune-channels, quantize" in caught.value.why
+    assert "mask, prune-channels, prune-layers, quantize" in caught.value.why
 
 
 def test_paths_are_relative_to_the_file(tmp_path):
@@ -177,6 +196,81 @@ def test_flags_alone_come_out_in_stage_order():
     assert merged.build_passes()
 
 
+def test_a_criterion_goes_to_the_passes_that_have_it():
+    both = {"channels": 0.5, "layers": 0.5}
+    for name, places in (("taylor", [0]), ("ablation", [1])):
+        merged = merge_options(prune=both, criterion=name)
+        assert [index for index, request in enumerate(merged.passes) if "criterion" in request.options] == places
+        assert merged.passes[places[0]].options["criterion"] == name
+        assert merged.build_passes()
+    merged = merge_options(
+        prune={"layers": 0.5}, sparsity="2:4", criterion="taylor"
+    )  # prune-layers has no such criterion
+    assert [request.options.get("criterion") for request in merged.passes] == [None, "taylor"]
+
+
+def test_allocation_goes_to_the_passes_that_have_it():
+    merged = merge_options(prune={"channels": 0.5, "layers": 0.5}, allocation="global")
+    assert [request.options.get("allocation") for request in merged.passes] == ["global", None]
+    assert merged.build_passes()[0].allocation == "global"
+    base = recipe_from_yaml("passes: [{prune-channels: {fraction: 0.5, allocation: global}}]")
+    assert merge_options(base, allocation="uniform").passes[0].options["allocation"] == "uniform"
+
+
+def test_a_value_nobody_accepts_is_answered_with_the_accepted_ones():
+    with pytest.raises(UsageError) as caught:
+        merge_options(prune={"channels": 0.5, "layers": 0.5}, criterion="random")
+    assert "prune-channels accepts: magnitude, activation, taylor." in caught.value.why
+    assert "prune-layers accepts: ablation, deepest." in caught.value.why
+
+
+@pytest.mark.parametrize(
+    ("listed", "parts"),
+    [
+        (
+            "prune-channels: {fraction: 0.25}}, {prune-channels: {fraction: 0.25}",
+            ("1 - 0.75 x 0.75 = 0.4375", "not 0.5", "fraction 0.4375, or 0.5"),
+        ),
+        (
+            "prune-channels: {fraction: 0.25, unit: query}}, {prune-channels: {fraction: 0.5}",
+            ("(unit: query)", "(unit: group)", "1 - 0.75 x 0.5 = 0.625", "not 0.75", "fraction 0.625, or 0.75"),
+        ),
+        (
+            "prune-channels: {fraction: 0.6}}, {prune-channels: {fraction: 0.7}",
+            ("1 - 0.4 x 0.3 = 0.88", "not 1.3", "with fraction 0.88."),
+        ),
+        (
+            "prune-layers: {fraction: 0.5, unit: mlp}}, {prune-layers: {fraction: 0.5}",
+            ("(unit: mlp)", "(unit: block)", "= 0.75 in all, not 1.", "with fraction 0.75."),
+        ),
+        ("mask: {pattern: 2:4}}, {mask: {pattern: 4:8}", ("'mask' is asked for twice", "Write one of them.")),
+        (
+            "prune-channels: {fraction: 0.5}}, {prune-layers: {fraction: 0.5}}, {prune-layers: {fraction: 0.5}",
+            ("0.75 in all",),
+        ),
+    ],
+)
+def test_passes_that_take_from_the_same_things_are_refused_with_the_arithmetic(listed: str, parts: tuple[str, ...]):
+    with pytest.raises(Refusal) as caught:
+        recipe_from_yaml(f"passes: [{{{listed}}}]").build_passes()
+    assert (caught.value.code, caught.value.exit_code) == ("CS4105", 4)
+    for part in parts:
+        assert part in str(caught.value), part
+
+
+def test_the_second_of_two_contradicting_passes_is_named_with_its_line():
+    text = "passes:\n- prune-channels: {fraction: 0.5}\n- mask: {pattern: 2:4}\n- mask: {pattern: 1:4}\n"
+    with pytest.raises(Refusal) as caught:
+        recipe_from_yaml(text, source="r.yaml").build_passes()
+    assert caught.value.where == "r.yaml:4"
+
+
+def test_attention_and_mlp_branches_are_different_things():
+    text = "passes: [{prune-layers: {fraction: 0.5, unit: mlp}}, {prune-layers: {fraction: 0.5, unit: attention}}]"
+    built: Any = recipe_from_yaml(text).build_passes()
+    assert [step.unit for step in built] == ["mlp", "attention"]
+
+
 def test_every_data_flag_arrives():
     merged = merge_options(
         calibration="c.jsonl",
@@ -202,9 +296,14 @@ def test_fractions_outside_the_open_interval(fraction):
 @pytest.mark.parametrize(
     ("options", "code"),
     [
-        ({"prune": {"layers": 0.5}}, "CS4101"),
+        ({"prune": {"heads": 0.5}}, "CS4101"),
         ({"low_rank": 0.5}, "CS4101"),
         ({"criterion": "magnitude"}, "CS1006"),
+        ({"allocation": "global"}, "CS1006"),
+        ({"allocation": "global", "prune": {"layers": 0.5}}, "CS1006"),
+        ({"allocation": "global", "sparsity": "2:4"}, "CS1006"),
+        ({"allocation": "evenly", "prune": {"channels": 0.5}}, "CS1007"),
+        ({"criterion": "random", "prune": {"channels": 0.5}}, "CS1007"),
         ({"quantizer": "gptq"}, "CS1006"),
         ({"calibration_samples": 4}, "CS1006"),
         ({"gates": ("ppl[xx]<=1.1x",)}, "CS1012"),

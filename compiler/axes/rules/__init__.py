@@ -21,6 +21,7 @@ from compile_sparse.compiler.axes.rules import (
     raised,
     reduction,
     shape,
+    spatial,
 )
 from compile_sparse.compiler.axes.rules.registry import Labels, rule_for
 from compile_sparse.compiler.axes.step import Step
@@ -38,6 +39,7 @@ _FAMILIES = (
     raised,
     reduction,
     shape,
+    spatial,
 )
 
 

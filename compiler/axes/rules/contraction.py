@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import permutations
+
 import torch
 from torch import fx
 
+from compile_sparse.compiler.axes.algebra import Axis, find
 from compile_sparse.compiler.axes.ledger import Label
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
 from compile_sparse.compiler.axes.sizes import shape_of
@@ -46,6 +49,10 @@ def _product(step: Step, left: fx.Node, right: fx.Node, value: torch.Tensor) -> 
         step.role(axis, "batch_matmul")
     step.produce(right, b[-1])
     step.produce(left, a[-2])
+    if not (step.is_weight(left) or step.is_weight(right)):
+        # Attention written out: q k^T, then the probabilities times v.
+        step.role(a[-1], "qk_dim")
+        step.role(b[-1], "v_dim")
     return [*batch, a[-2], b[-1]]
 
 
@@ -62,21 +69,42 @@ def addmm(step: Step) -> Labels | None:
 
 @rule("einsum")
 def einsum(step: Step) -> Labels | None:
-    """Letters are axes; letters missing on the right are summed over."""
-    equation = step.arguments["equation"].replace(" ", "")
-    if "->" not in equation or "." in equation:
-        return None
-    left, right = equation.split("->")
-    axes = {}
-    for term, node in zip(left.split(","), step.arguments["tensors"], strict=True):
+    """Letters are axes; letters missing on the right are summed over. ``...`` stands for leading dimensions that broadcast."""
+    tensors = step.arguments["tensors"]
+    terms, result = _spelled_out(step.arguments["equation"].replace(" ", ""), [n.meta["val"].ndim for n in tensors])
+    axes: dict[str, Axis] = {}
+    for term, node in zip(terms, tensors, strict=True):
         if len(set(term)) != len(term):  # a diagonal
             return None
         for letter, axis in zip(term, step.label(node), strict=True):
-            axes[letter] = step.tie(axes[letter], axis) if letter in axes else axis
-    for letter in axes:
-        if letter not in right:
-            step.role(axes[letter], "contract")
-    return [axes[letter] for letter in right]
+            if letter in axes and 1 in (find(axes[letter]).size, find(axis).size):  # stretched
+                axes[letter] = axis if find(axes[letter]).size == 1 else axes[letter]
+            else:
+                axes[letter] = step.tie(axes[letter], axis) if letter in axes else axis
+    for letter, axis in axes.items():
+        holders = [(term, node) for term, node in zip(terms, tensors, strict=True) if letter in term]
+        if letter not in result:
+            step.role(axis, "contract")
+            for (term, node), (_, other) in permutations(holders, 2):
+                step.contract(node, term.index(letter), other, axis)
+        elif len(holders) == 1:
+            step.produce(holders[0][1], axis)
+    return [axes[letter] for letter in result]
+
+
+def _spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
+    """Terms and result of an equation, ``...`` replaced by capital Greek letters aligned on the right, the result written."""
+    left, arrow, result = equation.partition("->")
+    terms = left.split(",")
+    wide = [
+        rank - len(term.replace("...", "")) if "..." in term else 0 for rank, term in zip(ranks, terms, strict=True)
+    ]
+    spare = "".join(chr(ord("\N{GREEK CAPITAL LETTER ALPHA}") + place) for place in range(max(wide, default=0)))
+    terms = [term.replace("...", spare[len(spare) - count :]) for term, count in zip(terms, wide, strict=True)]
+    if arrow:
+        return terms, result.replace("...", spare)
+    every = "".join(terms)
+    return terms, spare + "".join(sorted(c for c in set(every) if every.count(c) == 1 and c not in spare))
 
 
 @rule("transformers::grouped_mm_fallback", "_grouped_mm")

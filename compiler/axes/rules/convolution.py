@@ -1,59 +1,79 @@
-"""Convolution and pooling: channels are axes, space is frozen (positions relate to their neighbours)."""
+"""Convolution and its transpose: channels are axes, space is frozen (positions relate to their neighbours)."""
 
 from __future__ import annotations
 
 import torch
 
-from compile_sparse.compiler.axes.algebra import factors, find, is_dynamic, regroup
+from compile_sparse.compiler.axes.algebra import Axis, factors, find, product, regroup
+from compile_sparse.compiler.axes.ledger import Label
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
+from compile_sparse.compiler.axes.rules.spatial import freeze_space, output_space
 from compile_sparse.compiler.axes.step import Step
 
 __all__: list[str] = []
 
+_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
-@rule("convolution", "conv1d", "conv2d", "conv3d")
+
+@rule("convolution", "conv1d", "conv2d", "conv3d", *_TRANSPOSED)
 def convolution(step: Step) -> Labels | None:
-    """``y[n, o, ...] = sum_{i, ...} x[n, i, ...] W[o, i, ...]``; with groups, channels are ``groups * rest`` on both sides."""
+    """``y[n, o, ...] = sum_{i, k} x[n, i, ...] W[o, i, k]``; transposed, the weight is ``W[i, o, k]``.
+
+    With ``groups``, channels are ``groups * rest`` on both sides and only the rest is summed over: a whole group may go, or the
+    same rest of every group. Depthwise, the rest is 1 and nothing is summed over channels.
+    """
     source, weight, groups = step.label("input"), step.label("weight"), step.arguments["groups"]
-    if step.arguments.get("transposed") or len(source) != len(weight):
+    if len(source) != len(weight) or not isinstance(step.value, torch.Tensor):
         return None
-    inputs, outputs = find(source[1]).size, find(weight[0]).size
-    if not (isinstance(inputs, int) and isinstance(outputs, int)):
+    transposed = bool(step.arguments.get("transposed")) or step.name in _TRANSPOSED
+    freeze_space(step, [*weight[2:], *source[2:]], "a convolution relates neighbouring positions")
+    outputs = _transposed(step, source, weight, groups) if transposed else _plain(step, source, weight, groups)
+    if outputs is None:
         return None
-    for axis in [*weight[2:], *source[2:]]:
-        if not is_dynamic(axis):
-            step.freeze(axis, "a convolution relates neighbouring positions")
-    if groups == 1:
-        step.tie(source[1], weight[1])
-        step.contract(step.arguments["input"], 1, step.arguments["weight"], weight[1])
-        step.role(weight[1], "conv_in")
-    else:
-        group_in, inner_in = regroup(factors(source[1]), [groups, inputs // groups])
-        group_out, _ = regroup(factors(weight[0]), [groups, outputs // groups])
-        step.tie(group_in, group_out)
-        step.tie(inner_in, weight[1])
-        step.role(group_in, "conv_groups")
-    step.role(weight[0], "conv_out")
-    step.produce(step.arguments["weight"], weight[0])
+    step.role(outputs, "conv_out")
+    step.produce(step.arguments["weight"], outputs)
     bias = step.optional("bias")
     if bias is not None:
-        step.tie(weight[0], bias[0])
-    return [source[0], weight[0], *(step.frozen(size, "convolution output space") for size in shape_of(step.value)[2:])]
+        step.tie(outputs, bias[0])
+    return [source[0], outputs, *output_space(step, step.value, 2, "it counts places in the output of a convolution")]
 
 
-@rule("max_pool2d", "avg_pool2d", "adaptive_avg_pool2d", "_adaptive_avg_pool2d", "max_pool2d_with_indices")
-def pool(step: Step) -> Labels | None:
-    """Space only; batch and channels pass through."""
-    source = step.label(step.first)
-    if len(source) != 4:
+def _plain(step: Step, source: Label, weight: Label, groups: int) -> Axis | None:
+    """``W: [groups * out, in, ...]``, input channels ``groups * in``."""
+    if groups == 1:
+        _summed(step, step.tie(source[1], weight[1]))
+        return weight[0]
+    found = _grouped(source[1], groups), _grouped(weight[0], groups)
+    if found[0] is None or found[1] is None:
         return None
-    for axis in source[2:]:
-        if not is_dynamic(axis):
-            step.freeze(axis, "pooling relates neighbouring positions")
-    several = not isinstance(step.value, torch.Tensor)
-    outputs = [
-        source[:2] + [step.frozen(size, "pooling output space") for size in shape_of(value)[2:]]
-        for value in (step.value if several else [step.value])
-    ]
-    return tuple(outputs) if several else outputs[0]
+    (group, inner), (group_out, _) = found[0], found[1]
+    step.tie(group, group_out)
+    step.role(group, "conv_groups")
+    _summed(step, step.tie(inner, weight[1]))
+    return weight[0]
+
+
+def _transposed(step: Step, source: Label, weight: Label, groups: int) -> Axis | None:
+    """``W: [groups * in, out, ...]``, input channels ``groups * in``, output channels ``groups * out``."""
+    step.tie(source[1], weight[0])
+    if groups == 1:
+        _summed(step, source[1])
+        return weight[1]
+    found = _grouped(source[1], groups)
+    if found is None:
+        return None
+    group, inner = found
+    step.role(group, "conv_groups")
+    _summed(step, inner)
+    return product([group, weight[1]])
+
+
+def _grouped(channels: Axis, groups: int) -> list[Axis] | None:
+    size = find(channels).size
+    return regroup(factors(channels), [groups, size // groups]) if isinstance(size, int) else None
+
+
+def _summed(step: Step, axis: Axis) -> None:
+    if find(axis).size != 1:
+        step.contract(step.arguments["input"], 1, step.arguments["weight"], axis)
+        step.role(axis, "conv_in")

@@ -17,7 +17,7 @@ from compile_sparse.compiler.axes.step import Step
 __all__: list[str] = []
 
 
-def _address(step: Step, axis: Axis, index: fx.Node) -> None:
+def _address(step: Step, axis: Axis, index: fx.Node, data: str = "its positions are addressed by data") -> None:
     domain = step.domain(index)
     if domain is not None and find(domain).size == find(axis).size:
         step.tie(axis, domain)
@@ -26,14 +26,15 @@ def _address(step: Step, axis: Axis, index: fx.Node) -> None:
     if domain is not None:
         step.freeze(domain, f"op '{step.name}' addresses another dimension with positions along it")
     if not is_dynamic(axis):
-        step.freeze(axis, "its positions are addressed by data")
+        stored = "its positions are addressed by a stored table of indices"
+        step.freeze(axis, stored if step.is_weight(index) else data)
 
 
 @rule("embedding")
 def embedding(step: Step) -> Labels:
     """``W[v, d]`` read by row."""
     weight, indices = step.label("weight"), step.label("indices")
-    _address(step, weight[0], step.arguments["indices"])
+    _address(step, weight[0], step.arguments["indices"], "ids look its rows up, so any of them may be needed")
     step.role(weight[0], "vocab")
     step.role(weight[1], "embedding")
     step.produce(step.arguments["weight"], weight[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from compile_sparse.compiler.axes.algebra import find, segment
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
 from compile_sparse.compiler.axes.sizes import shape_of
 from compile_sparse.compiler.axes.step import Step
@@ -15,6 +16,7 @@ from compile_sparse.compiler.axes.step import Step
 __all__ = ["labels"]
 
 _UNTAGGED = {"__and__", "__or__", "__xor__", "floor_divide", "masked_fill", "bitwise_and", "bitwise_or"}
+_UNTAGGED |= {"hardswish", "log_sigmoid"}
 _SEVERAL_OUTPUTS = {"frexp"}
 
 
@@ -36,6 +38,28 @@ def where(step: Step) -> Labels | None:
     if "self" not in step.arguments or "other" not in step.arguments:
         return None
     return step.broadcast([step.label(operand) for operand in step.operands], shape_of(step.value))
+
+
+@rule("prelu")
+def prelu(step: Step) -> Labels:
+    """``x`` where positive, else ``x`` times one slope, or one per channel (dimension 1)."""
+    out, slope = step.label("self"), step.label("weight")
+    if slope and find(slope[0]).size != 1:
+        step.tie(slope[0], out[1 if len(out) > 1 else 0])
+    return out
+
+
+@rule("glu")
+def glu(step: Step) -> Labels | None:
+    """``first half * sigmoid(second half)`` along ``dim``: the halves are one axis twice."""
+    out = step.label(step.first)
+    dim = step.arguments["dim"] % len(out)
+    size = find(out[dim]).size
+    if not isinstance(size, int):
+        return None
+    first, second = segment(out[dim], 0, size // 2), segment(out[dim], size // 2, size)
+    out[dim] = step.tie(first, second)
+    return out
 
 
 @rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh_copy", "type_as")

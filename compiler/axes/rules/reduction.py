@@ -69,9 +69,9 @@ def softmax(step: Step) -> Labels:
     return out
 
 
-@rule("cumsum")
+@rule("cumsum", "cumprod", "logcumsumexp")
 def scan(step: Step) -> Labels:
-    """Running sums over the kept positions."""
+    """Running sums or products over the kept positions."""
     out = step.label(step.first)
     step.role(out[step.arguments["dim"] % len(out)], "scan")
     return out
@@ -128,3 +128,20 @@ def batch_norm(step: Step) -> Labels | None:
     if isinstance(step.value, torch.Tensor):
         return source
     return (source, *([leaf(size) for size in shape_of(saved)] for saved in step.value[1:]))
+
+
+@rule("instance_norm")
+def instance_norm(step: Step) -> Labels | None:
+    """Per sample and channel, with statistics over space or stored ones."""
+    if step.arguments["use_input_stats"] and step.arguments["running_mean"] is not None:  # training: updates them
+        return None
+    source = step.label("input")
+    for name in ("weight", "bias", "running_mean", "running_var"):
+        own = step.optional(name)
+        if own is not None:
+            step.tie(own[0], source[1])
+    step.role(source[1], "conv_out")
+    for axis in source[2:]:
+        if not is_dynamic(axis):
+            step.freeze(axis, "instance norm averages over space")
+    return source

@@ -170,6 +170,17 @@ def cat(step: Step) -> Labels:
     return out
 
 
+@rule("stack")
+def stack(step: Step) -> Labels:
+    """Equal shapes side by side in a new dimension: a list of operands, none of which may go."""
+    labels = [step.label(node) for node in step.arguments["tensors"]]
+    dim = step.arguments.get("dim", 0) % step.value.ndim
+    sizes = shape_of(step.value)
+    out = step.broadcast(labels, sizes[:dim] + sizes[dim + 1 :])
+    out.insert(dim, step.frozen(len(labels), "each of its positions is computed on its own"))
+    return out
+
+
 @rule("slice")
 def slice_(step: Step) -> Labels | None:
     """A run of positions is a part of a sum; a stride is the outer axis of ``outer * step``."""
@@ -183,8 +194,8 @@ def slice_(step: Step) -> Labels | None:
         if same_size(size, new):
             return out
         if isinstance(size, int):
-            step.freeze(out[dim], "a slice has dynamic bounds")
-        out[dim] = step.frozen(new, "a slice has dynamic bounds")
+            step.freeze(out[dim], "a slice of it depends on the size of an input")
+        out[dim] = step.frozen(new, "a slice of it depends on the size of an input")
         return out
     start = max(start + size, 0) if start < 0 else min(start, size)
     end = size if end is None else max(end + size, 0) if end < 0 else min(end, size)
@@ -192,14 +203,26 @@ def slice_(step: Step) -> Labels | None:
         return out
     if stride != 1:
         if size % stride or start >= stride or end != size:
-            return None
+            reason = "a strided slice reads fixed positions of it"
+            step.freeze(out[dim], reason)
+            out[dim] = step.frozen(new, reason)
+            return out
         out[dim], inner = regroup(factors(out[dim]), [size // stride, stride])
-        step.freeze(inner, "a strided slice keeps fixed positions")
+        step.freeze(inner, "a strided slice reads fixed positions of it")
         return out
-    if end <= start:
-        return None
-    out[dim] = segment(out[dim], start, end)
+    # An empty slice has nothing to couple (a fully rotary head has no part that is not rotated).
+    out[dim] = _part(step, out[dim], start, end) if start < end else leaf(0)
     return out
+
+
+def _part(step: Step, axis: Axis, start: int, stop: int) -> Axis:
+    """Positions ``start .. stop - 1``; an axis that cannot be cut there (windows of a padded image) freezes alone."""
+    try:
+        return segment(axis, start, stop)
+    except Conflict as conflict:
+        reason = f"op '{step.name}' takes a part of it: {conflict}"
+        step.freeze(axis, reason)
+        return step.frozen(stop - start, reason)
 
 
 @rule("narrow")
@@ -213,7 +236,7 @@ def narrow(step: Step) -> Labels | None:
         return None
     start = start + size if start < 0 else start
     step.pass_domain(step.first)
-    out[dim] = segment(out[dim], start, start + length)
+    out[dim] = _part(step, out[dim], start, start + length)
     return out
 
 
@@ -233,7 +256,7 @@ def unbind(step: Step) -> Labels:
     """Every position on its own: that dimension may not change."""
     source = step.label(step.first)
     dim = step.arguments.get("dim", 0) % len(source)
-    _freeze_static(step, source[dim], "its positions are unbound")
+    _freeze_static(step, source[dim], "each of its positions is read on its own")
     del source[dim]
     return tuple(list(source) for _ in step.value)
 
@@ -250,7 +273,7 @@ def split(step: Step) -> Labels | None:
         if not isinstance(size, int) or size == 0:
             return None
         label = list(source)
-        label[dim] = segment(source[dim], offset, offset + size)
+        label[dim] = _part(step, source[dim], offset, offset + size)
         offset += size
         outputs.append(label)
     return tuple(outputs)
@@ -272,7 +295,7 @@ def repeat_interleave(step: Step) -> Labels | None:
 
 @rule("repeat")
 def repeat(step: Step) -> Labels:
-    """The whole tensor again and again: ``copies * x``, with the copies fixed."""
+    """The whole tensor again and again: ``copies * x``, and copies may be thinned without touching the source."""
     source = step.label(step.first)
     padded = [one()] * (step.value.ndim - len(source)) + source
     out: Label = []
@@ -283,8 +306,10 @@ def repeat(step: Step) -> Labels:
 
 
 def _copies(step: Step, axis: Axis, count: Any, size: Size) -> Axis:
-    if isinstance(count, int):
-        return product([step.frozen(count, "it counts repeats"), axis])
+    if isinstance(count, int) and count > 0:
+        copies = leaf(count)
+        step.role(copies, "broadcast")
+        return product([copies, axis])
     if find(axis).size != 1:
         _freeze_static(step, axis, "it is repeated a dynamic number of times")
     return leaf(size)
@@ -313,7 +338,8 @@ def _positional_dimensions(step: Step, rank: int) -> set[int]:
     if step.name in ("flip", "roll"):
         return {dim % rank for dim in step.arguments["dims"]} or every
     if step.name in ("constant_pad_nd", "pad"):
-        return set(range(rank - len(step.arguments["pad"]) // 2, rank))
+        amounts = step.arguments["pad"]  # pairs, last dimension first; nothing happens to a dimension padded by 0
+        return {rank - 1 - place // 2 for place, amount in enumerate(amounts) if amount != 0}
     return every
 
 

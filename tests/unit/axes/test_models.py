@@ -13,9 +13,14 @@ from compile_sparse.compiler.axes.groups import Anchor
 from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.program import Program
+from tests.encoders import GROUPS as ENCODER_GROUPS
 from tests.models import MODELS, example_inputs
 
+KINDS = ("channels", "heads", "head_dim", "width", "experts", "conv")
 _GROUPED = {("heads", 4): 2, ("channels", 88): 2, ("width", 64): 1}
+_DISTINCT = {("heads", 3): 2, ("heads", 2): 2, ("channels", 88): 2, ("width", 48): 1}
+_EXPERTS = {("heads", 3): 2, ("heads", 2): 2, ("channels", 40): 2, ("width", 48): 1}
+_PARTIAL = {("heads", 5): 2, ("channels", 88): 2, ("width", 60): 1}
 EXPECTED = {
     "llama": {**_GROUPED, ("heads", 2): 2, ("head_dim", 4): 1, ("head_dim", 8): 2},
     "llama_tied": {**_GROUPED, ("heads", 2): 2, ("head_dim", 4): 1, ("head_dim", 8): 2},
@@ -23,9 +28,19 @@ EXPECTED = {
     "qwen3": {**_GROUPED, ("heads", 2): 2, ("head_dim", 8): 1, ("head_dim", 16): 2},
     "gpt2": {("heads", 8): 2, ("channels", 88): 2, ("width", 64): 1, ("head_dim", 8): 4},
     "opt": {("heads", 8): 2, ("channels", 88): 2, ("width", 64): 1, ("head_dim", 8): 4},
-    # The hidden state is an output of headless encoders, so their width is frozen.
-    "bert": {("heads", 8): 2, ("channels", 88): 2, ("head_dim", 8): 4},
-    "vit": {("heads", 8): 2, ("channels", 88): 2, ("head_dim", 8): 4},
+    # Rotary pairs are one group for all layers: they share the table of frequencies.
+    "phi3": {**_DISTINCT, ("head_dim", 4): 1, ("head_dim", 8): 2},
+    "gemma2": {**_DISTINCT, ("head_dim", 5): 1, ("head_dim", 10): 2},
+    "gemma3": {**_DISTINCT, ("head_dim", 5): 2, ("head_dim", 10): 2},  # one table per kind of layer
+    "mistral": {**_DISTINCT, ("head_dim", 5): 1, ("head_dim", 10): 2},
+    # Of 12 dimensions per head 6 are rotated (3 pairs) and 6 are not.
+    "gpt_neox": {**_PARTIAL, ("head_dim", 3): 1, ("head_dim", 6): 2, ("head_dim", 12): 2},
+    "phi": {**_PARTIAL, ("head_dim", 3): 1, ("head_dim", 6): 2, ("head_dim", 12): 2},
+    # Every layer has a table of its own.
+    "gptj": {**_PARTIAL, ("head_dim", 3): 2, ("head_dim", 6): 2, ("head_dim", 12): 2},
+    "mixtral": {**_DISTINCT, ("head_dim", 5): 1, ("head_dim", 10): 2, ("experts", 7): 2},
+    "qwen3_moe": {**_EXPERTS, ("head_dim", 5): 1, ("head_dim", 10): 2, ("experts", 7): 2},
+    **ENCODER_GROUPS,
 }
 
 
@@ -59,12 +74,12 @@ def test_every_group_is_found_and_no_operator_is_unknown(program: Program, name:
     assert not analysis.conflicts
 
 
-@pytest.mark.parametrize("kind", ["channels", "heads", "head_dim", "width"])
-def test_pruned_equals_oracles(program: Program, kind: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_pruned_equals_oracles(program: Program, name: str, kind: str) -> None:
     analysis = analyse(program)
     keep = random_keep(analysis, kind, seed=1)
     if not keep:
-        assert kind == "width" and program.kind in ("encoder", "vision")
+        assert not any(found == kind for found, _ in EXPECTED[name])
         return
     pruned = rewrite(program, analysis, keep)
     assert pruned.parameter_count() < program.parameter_count()
@@ -76,7 +91,7 @@ def test_pruned_equals_oracles(program: Program, kind: str) -> None:
 def test_everything_at_once(program: Program) -> None:
     analysis = analyse(program)
     keep = {}
-    for kind in ("channels", "heads", "head_dim", "width"):
+    for kind in KINDS:
         keep.update(random_keep(analysis, kind, seed=2))
     pruned = rewrite(program, analysis, keep)
     report = compare(pruned, analysis, keep, example_inputs(program, 2, 6))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -15,8 +15,10 @@ from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.rules import shape
+from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import CompileSparseError
 from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.weights import ResidentTensor
 from tests.models import example_inputs
 from tests.toys import toy_program
 from tests.unit.axes.test_models import random_keep
@@ -131,3 +133,56 @@ def test_wrong_concatenation_segment_fails_the_oracle(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(shape, "segment", swapped)
     assert not _halves_hold()
+
+
+def test_rotary_table_with_other_pairs_passes_shapes_and_fails_the_oracle(
+    tiny_llama_program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    honest = engine._sliced_sources
+
+    def shifted(*arguments):  # type: ignore[no-untyped-def]
+        sources = honest(*arguments)
+        (name,) = [name for name in sources if name.endswith("inv_freq")]
+        sources[name] = ResidentTensor(tiny_llama_program.weights.load(name)[: sources[name].shape[0]])
+        return sources
+
+    analysis = analyse(tiny_llama_program)
+    pairs = next(g for g in analysis.prunable("head_dim") if "qk_dim" in g.roles)
+    keep = {pairs.anchor: torch.tensor([False, True, True, True])}
+    inputs = example_inputs(tiny_llama_program, 2, 5)
+    assert compare(rewrite(tiny_llama_program, analysis, keep), analysis, keep, inputs).holds
+    monkeypatch.setattr(engine, "_sliced_sources", shifted)
+    assert not compare(rewrite(tiny_llama_program, analysis, keep), analysis, keep, inputs).holds
+
+
+def test_attention_scale_of_the_pruned_head_fails_the_oracle(tiny_llama_program: Program) -> None:
+    analysis = analyse(tiny_llama_program)
+    keep = random_keep(analysis, "head_dim", seed=0)
+    pruned = rewrite(tiny_llama_program, analysis, keep)
+    inputs = example_inputs(tiny_llama_program, 2, 5)
+    assert compare(pruned, analysis, keep, inputs).holds
+    for node in pruned.graph.nodes:
+        if op_name(node) == "scaled_dot_product_attention":
+            node.kwargs = {**node.kwargs, "scale": None}
+    assert not compare(pruned, analysis, keep, inputs).holds
+
+
+def test_swapped_keys_and_values_of_a_fused_projection_fail_the_oracle(
+    captured: Callable[[str], Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phi3's rows are 48 of queries, 24 of keys, 24 of values."""
+    program = captured("phi3")
+    other = {(48, 72): (72, 96), (72, 96): (48, 72)}
+
+    def swapped(axis: Axis, start: int, stop: int) -> Axis:
+        return algebra.segment(axis, *(other.get((start, stop), (start, stop)) if axis.size == 96 else (start, stop)))
+
+    def holds() -> bool:
+        analysis = analyse(program)
+        keep = random_keep(analysis, "head_dim", seed=0)
+        assert keep
+        return compare(rewrite(program, analysis, keep), analysis, keep, example_inputs(program, 2, 5)).holds
+
+    assert holds()
+    monkeypatch.setattr(shape, "segment", swapped)
+    assert not holds()

@@ -22,16 +22,16 @@ FROZEN: dict[str, Callable[[Tensor], Tensor]] = {
     "fft": lambda x: torch.fft.rfft(x).real.repeat(1, 2)[:, :16],
     "pad": lambda x: torch.nn.functional.pad(x, (1, 0))[:, :16],
     "unfold": lambda x: x.unfold(1, 4, 4).reshape(x.shape[0], 16),
-    "stack": lambda x: torch.stack([x, x * 2], -1).sum(-1),
     "position bias": lambda x: x + torch.arange(16) * 0.1,
     "constant index": lambda x: x[:, torch.arange(15, -1, -1)],
     "tril": lambda x: (x[:, :, None] * x[:, None, :]).tril().sum(1),
     "position as number": lambda x: x * x.argmax(-1, keepdim=True),
-    "cumprod": lambda x: x.cumprod(-1),
     "random": lambda x: x * torch.rand_like(x),
 }
 PRUNED: dict[str, Callable[[Tensor], Tensor]] = {
+    "stack": lambda x: torch.stack([x, x * 2], -1).sum(-1),
     "cumsum": lambda x: x.cumsum(-1),
+    "cumprod": lambda x: (x + 1).cumprod(-1),
     "top-k values": lambda x: x + x.topk(3, -1)[0].sum(-1, keepdim=True),
     "top-k gather": lambda x: x + torch.gather(x, -1, x.topk(2, -1)[1]).sum(-1, keepdim=True),
     "softmax": lambda x: x.softmax(-1),

@@ -49,6 +49,20 @@ def test_a_decoder_equals_eager_bit_for_bit_with_and_without_a_cache(from_disk: 
             assert torch.equal(state[f"present.{layer}.value"], past.layers[layer].values)
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3", "phi", "gptj", "mixtral"])
+def test_a_decoder_equals_eager_whatever_its_cache_is(captured: Callable[[str], Program], name: str) -> None:
+    """Windows shorter than the past, parallel attention, interleaved rotation, experts; eager keeps a windowed cache."""
+    program, model = captured(name), build_model(name)
+    model.set_experts_implementation("batched_mm")
+    executor, state, past = Executor(program), None, None
+    for ids in (IDS[:, :5], IDS[:, 5:6], IDS[:, 6:]):
+        state = executor.run(decoder_inputs(program, ids, past=state))
+        with torch.no_grad():
+            expected = model(input_ids=ids, past_key_values=past, use_cache=True)
+        past, logits = expected.past_key_values, expected.logits
+        torch.testing.assert_close(state["logits"], logits, rtol=0, atol=tolerance(logits))
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("split", [1, 4, 6])
 def test_prefill_and_cached_steps_equal_the_full_forward(from_disk: FromDisk, name: str, split: int) -> None:

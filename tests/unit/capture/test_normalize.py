@@ -57,6 +57,8 @@ def test_views_become_reshapes() -> None:
         lambda x: (x * 1.0).tanh(),
         lambda x: (x + 0).tanh(),
         lambda x: functional.dropout(x, 0.5, training=False).tanh(),
+        lambda x: functional.pad(x, (0, 0, 0, 0)).tanh(),
+        lambda x: torch.cat([x[..., :6], x[..., 6:]], -1).tanh(),  # partial rotation of the whole head
     ],
 )
 def test_what_changes_no_value_is_removed(function: Callable[[torch.Tensor], torch.Tensor]) -> None:
@@ -71,11 +73,14 @@ def test_what_changes_no_value_is_removed(function: Callable[[torch.Tensor], tor
         lambda x: x[:, 1:],
         lambda x: x[:, :3],
         lambda x: x[:, ::2],
+        lambda x: torch.cat([x, x[:, 4:], x[:, :1]], 1),
+        lambda x: torch.cat([x[:, 4:], x[:, 4:]], 1),
         lambda x: x.to(torch.float64),
         lambda x: x * 1.5,
         lambda x: x * x,
         lambda x: x + 1,
         lambda x: x[:, :1].expand(-1, 4, -1),
+        lambda x: functional.pad(x, (0, 0, 0, 1)),
     ],
 )
 def test_what_changes_a_value_is_kept(function: Callable[[torch.Tensor], torch.Tensor]) -> None:

@@ -35,13 +35,18 @@ _DTYPES = {
 
 
 def write_safetensors(
-    path: Path, weights: Mapping[str, TensorSource], *, on_tensor: Callable[[], object] = lambda: None
+    path: Path,
+    weights: Mapping[str, TensorSource],
+    *,
+    metadata: Mapping[str, str] | None = None,
+    on_tensor: Callable[[], object] = lambda: None,
 ) -> str:
-    """Write all tensors, sorted by name, and return the file's sha256.
+    """Write all tensors in the order given and return the file's sha256.
 
     Args:
         path: file to create.
         weights: sources; each is loaded once and released before the next.
+        metadata: for the header, such as ``{"format": "pt"}``.
         on_tensor: called after every tensor.
 
     Raises:
@@ -49,12 +54,12 @@ def write_safetensors(
     """
     header: dict[str, dict[str, Any]] = {}
     offset = 0
-    for name in sorted(weights):
-        source = weights[name]
+    for name, source in weights.items():
         end = offset + torch.Size(source.shape).numel() * source.dtype.itemsize
         header[name] = {"dtype": _DTYPES[source.dtype], "shape": list(source.shape), "data_offsets": [offset, end]}
         offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
+    described = {"__metadata__": dict(metadata), **header} if metadata else header
+    text = json.dumps(described, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     digest = hashlib.sha256()
     with path.open("wb") as file:

@@ -1,0 +1,1 @@
+"""Replacing one matrix product by two thinner ones."""

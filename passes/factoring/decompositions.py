@@ -1,0 +1,79 @@
+"""Decompose the weights of many layers with what calibration text says about them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from compile_sparse.compiler.calibration import CalibrationStream
+from compile_sparse.compiler.linears import Linear
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.passes.factoring.candidates import Candidate
+from compile_sparse.passes.factoring.factors import Factors, factor
+from compile_sparse.passes.statistics.fisher import output_fisher
+from compile_sparse.passes.statistics.gram import input_grams
+
+__all__ = ["decompositions", "rows_of"]
+
+BUDGET_BYTES = 2 << 30
+"""Gram and Fisher matrices held at a time; wider models take several passes over the calibration text."""
+
+
+def decompositions(
+    program: Program,
+    candidates: Sequence[Candidate],
+    calibration: CalibrationStream,
+    progress: Progress,
+    *,
+    outputs: bool,
+    budget_bytes: int = BUDGET_BYTES,
+) -> Iterator[tuple[Candidate, Factors]]:
+    """Factors of every candidate up to its highest rank, in the metric of its inputs (and, with ``outputs``, of the loss).
+
+    Args:
+        program: what the text runs through.
+        candidates: in graph order.
+        calibration: the text.
+        progress: told of every batch and layer.
+        outputs: take the Fisher matrix of the outputs as their metric; needs gradients.
+        budget_bytes: bound on the statistics in memory, ``8 (K^2 + N^2)`` bytes per layer.
+    """
+    for group in _groups(candidates, outputs, budget_bytes):
+        grams = input_grams(program, [each.linear.input.name for each in group], calibration, progress)
+        fishers = output_fisher(program, [each.name for each in group], calibration, progress) if outputs else {}
+        with progress.task("decompose weights", total=len(group)) as task:
+            for each in group:
+                found = factor(
+                    rows_of(program, each.linear),
+                    input_metric=grams[each.linear.input.name].moment,
+                    output_metric=fishers.get(each.name),
+                    where=each.linear.tensor,
+                )
+                task.advance()
+                yield each, found.truncated(each.choices.ranks[-1])
+
+
+def rows_of(program: Program, linear: Linear) -> torch.Tensor:
+    """The weight as ``[N, K]``."""
+    value = program.weights.load(linear.tensor)
+    return value if linear.axis == 1 else value.t()
+
+
+def _groups(candidates: Sequence[Candidate], outputs: bool, budget_bytes: int) -> list[list[Candidate]]:
+    """Consecutive candidates whose statistics fit the budget together; one that never fits is alone."""
+    groups: list[list[Candidate]] = []
+    room, inputs = 0, set[str]()
+    for each in candidates:
+        size = 8 * each.choices.rows**2 if outputs else 0
+        if each.linear.input.name not in inputs:
+            size += 8 * each.choices.columns**2
+        if not groups or size > room:
+            groups.append([])
+            room, inputs = budget_bytes, set()
+            size = 8 * (each.choices.columns**2 + (each.choices.rows**2 if outputs else 0))
+        groups[-1].append(each)
+        inputs.add(each.linear.input.name)
+        room -= size
+    return groups

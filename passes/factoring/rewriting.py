@@ -1,0 +1,99 @@
+"""``linear(x, W)`` as ``linear(linear(x, inner), outer)`` in the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.editing import add_weight, fake_mode_of, op_name, swept
+from compile_sparse.compiler.linears import find_linears
+from compile_sparse.compiler.program import Binding, Program
+from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.passes.factoring.factors import Factors
+
+__all__ = ["FactorSources", "OnDemand", "replace_by_factors"]
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class FactorSources:
+    """Where the two weights of a factored linear come from: ``inner [r, K]`` and ``outer [N, r]``."""
+
+    inner: TensorSource
+    outer: TensorSource
+
+
+class OnDemand:
+    """Factors computed when one of them is loaded. Both halves of the last layer are kept, so that each layer is decomposed
+    once while its two tensors are read in turn, and memory is one layer's.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[str, Factors] | None = None
+
+    def sources(
+        self, name: str, shape: tuple[int, int], rank: int, dtype: torch.dtype, compute: Callable[[], Factors]
+    ) -> FactorSources:
+        """Lazy factors of the weight called ``name``, ``[N, K]``; ``compute`` gives them at rank ``rank``."""
+
+        def factors() -> Factors:
+            if self._last is None or self._last[0] != name:
+                self._last = None  # freed before the next ones are made
+                self._last = (name, compute())
+            return self._last[1]
+
+        return FactorSources(
+            DerivedTensor((rank, shape[1]), dtype, lambda: factors().inner.to(dtype)),
+            DerivedTensor((shape[0], rank), dtype, lambda: factors().outer.to(dtype)),
+        )
+
+
+def replace_by_factors(program: Program, factors: Mapping[str, FactorSources]) -> Program:
+    """A program in which each named linear is two, the second under the old name and with the old bias.
+
+    ``W`` as ``[N, K]`` (linear) becomes ``[r, K]`` and ``[N, r]``; as ``[K, N]`` (addmm, mm, matmul) ``[K, r]`` and ``[r, N]``.
+    The weights of ``a.b.weight`` are stored as ``a.b.inner.weight`` and ``a.b.outer.weight``.
+
+    Args:
+        program: is not changed.
+        factors: by name of the linear's node.
+    """
+    edited = program.clone()
+    bindings, added = dict(edited.bindings), {}
+    for linear in find_linears(edited)[0]:
+        if linear.node.name not in factors:
+            continue
+        pair = factors[linear.node.name]
+        weights = []
+        for part, source in (("inner", pair.inner), ("outer", pair.outer)):
+            tensor = _renamed(linear.tensor, part)
+            added[tensor] = source if linear.axis == 1 else _transposed(source)
+            weights.append(add_weight(edited, bindings, f"{linear.weight.name}_{part}", Binding(tensor), added[tensor]))
+        node, inner, outer = linear.node, *weights
+        product = aten.mm.default if op_name(node) == "addmm" else node.target
+        with edited.graph.inserting_before(node):
+            first = edited.graph.create_node("call_function", product, (linear.input, inner), name=f"{node.name}_inner")
+        with fake_mode_of(edited):
+            first.meta["val"] = product(linear.input.meta["val"], inner.meta["val"])
+        node.args = tuple(_swapped(arg, {linear.input: first, linear.weight: outer}) for arg in node.args)
+    return swept(replace(edited, bindings=bindings, weights=edited.weights.updated(added)))
+
+
+def _swapped(argument: object, by: Mapping[fx.Node, fx.Node]) -> object:
+    return by.get(argument, argument) if isinstance(argument, fx.Node) else argument
+
+
+def _renamed(tensor: str, part: str) -> str:
+    stem, dot, last = tensor.rpartition(".")
+    return f"{stem}.{part}.{last}" if dot else f"{tensor}.{part}"
+
+
+def _transposed(source: TensorSource) -> TensorSource:
+    shape = (source.shape[1], source.shape[0])
+    if isinstance(source, AbsentTensor):
+        return AbsentTensor(shape, source.dtype, source.name)
+    return DerivedTensor(shape, source.dtype, lambda: source.load().t().contiguous())

@@ -1,0 +1,172 @@
+"""Tiny random encoders of text, images and audio, headless and with a classification head. See ``tests.models``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import transformers as hf
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+__all__ = ["ENCODERS", "GROUPS", "t5_config", "whisper_config"]
+
+_SIZE = 32  # of images
+_BERT: dict[str, Any] = {
+    "hidden_size": 64,
+    "intermediate_size": 88,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "vocab_size": 96,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+}
+
+
+def t5_config() -> hf.T5Config:
+    # Heads times head size is not the width: the two must not be mixed up.
+    return hf.T5Config(
+        vocab_size=96, d_model=64, d_kv=6, d_ff=88, num_layers=2, num_heads=8, feed_forward_proj="gated-gelu"
+    )
+
+
+def whisper_config(**changes: Any) -> hf.WhisperConfig:
+    return hf.WhisperConfig(
+        vocab_size=96,
+        d_model=64,
+        encoder_layers=2,
+        encoder_attention_heads=8,
+        encoder_ffn_dim=88,
+        decoder_layers=1,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=40,
+        num_mel_bins=10,
+        max_source_positions=18,
+        max_target_positions=16,
+        num_labels=5,
+        classifier_proj_size=24,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        decoder_start_token_id=1,
+        **changes,
+    )
+
+
+def _modernbert() -> hf.ModernBertConfig:
+    # Layer 0 sees everything, layer 1 a window of 2 tokens on either side.
+    return hf.ModernBertConfig(
+        **_BERT, local_attention=4, bos_token_id=1, eos_token_id=2, cls_token_id=1, sep_token_id=2
+    )
+
+
+def _distilbert() -> hf.DistilBertConfig:
+    return hf.DistilBertConfig(
+        vocab_size=96, max_position_embeddings=64, n_layers=2, n_heads=8, dim=64, hidden_dim=88, num_labels=3
+    )
+
+
+def _vit() -> hf.ViTConfig:
+    sizes = {
+        key: _BERT[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    }
+    return hf.ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5)
+
+
+def _swin() -> hf.SwinConfig:
+    # Windows of 3 on an 8 x 8 grid: padded to 9, and shifted in the second block.
+    return hf.SwinConfig(
+        image_size=_SIZE, patch_size=4, embed_dim=24, depths=[2, 1], num_heads=[3, 6], window_size=3, num_labels=5
+    )
+
+
+def _convnext() -> hf.ConvNextConfig:
+    return hf.ConvNextConfig(
+        image_size=_SIZE, patch_size=2, num_stages=2, hidden_sizes=[12, 20], depths=[2, 1], num_labels=5
+    )
+
+
+def _resnet(layer_type: str) -> hf.ResNetConfig:
+    return hf.ResNetConfig(
+        embedding_size=12,
+        hidden_sizes=[16, 24] if layer_type == "basic" else [32, 48],
+        depths=[2, 1],
+        layer_type=layer_type,
+        image_size=_SIZE,
+        num_labels=5,
+    )
+
+
+def _efficientnet() -> hf.EfficientNetConfig:
+    # Depthwise convolution, squeeze and excitation; the second stage has a residual block.
+    return hf.EfficientNetConfig(
+        image_size=_SIZE,
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        depth_divisor=4,
+        kernel_sizes=[3, 5],
+        in_channels=[32, 8],
+        out_channels=[8, 12],
+        strides=[1, 2],
+        num_block_repeats=[1, 2],
+        expand_ratios=[1, 3],
+        hidden_dim=1280,  # always 1280 times the width coefficient
+        num_labels=5,
+    )
+
+
+ENCODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "bert": lambda: hf.BertModel(hf.BertConfig(**_BERT)),
+    "bert_classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_BERT, num_labels=3)),
+    "distilbert": lambda: hf.DistilBertForSequenceClassification(_distilbert()),
+    "modernbert": lambda: hf.ModernBertModel(_modernbert()),
+    "t5_encoder": lambda: hf.T5EncoderModel(t5_config()),
+    "whisper_encoder": lambda: WhisperEncoder(whisper_config()),
+    "whisper_classifier": lambda: hf.WhisperForAudioClassification(whisper_config()),
+    "vit": lambda: hf.ViTModel(_vit()),
+    "vit_classifier": lambda: hf.ViTForImageClassification(_vit()),
+    "swin": lambda: hf.SwinForImageClassification(_swin()),
+    "convnext": lambda: hf.ConvNextForImageClassification(_convnext()),
+    "resnet": lambda: hf.ResNetForImageClassification(_resnet("bottleneck")),
+    "resnet_basic": lambda: hf.ResNetModel(_resnet("basic")),
+    "efficientnet": lambda: hf.EfficientNetForImageClassification(_efficientnet()),
+}
+
+_BLOCKS = {("heads", 8): 2, ("head_dim", 8): 4, ("channels", 88): 2}
+GROUPS: dict[str, dict[tuple[str, int], int]] = {
+    # The hidden state is an output of headless encoders, so their width is frozen.
+    "bert": _BLOCKS,
+    "bert_classifier": {**_BLOCKS, ("width", 64): 1, ("channels", 64): 1},  # the pooled vector
+    "distilbert": {**_BLOCKS, ("width", 64): 1, ("channels", 64): 1},
+    # Query, key and value are taken one by one from a fused projection: one group for all three, in rotary pairs.
+    "modernbert": {("heads", 8): 2, ("head_dim", 4): 2, ("channels", 88): 2},
+    # Every layer adds the same relative bias, a column per head.
+    "t5_encoder": {("heads", 8): 1, ("head_dim", 6): 4, ("channels", 88): 2},
+    "whisper_encoder": {**_BLOCKS, ("conv", 64): 1},  # between the two convolutions
+    "whisper_classifier": {**_BLOCKS, ("conv", 64): 1, ("width", 64): 1, ("channels", 24): 1},
+    "vit": _BLOCKS,
+    "vit_classifier": {**_BLOCKS, ("width", 64): 1},
+    "swin": {
+        ("width", 24): 1,
+        ("width", 48): 1,
+        ("heads", 3): 2,
+        ("heads", 6): 1,
+        ("head_dim", 8): 6,
+        ("channels", 96): 2,
+        ("channels", 192): 1,
+    },
+    "convnext": {("conv", 12): 1, ("conv", 20): 1, ("channels", 48): 2, ("channels", 80): 1},
+    # Stem 12, stages 32 and 48, two inner groups per bottleneck.
+    "resnet": {("conv", 12): 3, ("conv", 32): 1, ("conv", 48): 1, ("conv", 8): 4},
+    "resnet_basic": {("conv", 12): 1, ("conv", 16): 3, ("conv", 24): 1},  # the last stage is an output
+    "efficientnet": {
+        ("conv", 32): 1,  # the stem, through its depthwise convolution
+        ("conv", 8): 2,
+        ("conv", 24): 1,
+        ("conv", 2): 1,
+        ("conv", 12): 1,  # two blocks that are summed
+        ("conv", 36): 1,
+        ("conv", 3): 1,
+        ("conv", 1280): 1,
+    },
+}
+"""Free groups of each encoder: ``(kind, size) -> how many``."""
