@@ -16,12 +16,15 @@ from compile_sparse.compiler.capture.folder import find_model_class
 from compile_sparse.compiler.capture.skeleton import build_skeleton, quiet_transformers
 from compile_sparse.compiler.errors import CompileSparseError, Refusal
 
-__all__ = ["Architecture", "Invalid", "Path", "architecture_of", "changed"]
+__all__ = ["Architecture", "Invalid", "Path", "architecture_of", "assigned", "changed"]
 
-Path = tuple[str, ...]
-"""Where a field is in the config: ``("hidden_size",)``, or ``("text_config", "hidden_size")``."""
+Path = tuple[str | int, ...]
+"""Where a field is in the config: ``("hidden_size",)``, ``("text_config", "hidden_size")`` or ``("hidden_sizes", 2)``."""
 
 _ABOUT_THE_FILE = {"_source_folder", "_name_or_path", "transformers_version", "auto_map"}
+
+
+_REJECTIONS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ZeroDivisionError)
 
 
 class Invalid(Exception):
@@ -49,7 +52,7 @@ class Architecture:
         try:
             with quiet_transformers():
                 return CONFIG_MAPPING[str(self.config["model_type"])].from_dict(dict(config))
-        except (TypeError, ValueError, KeyError, AttributeError, ZeroDivisionError, StrictDataclassError) as error:
+        except (*_REJECTIONS, StrictDataclassError) as error:
             raise Invalid(str(error)) from error
 
     def on_meta(self, config: PretrainedConfig) -> PreTrainedModel:
@@ -57,15 +60,15 @@ class Architecture:
         try:
             with quiet_transformers(), torch.device("meta"):
                 return self.model_class._from_config(config).eval()
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, ZeroDivisionError) as error:
+        except _REJECTIONS as error:
             raise Invalid(str(error)) from error
 
     def skeleton(self, config: PretrainedConfig, mode: FakeTensorMode) -> PreTrainedModel:
         """The model with fake parameters in float32 and computed buffers. Raises Invalid."""
         try:
             return build_skeleton(self.model_class, config, torch.float32, mode)
-        except CompileSparseError as error:
-            raise Invalid(error.why) from error
+        except (*_REJECTIONS, CompileSparseError) as error:
+            raise Invalid(str(error)) from error
 
     def shapes(self, config: PretrainedConfig) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of the state dict. Raises Invalid."""
@@ -96,12 +99,27 @@ def architecture_of(config: Mapping[str, Any]) -> Architecture:
 
 
 def changed(config: Mapping[str, Any], changes: Mapping[Path, Any]) -> dict[str, Any]:
-    """A deep enough copy of ``config`` with fields set."""
-    result = dict(config)
+    """A copy of ``config`` with fields set."""
+    result: Any = dict(config)
     for path, value in changes.items():
         inner = result
         for step in path[:-1]:
-            inner[step] = dict(inner[step])
+            inner[step] = inner[step].copy() if isinstance(inner[step], dict) else list(inner[step])
             inner = inner[step]
         inner[path[-1]] = value
     return result
+
+
+def assigned(config: PretrainedConfig, fields: Mapping[Path, Any]) -> PretrainedConfig:
+    """``config`` with fields set one by one, which the config's own validation does not see."""
+    for path, value in fields.items():
+        inner: Any = config
+        for place, step in enumerate(path[:-1]):
+            if isinstance(path[place + 1], int):
+                setattr(inner, str(step), list(getattr(inner, str(step))))
+            inner = getattr(inner, str(step))
+        if isinstance(path[-1], int):
+            inner[path[-1]] = value
+        else:
+            setattr(inner, path[-1], value)
+    return config

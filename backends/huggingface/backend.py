@@ -63,7 +63,7 @@ class HuggingFaceBackend:
             more = f" and {len(written.unused) - 1} more" if len(written.unused) > 1 else ""
             limits.append(
                 f"{written.unused[0]}{more} take no part in the outputs and are not in the folder; transformers "
-                "initialises them at random."
+                "starts them anew."
             )
         form = {"config": dict(written.changes) or "as the source"}
         return Lowered(files=written.files, form=form, limits=limits)

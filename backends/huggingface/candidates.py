@@ -18,6 +18,10 @@ from compile_sparse.backends.huggingface.tensors import Stack
 __all__ = ["Cache", "Change", "candidates", "sliced_lists"]
 
 
+MAX_STAGES = 8
+"""Lists of up to this length may give the widths of a network's stages; longer ones speak of layers or tokens."""
+
+
 @dataclass(frozen=True)
 class Change:
     """A field, its value and its new value."""
@@ -73,6 +77,10 @@ def _integers(config: Mapping[str, Any], above: Path = ()) -> Iterator[tuple[Pat
             yield (*above, key), value
         elif isinstance(value, Mapping) and key.endswith("_config"):
             yield from _integers(value, (*above, key))
+        elif isinstance(value, (list, tuple)) and len(value) <= MAX_STAGES:
+            for place, entry in enumerate(value):
+                if isinstance(entry, int) and not isinstance(entry, bool):
+                    yield (*above, key, place), entry
 
 
 def sliced_lists(config: Mapping[str, Any], stacks: Iterable[Stack]) -> dict[Path, list[Any]]:

@@ -97,7 +97,7 @@ def write_checkpoint(
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)
     return Checkpoint(
         files={**files, **_copy_files(program, out)},
-        changes={".".join(path): value for path, value in solution.changes.items()},
+        changes={".".join(map(str, path)): value for path, value in solution.changes.items()},
         per_layer=solution.per_layer,
         unused=solution.verdict.unused if solution.verdict else (),
     )
@@ -136,7 +136,8 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
     if attempt.rejected:
         nearest = min(attempt.rejected, key=lambda solution: solution.verdict.difference)
         fields = (
-            ", ".join(f"{'.'.join(path)}={value}" for path, value in nearest.changes.items()) or "the config as it is"
+            ", ".join(f"{'.'.join(map(str, path))}={value}" for path, value in nearest.changes.items())
+            or "the config as it is"
         )
         why = (
             f"With {fields} every tensor has its shape, but outputs differ by {nearest.verdict.difference:.1%} of their "

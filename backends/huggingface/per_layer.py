@@ -15,11 +15,11 @@ from typing import Any
 from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import PreTrainedModel
 
-from compile_sparse.backends.huggingface.architecture import Architecture, Invalid, Path
+from compile_sparse.backends.huggingface.architecture import Architecture, Invalid, Path, assigned
 from compile_sparse.backends.huggingface.candidates import Change, candidates
 from compile_sparse.backends.huggingface.gate import Gate
 from compile_sparse.backends.huggingface.search import Shapes, matching
-from compile_sparse.backends.huggingface.solver import Attempt, Solution, assigned, cache_of, global_solutions, starts
+from compile_sparse.backends.huggingface.solver import Attempt, Solution, cache_of, global_solutions, starts
 from compile_sparse.backends.huggingface.tensors import Tensors, resizes
 from compile_sparse.compiler.capture.skeleton import new_fake_mode
 from compile_sparse.compiler.program import Program
@@ -143,7 +143,7 @@ def _overrides(
             return
         changes = candidates(base.config, resizes(dense, wanted), (), cache)
         for some in matching([change for change in changes if len(change.path) == 1], wanted, shapes_of):
-            yield {path[0]: value for path, value in start.items()} | {c.path[0]: c.new for c in some}
+            yield {str(path[0]): value for path, value in start.items()} | {str(c.path[0]): c.new for c in some}
 
 
 def _skipped(tensors: Tensors, layers: _Layers, number: int) -> list[str] | None:

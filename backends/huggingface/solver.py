@@ -7,9 +7,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from compile_sparse.backends.huggingface.architecture import Architecture, Invalid, Path, changed
+from compile_sparse.backends.huggingface.architecture import Architecture, Invalid, Path, assigned, changed
 from compile_sparse.backends.huggingface.candidates import Cache, Change, candidates, sliced_lists
 from compile_sparse.backends.huggingface.gate import Gate, Verdict
 from compile_sparse.backends.huggingface.search import Shapes, matching
@@ -17,7 +15,7 @@ from compile_sparse.backends.huggingface.tensors import Tensors, resizes
 from compile_sparse.compiler.capture.skeleton import new_fake_mode
 from compile_sparse.compiler.program import Program
 
-__all__ = ["Attempt", "Solution", "assigned", "cache_of", "global_solutions", "shape_solutions", "solve", "starts"]
+__all__ = ["Attempt", "Solution", "cache_of", "global_solutions", "shape_solutions", "solve", "starts"]
 
 
 MAX_JUDGED = 6
@@ -114,16 +112,6 @@ def starts(config: Mapping[str, Any], head_dim: int | None) -> list[dict[Path, A
     """
     derived = head_dim is not None and config.get("head_dim") is None
     return [{}, {("head_dim",): head_dim}] if derived else [{}]
-
-
-def assigned(config: PretrainedConfig, fields: Mapping[Path, Any]) -> PretrainedConfig:
-    """``config`` with fields set one by one, which the config's validation does not see."""
-    for path, value in fields.items():
-        inner: Any = config
-        for step in path[:-1]:
-            inner = getattr(inner, step)
-        setattr(inner, path[-1], value)
-    return config
 
 
 def cache_of(program: Program) -> Cache:

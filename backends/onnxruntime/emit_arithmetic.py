@@ -169,7 +169,7 @@ def _clamp(emission: Emission, node: fx.Node) -> str:
     return emission.graph.call("Clip", [emission.tensor(given["self"], dtype), *limits], hint=node.name)
 
 
-@emits("aten::_to_copy", "aten::to")
+@emits("aten::_to_copy", "aten::to", "aten::type_as")
 def _cast(emission: Emission, node: fx.Node) -> str:
     return emission.tensor(node.args[0], emission.dtype(node))
 

@@ -79,6 +79,16 @@ def _expand(emission: Emission, node: fx.Node) -> str:
     return emission.graph.call("Expand", [emission.value(source), emission.integers(shape)], hint=node.name)  # type: ignore[arg-type]
 
 
+@emits("aten::repeat")
+def _repeat(emission: Emission, node: fx.Node) -> str:
+    given = arguments(node)
+    source, repeats = emission.value(given["self"]), list(given["repeats"])
+    lead = len(repeats) - emission.rank(given["self"])
+    if lead:
+        source = emission.graph.call("Unsqueeze", [source, emission.graph.constant(list(range(lead)))])
+    return emission.graph.call("Tile", [source, emission.integers(repeats)], hint=node.name)
+
+
 @emits("aten::unsqueeze")
 def _unsqueeze(emission: Emission, node: fx.Node) -> str:
     source, dim = node.args

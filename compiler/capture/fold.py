@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import prod
+from typing import Any
 
 import torch
 from torch import fx
@@ -24,7 +25,7 @@ MAX_ELEMENTS = 1 << 24
 
 def fold_constants(program: Program) -> Program:
     """Replace the frontier of the input-independent region by buffers. Edits ``program``'s graph in place."""
-    known: dict[fx.Node, torch.Tensor] = {}
+    known: dict[fx.Node, Any] = {}
     for node in program.graph.nodes:
         name = program.tensor_of(node)
         if name is not None and program.bindings[node.name].kind == "buffer":
@@ -33,7 +34,11 @@ def fold_constants(program: Program) -> Program:
                 known[node] = source.value
         elif _foldable(node, known):
             known[node] = _evaluate(node, known)
-    frontier = [node for node in known if node.op == "call_function" and any(user not in known for user in node.users)]
+    frontier = [
+        node
+        for node, value in known.items()
+        if node.op == "call_function" and isinstance(value, torch.Tensor) and any(user not in known for user in node.users)
+    ]
     bindings = dict(program.bindings)
     added: dict[str, TensorSource] = {}
     for index, node in enumerate(frontier):
@@ -45,17 +50,19 @@ def fold_constants(program: Program) -> Program:
     return replace(program, bindings=bindings, weights=program.weights.updated(added))
 
 
-def _foldable(node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> bool:
+def _foldable(node: fx.Node, known: dict[fx.Node, Any]) -> bool:
     value = node.meta.get("val")
-    if node.op != "call_function" or not isinstance(value, torch.Tensor):
-        return False
-    if not all(isinstance(size, int) for size in value.shape) or prod(value.shape) > MAX_ELEMENTS:
+    values = value if isinstance(value, (tuple, list)) else (value,)
+    if node.op != "call_function" or not all(isinstance(item, torch.Tensor) and _is_small(item) for item in values):
         return False
     tags = getattr(node.target, "tags", ())
     return torch.Tag.nondeterministic_seeded not in tags and all(n in known for n in node.all_input_nodes)
 
 
-def _evaluate(node: fx.Node, known: dict[fx.Node, torch.Tensor]) -> torch.Tensor:
+def _is_small(value: torch.Tensor) -> bool:
+    return all(isinstance(size, int) for size in value.shape) and prod(value.shape) <= MAX_ELEMENTS
+
+
+def _evaluate(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: known[n])
-    result: torch.Tensor = node.target(*args, **kwargs)  # type: ignore[operator]
-    return result
+    return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -92,7 +92,9 @@ def _unsupported(model: PreTrainedModel, why: str, hint: str = "") -> ModelError
 def _encoder_hint(config: PretrainedConfig) -> str:
     if type(config) in MODEL_FOR_TEXT_ENCODING_MAPPING:
         name = MODEL_FOR_TEXT_ENCODING_MAPPING[type(config)].__name__
-        return f"To compile the encoder, write [\"{name}\"] as 'architectures' in config.json: it reads the same weights."
+        return (
+            f"To compile the encoder, write [\"{name}\"] as 'architectures' in config.json: it reads the same weights."
+        )
     return "To compile the encoder, save it on its own: model.get_encoder().save_pretrained(FOLDER)."
 
 

@@ -14,7 +14,7 @@ sequential targets from the dense network as in arXiv:2208.11580 (OBC) and arXiv
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -28,12 +28,9 @@ from compile_sparse.compiler.scratch import Scratch
 from compile_sparse.compiler.staged import StagedRun
 from compile_sparse.compiler.weights import TensorSource
 from compile_sparse.passes.compensation.matching import Objective, objective_of
-from compile_sparse.passes.compensation.regression import Regression
+from compile_sparse.passes.compensation.regression import DAMPINGS, Regression
 
 __all__ = ["Refitted", "refit"]
-
-DAMPING = 1e-3
-"""Ridge penalty as a share of the mean square input."""
 
 Gather = Callable[[str, torch.Tensor], torch.Tensor]
 """``gather(dense node, dense value)``: the part of the value that is left in the pruned program."""
@@ -64,7 +61,7 @@ def refit(
     only: Collection[str] | None = None,
     stands_for: Mapping[str, str] | None = None,
     biases_only: bool = False,
-    damping: float = DAMPING,
+    dampings: Sequence[float] = DAMPINGS,
 ) -> Refitted:
     """Refit the pruned program's linear layers to the dense program.
 
@@ -78,12 +75,12 @@ def refit(
         stands_for: node of the pruned program -> dense node whose value it should take, where that is not its namesake
             (layers between them were removed).
         biases_only: keep the weights and shift the outputs of layers that have a bias by what they lack on average.
-        damping: see ``Regression``.
+        dampings: see ``Regression``.
 
     Left alone: weights read by several nodes (tied embeddings), layers that make the logits, linears whose place the dense
     program does not have.
     """
-    work = _Refit(dense, pruned, calibration, gather, stands_for or {}, None if biases_only else damping)
+    work = _Refit(dense, pruned, calibration, gather, stands_for or {}, None if biases_only else dampings)
     layers = [
         layer for layer in find_linears(pruned)[0] if (only is None or layer.node.name in only) and work.fits(layer)
     ]
@@ -104,9 +101,9 @@ class _Refit:
         calibration: CalibrationStream,
         gather: Gather,
         stands_for: Mapping[str, str],
-        damping: float | None,
+        dampings: Sequence[float] | None,
     ) -> None:
-        self.pruned, self.gather, self.stands_for, self.damping = pruned, gather, stands_for, damping
+        self.pruned, self.gather, self.stands_for, self.dampings = pruned, gather, stands_for, dampings
         self.dense_nodes = {node.name: node for node in dense.graph.nodes}
         self.order = {node: place for place, node in enumerate(pruned.graph.nodes)}
         self.logits = {n for n, o in zip(pruned.output_nodes, pruned.outputs, strict=True) if o.role == "logits"}
@@ -124,7 +121,7 @@ class _Refit:
             and objective.value not in self.logits
             and layer.node not in self.logits
             and self._target_name(objective) in self.dense_nodes
-            and (self.damping is not None or bool(self._bias_name(layer)))
+            and (self.dampings is not None or bool(self._bias_name(layer)))
         )
 
     def _target_name(self, objective: Objective) -> str:
@@ -150,16 +147,13 @@ class _Refit:
                 missing = missing - self.student.value(batch, objective.other).reshape(-1, weight.shape[0])
             missing = missing - x @ weight.t()
             regression.add(x, missing if bias is None else missing - bias)
-        if self.damping is None:
-            shift, left = regression.mean_shift()
-            self._store(self._bias_name(layer), (bias.double() + shift).to(bias.dtype))
-            return left
-        change, shift, left = regression.solve(self.damping)
-        new = (weight.double() + change).to(weight.dtype)
-        self._store(layer.tensor, new if layer.axis == 1 else new.t().contiguous())
-        if shift is not None and bias is not None:
-            self._store(self._bias_name(layer), (bias.double() + shift).to(bias.dtype))
-        return left
+        found = regression.mean_shift() if self.dampings is None else regression.solve(self.dampings)
+        if found.weight is not None:
+            new = (weight.double() + found.weight).to(weight.dtype)
+            self._store(layer.tensor, new if layer.axis == 1 else new.t().contiguous())
+        if found.bias is not None and bias is not None:
+            self._store(self._bias_name(layer), (bias.double() + found.bias).to(bias.dtype))
+        return found.left
 
     def _store(self, tensor: str, value: torch.Tensor) -> None:
         self.changed[tensor] = self.scratch.keep(value)

@@ -2,17 +2,61 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 
-__all__ = ["Regression"]
+__all__ = ["DAMPINGS", "Correction", "Regression"]
+
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+"""Ridge penalties tried, as shares of the mean square input."""
+HELD_OUT = 5
+"""One row in this many only judges the penalties."""
+
+
+@dataclass(frozen=True)
+class Correction:
+    """What a layer should change.
+
+    Attributes:
+        weight: ``D: [N, K]`` float64; None to leave the weight alone.
+        bias: ``[N]`` float64; None without an intercept.
+        left: share of ``sum |r|^2`` that is left on all rows, 0 to 1.
+    """
+
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    left: float
+
+
+class _Sums:
+    """``sum x x^T``, ``sum x r^T`` and ``sum |r|^2`` over rows, float64."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        self.second = torch.zeros(inputs, inputs, dtype=torch.float64)
+        self.cross = torch.zeros(inputs, outputs, dtype=torch.float64)
+        self.missing = 0.0
+
+    def add(self, x: torch.Tensor, missing: torch.Tensor) -> None:
+        self.second += (x.t() @ x).double()
+        self.cross += (x.t() @ missing).double()
+        self.missing += float(missing.double().square().sum())
+
+    def left(self, solution: torch.Tensor) -> float:
+        """``sum |r - D x|^2`` for ``D^T = solution: [K, N]``."""
+        explained = 2.0 * float((solution * self.cross).sum()) - float((solution * (self.second @ solution)).sum())
+        return self.missing - explained
 
 
 class Regression:
-    """Least-squares correction ``D`` of a weight: ``min_D  sum_t |r_t - D x_t|^2 + damp * |D|^2``.
+    """Least-squares correction ``D`` of a weight: ``min_D  sum_t |r_t - D x_t|^2 + damp |D|^2``.
 
     ``x_t: [K]`` is what the layer receives, ``r_t: [N]`` what its output lacks. The correction is shrunk towards zero, so a
-    direction the calibration text never excites keeps its old weight. One Cholesky factorisation of ``C = sum x x^T [K, K]``
-    serves all ``N`` rows (ridge regression; as layer-wise reconstruction: arXiv:2208.11580).
+    direction the calibration text never excites keeps its old weight. How much, the text itself says: a fifth of every batch is
+    held out, the penalty that repairs it best is taken, and the final fit uses all rows. Where no penalty repairs what was held
+    out, there is too little text for this layer and its weight stays. One Cholesky factorisation of ``C = sum x x^T [K, K]``
+    per penalty serves all ``N`` rows (layer-wise reconstruction: arXiv:2208.11580).
 
     Args:
         inputs, outputs: ``K`` and ``N``.
@@ -20,52 +64,54 @@ class Regression:
     """
 
     def __init__(self, inputs: int, outputs: int, *, intercept: bool) -> None:
-        self._intercept = intercept
+        self._inputs, self._intercept = inputs, intercept
         size = inputs + int(intercept)
-        self._second = torch.zeros(size, size, dtype=torch.float64)
-        self._cross = torch.zeros(size, outputs, dtype=torch.float64)
-        self._missing = 0.0
+        self._fitted, self._held = _Sums(size, outputs), _Sums(size, outputs)
 
     def add(self, x: torch.Tensor, missing: torch.Tensor) -> None:
         """Accumulate rows ``x: [T, K]`` and ``missing: [T, N]``. Products in float32, sums in float64."""
         x, missing = x.float(), missing.float()
         if self._intercept:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-        self._second += (x.t() @ x).double()
-        self._cross += (x.t() @ missing).double()
-        self._missing += float(missing.double().square().sum())
+        held = x.shape[0] // HELD_OUT  # neighbouring rows are one text: a contiguous part, not every fifth
+        self._held.add(x[:held], missing[:held])
+        self._fitted.add(x[held:], missing[held:])
 
-    def mean_shift(self) -> tuple[torch.Tensor, float]:
-        """The intercept alone, ``mean r: [N]`` float64, and the share of ``sum |r|^2`` that is left. Needs ``intercept``."""
-        shift = self._cross[-1] / self._second[-1, -1]
-        removed = float(shift.square().sum() * self._second[-1, -1])
-        return shift, 1.0 - removed / self._missing if self._missing else 1.0
-
-    def solve(self, damping: float) -> tuple[torch.Tensor, torch.Tensor | None, float]:
-        """The correction.
-
-        Args:
-            damping: ridge penalty as a share of the mean diagonal of ``C``.
-
-        Returns:
-            ``D: [N, K]`` float64, the intercept ``[N]`` or None, and the share of ``sum |r|^2`` that is left (0 to 1).
-        """
-        second = self._second.clone()
-        inputs = second.shape[0] - int(self._intercept)
-        scale = float(second.diagonal()[:inputs].mean()) or 1.0
-        penalty = torch.zeros(second.shape[0], dtype=torch.float64)
-        penalty[:inputs] = damping * scale
-        second += torch.diag(penalty)
-        if self._intercept:
-            second[-1, -1] += 1e-9 * float(second[-1, -1])
-        factor, failed = torch.linalg.cholesky_ex(second)
-        while int(failed) and damping < 1.0:  # rank-deficient beyond what the ridge covers
-            damping = max(damping * 10.0, 1e-8)
-            second.diagonal()[:inputs] += damping * scale
-            factor, failed = torch.linalg.cholesky_ex(second)
-        solution = torch.cholesky_solve(self._cross, factor)
-        explained = 2.0 * float((solution * self._cross).sum()) - float((solution * (self._second @ solution)).sum())
-        left = 1.0 - explained / self._missing if self._missing else 1.0
+    def solve(self, dampings: Sequence[float] = DAMPINGS) -> Correction:
+        """The correction with the penalty that is best on held-out rows."""
+        errors = {damping: self._held.left(self._solution([self._fitted], damping)) for damping in dampings}
+        best = min(errors, key=errors.__getitem__)
+        if errors[best] >= self._held.missing:
+            return Correction(None, None, 1.0)
+        both = [self._fitted, self._held]
+        solution = self._solution(both, best)
+        left = self._left(solution)
         if not self._intercept:
-            return solution.t(), None, left
-        return solution[:-1].t(), solution[-1], left
+            return Correction(solution.t(), None, left)
+        return Correction(solution[:-1].t(), solution[-1], left)
+
+    def mean_shift(self) -> Correction:
+        """The intercept alone, ``mean r``. Needs ``intercept``."""
+        solution = torch.zeros_like(self._fitted.cross)
+        count = self._fitted.second[-1, -1] + self._held.second[-1, -1]
+        solution[-1] = (self._fitted.cross[-1] + self._held.cross[-1]) / count
+        return Correction(None, solution[-1], self._left(solution))
+
+    def _left(self, solution: torch.Tensor) -> float:
+        missing = self._fitted.missing + self._held.missing
+        return (self._fitted.left(solution) + self._held.left(solution)) / missing if missing else 1.0
+
+    def _solution(self, parts: Sequence[_Sums], damping: float) -> torch.Tensor:
+        """``(C + damp)^-1 sum x r^T: [K, N]``."""
+        second = torch.stack([part.second for part in parts]).sum(0)
+        cross = torch.stack([part.cross for part in parts]).sum(0)
+        diagonal = second.diagonal()
+        scale = float(diagonal[: self._inputs].mean()) or 1.0
+        diagonal[: self._inputs] += damping * scale
+        diagonal[self._inputs :] *= 1.0 + 1e-9
+        factor, failed = torch.linalg.cholesky_ex(second)
+        while int(failed):  # rank-deficient beyond what the penalty covers
+            damping = max(10.0 * damping, 1e-8)
+            diagonal[: self._inputs] += damping * scale
+            factor, failed = torch.linalg.cholesky_ex(second)
+        return torch.cholesky_solve(cross, factor)

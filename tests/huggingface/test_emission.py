@@ -44,12 +44,20 @@ CASES = {
     "gemma2-channels": ("gemma2", (MLP,), {"intermediate_size": 66}),
     "mixtral-experts": (
         "mixtral",
-        (("experts", 7, 5), MLP),
-        {"num_local_experts": 5, "intermediate_size": 66},
+        # transformers' own kernel for experts wants rows of whole 16 bytes.
+        (("experts", 7, 5), ("channels", 88, 64)),
+        {"num_local_experts": 5, "intermediate_size": 64},
     ),
-    "qwen3_moe-experts": ("qwen3_moe", (("experts", 7, 5),), {"num_experts": 5}),
+    "qwen3_moe-experts": ("qwen3_moe", (("experts", 7, 5),), {"num_local_experts": 5}),
     "bert-channels": ("bert", (MLP,), {"intermediate_size": 66}),
     "vit-channels": ("vit", (MLP,), {"intermediate_size": 66}),
+    "bert-dense": ("bert", (), {}),
+    # Queries and keys share a tensor and keep different numbers of heads.
+    "phi3-heads": (
+        "phi3",
+        (("heads", 3, 2),),
+        {"head_dim": 8, "num_attention_heads": 4, "num_key_value_heads": 2},
+    ),
 }
 
 

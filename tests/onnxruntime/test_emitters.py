@@ -82,6 +82,7 @@ FUNCTIONS: dict[str, Function] = {
     "roll": lambda x: (
         x.roll(2, 1) - x.roll((-1, 1), (1, 1)) + x.roll(6, 1) + x.unflatten(1, (2, 3)).roll((1, -1), (1, 2)).flatten(1)
     ),
+    "repeat": lambda x: x.repeat(1, 2)[:, 3:9] + x.repeat(x.shape[0], 1, 1).sum(0) + (x > 0).type_as(x),
     "unbind": lambda x: x.unbind(1)[1] * x.unflatten(1, (2, 3)).unbind(2)[-1].sum(1),
     "pad": lambda x: (
         F.pad(x, (1, 2)) + F.pad(x, (2, 1), value=0.5) + F.pad(x, (4, -1)) + F.pad(x, (0, 3))[: x.shape[0]]
@@ -181,6 +182,7 @@ def test_what_has_no_equal_form_is_planned_as_a_skip(name: str) -> None:
     assert why in skip.why
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_function(name: str, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)

@@ -119,10 +119,18 @@ CASES: dict[str, Case] = {
         "reduces",
     ),
     "convolution": Case(
-        lambda x, w: torch.convolution(x, w, None, [1], [0], [1], True, [0], 2), [(2, 6, 5), (6, 4, 3)], [2, 2, 3, 4], "reduces"
+        lambda x, w: torch.convolution(x, w, None, [1], [0], [1], True, [0], 2),
+        [(2, 6, 5), (6, 4, 3)],
+        [2, 2, 3, 4],
+        "reduces",
     ),
     "pools": Case(
-        lambda x: F.max_pool2d(x, 2) + F.avg_pool2d(x, 2) + F.adaptive_max_pool2d(x, 3) + F.max_pool2d(x, 2, 2, 0, 1, False, True)[0],
+        lambda x: (
+            F.max_pool2d(x, 2)
+            + F.avg_pool2d(x, 2)
+            + F.adaptive_max_pool2d(x, 3)
+            + F.max_pool2d(x, 2, 2, 0, 1, False, True)[0]
+        ),
         [(2, 4, 6, 6)],
         [2, 4],
     ),
@@ -136,11 +144,13 @@ CASES: dict[str, Case] = {
     ),
     "pool_without_batch": Case(lambda x: F.avg_pool2d(x, 2), [(4, 6, 6)], [4]),
     "interpolation": Case(
-        lambda x: F.interpolate(x, scale_factor=2)
-        + F.interpolate(x, scale_factor=2, mode="bilinear")
-        + F.interpolate(x, size=(6, 6), mode="bicubic")
-        + F.interpolate(x, size=(6, 6), mode="nearest-exact")
-        + F.interpolate(x, size=(6, 6), mode="bilinear", antialias=True),
+        lambda x: (
+            F.interpolate(x, scale_factor=2)
+            + F.interpolate(x, scale_factor=2, mode="bilinear")
+            + F.interpolate(x, size=(6, 6), mode="bicubic")
+            + F.interpolate(x, size=(6, 6), mode="nearest-exact")
+            + F.interpolate(x, size=(6, 6), mode="bilinear", antialias=True)
+        ),
         [(2, 4, 3, 3)],
         [2, 4],
     ),
@@ -174,7 +184,9 @@ CASES: dict[str, Case] = {
         lambda x, y: torch.einsum("...i,oi->...o", x, y), [(2, 3, 4), (5, 4)], [2, 3, 4, 5], "reduces"
     ),
     "einsum_stretched": Case(lambda x, y: torch.einsum("bij,bj->bi", x, y), [(1, 3, 4), (2, 4)], [2, 3, 4], "reduces"),
-    "einsum_of_blocks": Case(lambda x, y: torch.einsum("bhi,hio->bho", x, y), [(2, 3, 4), (3, 4, 5)], [2, 3, 4, 5], "reduces"),
+    "einsum_of_blocks": Case(
+        lambda x, y: torch.einsum("bhi,hio->bho", x, y), [(2, 3, 4), (3, 4, 5)], [2, 3, 4, 5], "reduces"
+    ),
     "pool": Case(lambda x: F.max_pool2d(x, 2), [(2, 4, 6, 6)], [2, 4]),
     "adaptive_pool": Case(lambda x: F.adaptive_avg_pool2d(x, 2), [(2, 4, 6, 6)], [2, 4]),
     "layer_norm": Case(lambda x, w, b: F.layer_norm(x, (6,), w, b), [(3, 6), (6,), (6,)], [3, 6], "reduces"),

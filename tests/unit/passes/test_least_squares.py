@@ -63,7 +63,7 @@ def test_redundant_channels_are_replaced_exactly(tiny_llama_program: Program) ->
     analysis, keep, pruned = cut(dense, "channels")
     consumers = {c.node for g in analysis.prunable("channels") for c in g.consumers}
     plain = stream_error(dense, pruned)
-    done = refit(dense, pruned, WINDOWS, SILENT, gather=gatherer(analysis, keep), only=consumers, damping=1e-7)
+    done = refit(dense, pruned, WINDOWS, SILENT, gather=gatherer(analysis, keep), only=consumers, dampings=[1e-7])
     assert done.layers == 2
     # The kept copy takes twice the weight; what is left is the ridge (1e-7 of the mean square) and float32.
     assert stream_error(dense, done.program) < 1e-6 * plain

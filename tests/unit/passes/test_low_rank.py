@@ -237,7 +237,7 @@ def test_small_layers_pay_for_their_extra_product(tiny_llama_program):
 
 def test_ranks_are_aligned_and_follow_the_quantization_where_there_is_room(tiny_llama_program):
     def ranks(**options) -> dict[str, int]:
-        result = LowRank(fraction=0.5).run(tiny_llama_program, _context(**options))
+        result = LowRank(fraction=0.3).run(tiny_llama_program, _context(**options))
         return {tensor.split(".")[-2]: rank for tensor, rank in result.achieved["ranks"].items()}
 
     plain, grouped = ranks(alignment=2), ranks(alignment=2, contraction_multiple=3)
@@ -356,13 +356,13 @@ def test_equal_shares_go_as_far_as_the_alignment_allows_and_say_so(tiny_llama_pr
 
 
 def test_equal_shares_leave_a_layer_dense_rather_than_take_far_more(tiny_llama_program):
-    """With 1,500 weights for one more product, the highest rank of 64 x 64 that pays holds 63 % of it, asked were 80 %."""
+    """With 1,500 weights for one more product, the highest rank of 64 x 64 that pays holds 62 % of it, asked were 80 %."""
     context = _context(products=_products(extra_product_weights=1500))
     result = LowRank(fraction=0.2).run(tiny_llama_program, context)
     assert "model.layers.0.self_attn.q_proj.weight" not in result.achieved["ranks"]
     assert "model.layers.0.self_attn.q_proj.weight" in result.program.weights
     skip = {skip.where: skip for skip in result.skips}["model.layers.0.self_attn.q_proj.weight"]
-    assert skip.code == "CS2502" and "63%" in skip.why
+    assert skip.code == "CS2502" and "62%" in skip.why
     assert "model.layers.0.mlp.up_proj.weight" in result.achieved["ranks"]
     with pytest.raises(Refusal, match="CS4104"):
         LowRank(fraction=0.05).run(tiny_llama_program, context)

@@ -77,13 +77,15 @@ def test_regression_equals_the_normal_equations() -> None:
     regression = Regression(7, 4, intercept=True)
     for part in torch.arange(300).split(70):
         regression.add(x[part], r[part])
-    change, moved, left = regression.solve(0.0)
+    found = regression.solve([0.0])
+    assert found.weight is not None
+    assert found.bias is not None
     ones = torch.cat([x, torch.ones(300, 1)], 1).double()
     wanted = torch.linalg.lstsq(ones, r.double()).solution
     # float32 products of 300 rows: about 300 * 6e-8 relative to the largest sum.
-    torch.testing.assert_close(torch.cat([change, moved[:, None]], 1), wanted.t(), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(torch.cat([found.weight, found.bias[:, None]], 1), wanted.t(), rtol=1e-4, atol=1e-4)
     missing = r.double() - ones @ wanted
-    assert left == pytest.approx(float(missing.square().sum() / r.double().square().sum()), rel=1e-3)
+    assert found.left == pytest.approx(float(missing.square().sum() / r.double().square().sum()), rel=1e-3)
 
 
 def test_mean_shift_is_the_mean() -> None:
@@ -91,9 +93,12 @@ def test_mean_shift_is_the_mean() -> None:
     x, r = torch.randn(50, 3, generator=generator), torch.randn(50, 2, generator=generator) + 3.0
     regression = Regression(3, 2, intercept=True)
     regression.add(x, r)
-    shift, left = regression.mean_shift()
-    torch.testing.assert_close(shift, r.double().mean(0), rtol=1e-5, atol=1e-5)
-    assert left == pytest.approx(float((r - r.mean(0)).double().square().sum() / r.double().square().sum()), rel=1e-4)
+    found = regression.mean_shift()
+    assert found.weight is None
+    torch.testing.assert_close(found.bias, r.double().mean(0), rtol=1e-5, atol=1e-5)
+    assert found.left == pytest.approx(
+        float((r - r.mean(0)).double().square().sum() / r.double().square().sum()), rel=1e-4
+    )
 
 
 def test_unexcited_inputs_keep_their_weights() -> None:
@@ -101,6 +106,19 @@ def test_unexcited_inputs_keep_their_weights() -> None:
     x[:, 0] = torch.linspace(-1, 1, 20)
     regression = Regression(3, 2, intercept=False)
     regression.add(x, torch.ones(20, 2) * x[:, :1])
-    change, _, _ = regression.solve(1e-6)
+    change = regression.solve([1e-6]).weight
+    assert change is not None
     assert float(change[:, 1:].abs().max()) < 1e-12
     torch.testing.assert_close(change[:, 0], torch.ones(2, dtype=torch.float64), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [40, 100, 4000])
+def test_too_little_text_changes_little_or_nothing(rows: int) -> None:
+    """64 inputs, noise only: a plain fit would explain most of 40 rows and hurt everywhere else."""
+    generator = torch.Generator().manual_seed(rows)
+    x, r = torch.randn(rows, 64, generator=generator), torch.randn(rows, 8, generator=generator)
+    regression = Regression(64, 8, intercept=False)
+    regression.add(x, r)
+    change = regression.solve().weight
+    added = 0.0 if change is None else float(change.square().sum() / 8)  # per output, on fresh inputs of unit variance
+    assert added < 0.2  # the plain fit of 40 rows has about 40 / 24 = 1.7
