@@ -39,6 +39,8 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         parts.append(_groups(groups))
     if gain := plan.get("gain"):
         parts.append(_gain(gain))
+    if runtime := plan.get("runtime"):
+        parts.append(_skips("what the runtime cannot do, or does slowly", runtime))
     if refusals := plan.get("refusals"):
         parts.append(_skips("refused", refusals))
     return Group(*parts)

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compile_sparse.compiler.contract import PassContext, PassResult
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
+from compile_sparse.compiler.linears import find_linears
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor
@@ -74,8 +75,8 @@ class LowRank(BaseModel):
     )
     compensation: Literal["least-squares", "none"] | None = Field(
         default=None,
-        description="least-squares: refit the second factors to the dense network; null: least-squares with calibration text, "
-        "else none",
+        description="least-squares: refit second factors and dense layers to the dense network; null: least-squares with "
+        "calibration text, else none",
     )
 
     @model_validator(mode="after")
@@ -121,7 +122,7 @@ class LowRank(BaseModel):
                 f"{self.fraction:.1%} was asked for; aligned ranks that pay remove {amounts['fraction']:.1%} of the parameters."
             )
         factored = replace_by_factors(program, sources)
-        repaired, repair = self._repaired(program, factored, context, set(sources))
+        repaired, repair = self._repaired(program, factored, context)
         return PassResult(
             program=repaired,
             modified=True,
@@ -221,13 +222,13 @@ class LowRank(BaseModel):
                 missed += float(factors.energies[rank:].sum())
         return ranks, sources, missed
 
-    def _repaired(
-        self, program: Program, factored: Program, context: PassContext, changed: set[str]
-    ) -> tuple[Program, dict[str, Any]]:
+    def _repaired(self, program: Program, factored: Program, context: PassContext) -> tuple[Program, dict[str, Any]]:
         wanted = self.compensation or ("least-squares" if context.calibration is not None else "none")
         if wanted == "none" or context.calibration is None or context.plan_only:
             return factored, {"compensation": wanted}
-        repaired = refit(program, factored, context.calibration, context.progress, only=changed)
+        # Layers that stay dense make up for the others too, unless they hold zeros that refitting would fill.
+        free = {each.node.name for each in find_linears(factored)[0] if each.tensor not in factored.masks}
+        repaired = refit(program, factored, context.calibration, context.progress, only=free)
         return repaired.program, {
             "compensation": wanted,
             "refitted_layers": repaired.layers,

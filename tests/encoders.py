@@ -59,6 +59,12 @@ def _modernbert() -> hf.ModernBertConfig:
     )
 
 
+def _deberta() -> hf.DebertaV2Config:
+    # Heads are folded into the batch; both kinds of relative position attention, in buckets.
+    sizes = {**_BERT, "hidden_size": 48, "num_attention_heads": 4, "num_labels": 3}
+    return hf.DebertaV2Config(**sizes, relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8)
+
+
 def _distilbert() -> hf.DistilBertConfig:
     return hf.DistilBertConfig(
         vocab_size=96, max_position_embeddings=64, n_layers=2, n_heads=8, dim=64, hidden_dim=88, num_labels=3
@@ -118,6 +124,7 @@ ENCODERS: dict[str, Callable[[], hf.PreTrainedModel]] = {
     "bert": lambda: hf.BertModel(hf.BertConfig(**_BERT)),
     "bert_classifier": lambda: hf.BertForSequenceClassification(hf.BertConfig(**_BERT, num_labels=3)),
     "distilbert": lambda: hf.DistilBertForSequenceClassification(_distilbert()),
+    "deberta": lambda: hf.DebertaV2ForSequenceClassification(_deberta()),
     "modernbert": lambda: hf.ModernBertModel(_modernbert()),
     "t5_encoder": lambda: hf.T5EncoderModel(t5_config()),
     "whisper_encoder": lambda: WhisperEncoder(whisper_config()),
@@ -137,6 +144,8 @@ GROUPS: dict[str, dict[tuple[str, int], int]] = {
     "bert": _BLOCKS,
     "bert_classifier": {**_BLOCKS, ("width", 64): 1, ("channels", 64): 1},  # the pooled vector
     "distilbert": {**_BLOCKS, ("width", 64): 1, ("channels", 64): 1},
+    # The pooled vector and the table of relative positions have widths of their own.
+    "deberta": {("width", 48): 1, ("heads", 4): 2, ("head_dim", 12): 4, ("channels", 48): 2, ("channels", 88): 2},
     # Query, key and value are taken one by one from a fused projection: one group for all three, in rotary pairs.
     "modernbert": {("heads", 8): 2, ("head_dim", 4): 2, ("channels", 88): 2},
     # Every layer adds the same relative bias, a column per head.

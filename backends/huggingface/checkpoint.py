@@ -110,9 +110,10 @@ def plan_checkpoint(program: Program) -> Solution:
         Refusal: as ``write_checkpoint``.
     """
     architecture, tensors = _opened(program)
-    found = next(shape_solutions(program, architecture, tensors), None)
+    attempt = Attempt()
+    found = next(shape_solutions(program, architecture, tensors, attempt), None)
     if found is None:
-        raise _refusal(architecture, tensors, Attempt(), differ=bool(tensors.uneven))
+        raise _refusal(architecture, tensors, attempt, differ=bool(tensors.uneven))
     return found
 
 
@@ -143,6 +144,9 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
             f"With {fields} every tensor has its shape, but outputs differ by {nearest.verdict.difference:.1%} of their "
             "largest value: the class computes a number from the size that changed (a scale, frequencies, heads per width)."
         )
+    elif attempt.invalid:
+        said = attempt.invalid[0].strip().splitlines()[-1].strip() if attempt.invalid[0].strip() else "no reason given"
+        why = f"The sizes that fit (changed: {sizes}) are rejected by the class itself: {said}"
     else:
         why = f"No config of {name} gives its tensors these shapes (sizes changed: {sizes})."
     return Refusal(

@@ -71,7 +71,7 @@ def solve_per_layer(
     layers, gate = _Layers(tensors), Gate(program)
     if not layers.single:
         return None
-    for solution in islice(_shape_solutions(program, architecture, tensors, layers), MAX_JUDGED):
+    for solution in islice(_shape_solutions(program, architecture, tensors, layers, attempt), MAX_JUDGED):
         mode = new_fake_mode()
         try:
             skeleton = _skeleton(architecture, solution, layers.prefix, mode)
@@ -86,7 +86,7 @@ def solve_per_layer(
 
 
 def _shape_solutions(
-    program: Program, architecture: Architecture, tensors: Tensors, layers: _Layers
+    program: Program, architecture: Architecture, tensors: Tensors, layers: _Layers, attempt: Attempt
 ) -> Iterator[Solution]:
     skips = {signature: _skipped(tensors, layers, numbers[0]) for signature, numbers in layers.alike.items()}
     if any(skip is None for skip in skips.values()):
@@ -95,7 +95,7 @@ def _shape_solutions(
     usual = {name: shape for n in layers.alike[common] for name, shape in layers.names(common, n).items()}
     # The global values are those of most layers, unless the config's own rules forbid them.
     for wanted in ({**layers.outside, **usual}, layers.outside):
-        for base in islice(global_solutions(program, architecture, tensors, wanted), MAX_ALTERNATIVES):
+        for base in islice(global_solutions(program, architecture, tensors, wanted, attempt), MAX_ALTERNATIVES):
             options = [
                 list(
                     islice(

@@ -45,15 +45,17 @@ class Attempt:
 
     Attributes:
         rejected: configs of the right shapes that compute something else.
+        invalid: what the class said about configs that might have had the right shapes.
     """
 
     rejected: list[Solution] = field(default_factory=list)
+    invalid: list[str] = field(default_factory=list)
 
 
 def solve(program: Program, architecture: Architecture, tensors: Tensors, attempt: Attempt) -> Solution | None:
     """The first config, fewest changes first, that has every shape and passes the gate; None when there is none."""
     gate = Gate(program)
-    for solution in islice(shape_solutions(program, architecture, tensors), MAX_JUDGED):
+    for solution in islice(shape_solutions(program, architecture, tensors, attempt), MAX_JUDGED):
         mode = new_fake_mode()
         try:
             skeleton = architecture.skeleton(architecture.parsed(solution.config), mode)
@@ -67,15 +69,17 @@ def solve(program: Program, architecture: Architecture, tensors: Tensors, attemp
     return None
 
 
-def shape_solutions(program: Program, architecture: Architecture, tensors: Tensors) -> Iterator[Solution]:
+def shape_solutions(
+    program: Program, architecture: Architecture, tensors: Tensors, attempt: Attempt
+) -> Iterator[Solution]:
     """Configs under which every tensor has the program's shape, the fewest changes first. No weights are read."""
     if tensors.left_out:
         return iter(())
-    return global_solutions(program, architecture, tensors, tensors.shapes)
+    return global_solutions(program, architecture, tensors, tensors.shapes, attempt)
 
 
 def global_solutions(
-    program: Program, architecture: Architecture, tensors: Tensors, wanted: Shapes
+    program: Program, architecture: Architecture, tensors: Tensors, wanted: Shapes, attempt: Attempt
 ) -> Iterator[Solution]:
     """Configs under which the tensors in ``wanted`` have these shapes and there are no more blocks than are left."""
     lists = sliced_lists(architecture.config, tensors.stacks)
@@ -97,8 +101,9 @@ def global_solutions(
                     if unchecked:
                         return architecture.shapes(assigned(architecture.parsed(config), fields))
                     return architecture.shapes(architecture.parsed(changed(config, fields)))
-                except Invalid:
-                    continue
+                except Invalid as error:
+                    if not unchecked:
+                        attempt.invalid.append(str(error))
             return None
 
         for some in matching(changes, wanted, shapes_of, allowed=tensors.before):

@@ -129,6 +129,8 @@ _register(
         "Sin": ("aten::sin",),
         "Cos": ("aten::cos",),
         "Floor": ("aten::floor",),
+        "Ceil": ("aten::ceil",),
+        "Sign": ("aten::sign",),
         "Erf": ("aten::erf",),
         "Reciprocal": ("aten::reciprocal",),
     },

@@ -130,8 +130,6 @@ def _visit(ledger: Ledger, node: fx.Node, value: Any) -> None:
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not any(isinstance(item, torch.Tensor) for item in values):
         step.freeze_unread_domains()  # sizes and scalars: nothing to label
-        if step.name == "sym_size" and _is_computed_with(node):
-            step.freeze(step.label(step.first)[step.arguments["dim"]], "its size enters arithmetic")
         return
     try:
         found = labels_of(step)
@@ -154,16 +152,6 @@ def _visit(ledger: Ledger, node: fx.Node, value: Any) -> None:
         fresh = [step.frozen_like(item, reason) if isinstance(item, torch.Tensor) else [] for item in values]
         found = tuple(fresh) if isinstance(value, (tuple, list)) else fresh[0]
     ledger.labels[node.name] = found
-
-
-def _is_computed_with(size: fx.Node) -> bool:
-    """Whether numbers other than multiples are made from a size: the literals in them would not follow a static factor of it."""
-    for user in size.users:
-        if isinstance(user.meta.get("val"), (torch.SymInt, torch.SymFloat, torch.SymBool)) and (
-            user.target is not operator.mul or _is_computed_with(user)
-        ):
-            return True
-    return False
 
 
 def _getitem(ledger: Ledger, node: fx.Node) -> None:

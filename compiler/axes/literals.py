@@ -7,6 +7,7 @@ dimension it describes. ``-1`` stays; a product of a static and a dynamic size b
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_sparse.compiler.axes.algebra import factors, find, regroup
+from compile_sparse.compiler.axes.algebra import Axis, factors, find, regroup
 from compile_sparse.compiler.axes.ledger import Label
 from compile_sparse.compiler.axes.selection import Selection
 from compile_sparse.compiler.editing import op_name, schema_arguments
@@ -94,8 +95,24 @@ def _reshape(site: _Site) -> None:
 
 @_writer(*_SHAPED)
 def _shaped(site: _Site) -> None:
-    if any(map(site.selection.touched, site.single)):
-        site.set("size", _new_shape(site, list(site.arguments["size"]), site.single))
+    if not any(map(site.selection.touched, site.single)):
+        return
+    given = list(site.arguments["size"])
+    shape = _new_shape(site, list(given), site.single)
+    for place, (axis, entry) in enumerate(zip(site.single, given, strict=True)):
+        # These operators infer no size: -1 means something else, or nothing.
+        if isinstance(entry, fx.Node) and site.selection.touched(axis):
+            shape[place] = _rescaled(site, entry, axis)
+    site.set("size", shape)
+
+
+def _rescaled(site: _Site, size: fx.Node, axis: Axis) -> fx.Node:
+    """A computed size ``dynamic * old`` as ``dynamic * new``. Export computes sizes from the inputs': none follows by itself."""
+    static = [factor for factor in factors(axis) if isinstance(find(factor).size, int)]
+    old, new = math.prod(int(find(factor).size) for factor in static), math.prod(map(site.size, static))
+    with site.node.graph.inserting_before(site.node):
+        dynamic = site.node.graph.call_function(operator.floordiv, (size, old))
+        return site.node.graph.call_function(operator.mul, (dynamic, new))
 
 
 @_writer("unflatten")

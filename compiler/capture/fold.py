@@ -37,7 +37,9 @@ def fold_constants(program: Program) -> Program:
     frontier = [
         node
         for node, value in known.items()
-        if node.op == "call_function" and isinstance(value, torch.Tensor) and any(user not in known for user in node.users)
+        if node.op == "call_function"
+        and isinstance(value, torch.Tensor)
+        and any(user not in known for user in node.users)
     ]
     bindings = dict(program.bindings)
     added: dict[str, TensorSource] = {}

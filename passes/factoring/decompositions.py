@@ -47,7 +47,7 @@ def decompositions(
             for each in group:
                 found = factor(
                     rows_of(program, each.linear),
-                    input_metric=None,
+                    input_metric=grams[each.linear.input.name].moment,
                     output_metric=fishers.get(each.name),
                     where=each.linear.tensor,
                 )

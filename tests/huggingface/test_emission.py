@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
+from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from tests.huggingface.emitting import pruned, same
@@ -69,6 +70,17 @@ def test_the_folder_loads_and_matches(case: str, captured: Callable[[str], Progr
     assert written.changes == changes
     assert {path.name for path in tmp_path.iterdir()} == set(written.files)
     same(program, tmp_path)
+
+
+def test_widths_of_stages(captured: Callable[[str], Program], tmp_path: Path) -> None:
+    """Fields that are lists; and counters of batches, which no output depends on, stay behind."""
+    program = captured("resnet")
+    sizes = {group.size for group in analyse(program).prunable("conv")}
+    smaller = pruned(program, *(("conv", size, size * 3 // 4) for size in sorted(sizes)))
+    written = write_checkpoint(smaller, tmp_path, SilentProgress())
+    assert {name.split(".")[0] for name in written.changes} == {"embedding_size", "hidden_sizes"}
+    assert written.unused and all(name.endswith("num_batches_tracked") for name in written.unused)
+    same(smaller, tmp_path, written.unused)
 
 
 def test_experts_are_stored_one_by_one(captured: Callable[[str], Program], tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ CASES = {
     "gpt2-heads": ("gpt2", (("heads", 8, 6),), "No config"),
     "bert-heads": ("bert", (("heads", 8, 6),), "No config"),
     # 6 heads do not divide a width of 64.
-    "llama-heads": ("llama", (("heads", 4, 3),), "No config"),
+    "llama-heads": ("llama", (("heads", 4, 3),), "not a multiple of the number of attention heads"),
     # The class recomputes the scale of attention and the rotary frequencies, or a multiplier of the embedding.
     "llama-head-size": ("llama", (("head_dim", 4, 3), ("head_dim", 8, 6)), "outputs differ"),
     "gemma2-width": ("gemma2", (("width", 48, 36),), "outputs differ"),

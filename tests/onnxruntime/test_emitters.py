@@ -45,6 +45,7 @@ FUNCTIONS: dict[str, Function] = {
     "clamp": lambda x: x.clamp(-0.5, 0.5) + x.clamp(min=0),
     "powers": lambda x: x.pow(2) + x.abs().pow(1.5) + torch.rsqrt(x.abs() + 1),
     "functions": lambda x: x.sin() + x.cos() + x.exp() + (x.abs() + 1).log() + x.tanh() + x.sigmoid() + torch.erf(x),
+    "rounding": lambda x: (x * 3).floor() + (x * 2).ceil() * x.sign(),
     "activations": lambda x: F.silu(x) + F.gelu(x) + F.gelu(x, approximate="tanh") + F.relu(x) + F.hardswish(x),
     "reductions": lambda x: x.mean(-1) + x.sum(1) + x.amax(-1) - x.amin(-1) + x.mean((0, 1)),
     "any and all": lambda x: (x > 0).any(-1).float() + (x > -9).all(-1).float(),

@@ -310,6 +310,9 @@ def _copies(step: Step, axis: Axis, count: Any, size: Size) -> Axis:
         copies = leaf(count)
         step.role(copies, "broadcast")
         return product([copies, axis])
+    times = quotient(size, find(axis).size)
+    if not isinstance(count, int) and times is not None:
+        return product([leaf(times), axis])
     if find(axis).size != 1:
         _freeze_static(step, axis, "it is repeated a dynamic number of times")
     return leaf(size)

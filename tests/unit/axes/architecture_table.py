@@ -25,7 +25,7 @@ COLUMNS = (
     "width",
     "experts",
     "conv",
-    "vocabulary, positions, kernels",
+    "vocabulary, positions",
 )
 
 _HEAD = """# What can be pruned
@@ -44,8 +44,7 @@ their size; the number leads to the reason below.
   rotations share the choice. **head size v**: positions that are averaged.
 - **width**: the residual stream. **conv**: channels that convolutions sum over or carry group by group. Positions of images and
   of kernels are never pruned, and left out here.
-- **vocabulary, positions, kernels**: rows that ids choose, places in time and space, sizes of convolution kernels; only the
-  reasons are listed.
+- **vocabulary, positions**: rows that ids or positions choose, and outputs with a name; only the reasons are listed.
 
 """
 
@@ -76,7 +75,7 @@ def architecture_table(program_of: Callable[[str], Program]) -> str:
                 where.setdefault(why, {})[name] = None
         *others, last = (cells.get(column, Counter()) for column in COLUMNS)
         numbers = dict.fromkeys(f"({reasons[why]})" for _, why in last if why)
-        rows.append([name, *(_cell(found, reasons) for found in others), f"frozen {', '.join(numbers)}"])
+        rows.append([name, *(_cell(found, reasons) for found in others), f"frozen {', '.join(numbers)}" if numbers else ""])
     lines = [_row(["", *COLUMNS]), _row(["---"] * (len(COLUMNS) + 1)), *map(_row, rows)]
     lines += ["", "## Reasons", "", _row(["", "why it is frozen", "in"]), _row(["---"] * 3)]
     for why, number in reasons.items():

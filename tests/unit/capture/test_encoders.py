@@ -14,6 +14,8 @@ from transformers.models.whisper.modeling_whisper import WhisperDecoder, Whisper
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.capture import capture, open_folder
+from compile_sparse.compiler.capture.fold import fold_constants
+from compile_sparse.compiler.editing import op_name, swept
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.execute import Executor
 from compile_sparse.compiler.program import Program
@@ -21,6 +23,7 @@ from compile_sparse.compiler.spec import verify_program
 from compile_sparse.compiler.verify.reference import sample_inputs
 from tests.encoders import ENCODERS, t5_config, whisper_config
 from tests.models import build_model, example_inputs
+from tests.toys import Applied, toy_program
 
 FromDisk = Callable[[str], Program]
 
@@ -167,3 +170,18 @@ def test_reasons_of_frozen_axes_are_readable(from_disk: FromDisk) -> None:
 def test_the_class_of_a_part_is_found_by_its_name(tmp_path: Path) -> None:
     whisper_config(architectures=["WhisperEncoder"]).save_pretrained(tmp_path)
     assert open_folder(tmp_path).model_class is WhisperEncoder
+
+
+def test_operators_with_several_outputs_are_folded_too() -> None:
+    """Relative positions by ``meshgrid`` (BEiT): a stored table afterwards, not operators that nothing knows."""
+
+    def positions(x: torch.Tensor) -> torch.Tensor:
+        rows, columns = torch.meshgrid(torch.arange(3), torch.arange(2), indexing="ij")
+        return x + (rows * 10 + columns)
+
+    x = torch.randn(3, 2)
+    program = toy_program(Applied(positions), [x])
+    folded = swept(fold_constants(program))
+    verify_program(folded)
+    assert [op_name(node) for node in folded.graph.nodes if node.op == "call_function"] == ["add"]
+    assert torch.equal(Executor(folded).run({"x0": x})["y0"], positions(x))

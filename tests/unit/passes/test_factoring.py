@@ -173,6 +173,26 @@ def test_allocation_meets_the_budget_and_is_near_the_best(seed, fraction):
     assert missed(found) <= bound + 1e-9
 
 
+@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("fraction", [0.2, 0.5, 0.7])
+def test_allocation_is_exact_where_every_step_costs_the_same(seed, fraction):
+    """Weights of one shape whose energies fall fast: going dense costs as much as one more rank, and steps only save less."""
+    generator = torch.Generator().manual_seed(seed)
+    choices = dict.fromkeys("abc", Choices(12, 12, range(1, 6)))
+    decay, size = 0.2 + 0.25 * torch.rand(3, generator=generator), 10 ** torch.rand(3, generator=generator)
+    energies = {name: size[i] * decay[i] ** torch.arange(12) for i, name in enumerate(choices)}
+
+    def missed(ranks) -> float:
+        return sum(float(energies[name][rank:].sum()) for name, rank in ranks.items() if rank is not None)
+
+    room = (1 - fraction) * 3 * 144
+    every = [
+        dict(zip(choices, ranks, strict=True)) for ranks in itertools.product(*([*range(1, 6), None] for _ in choices))
+    ]
+    affordable = [each for each in every if sum(choices[n].parameters(r) for n, r in each.items()) <= room]
+    assert missed(allocate(choices, energies, fraction)) == pytest.approx(min(map(missed, affordable)), rel=1e-5)
+
+
 def test_allocation_spends_where_it_saves_most():
     choices = {"cheap": Choices(16, 16, range(1, 8)), "dear": Choices(16, 16, range(1, 8))}
     flat = torch.ones(16)

@@ -318,6 +318,19 @@ def test_refitting_brings_the_outputs_closer(tiny_llama_program):
     assert distance("least-squares") < 0.9 * distance("none")
 
 
+def test_refitting_keeps_patterns_of_zeros(tiny_llama_program):
+    name = "model.layers.0.mlp.up_proj.weight"
+    value = tiny_llama_program.weights.load(name) * (torch.arange(64) % 2)
+    program = replace(
+        tiny_llama_program,
+        weights=tiny_llama_program.weights.updated({name: ResidentTensor(value)}),
+        masks={name: SparsityMask("1:2", 1, 0.5)},
+    )
+    result = LowRank(fraction=0.4, criterion="whitened").run(program, _context(text=True))
+    assert result.achieved["refitted_layers"] > 0
+    assert torch.equal(result.program.weights.load(name), value)
+
+
 @pytest.mark.parametrize(
     ("options", "where"),
     [
