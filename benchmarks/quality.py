@@ -137,12 +137,13 @@ def _hugging_face(model: Any) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _read_report(path: Path, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The report so far, or an empty one."""
+    """The report so far without rows that no longer exist, or an empty one."""
     if not path.is_file():
         return {"schema_version": 1, "settings": settings, "dense": None, "rows": {}}
     report = json.loads(path.read_text(encoding="utf-8"))
     if report["settings"] != settings:
         raise SystemExit(f"{path} was made with another model, other text or other windows; choose another --out.")
+    report["rows"] = {name: row for name, row in report["rows"].items() if name in OURS or name in REFERENCES}
     return report
 
 

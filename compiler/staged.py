@@ -9,7 +9,7 @@ tokens times hidden size).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,9 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.weights import TensorSource
 
 __all__ = ["StagedRun"]
+
+STAGE_BYTES = 1 << 30
+"""Weights held at once; a longer way is walked in parts."""
 
 Watcher = Callable[[int, torch.Tensor], None]
 
@@ -71,21 +74,39 @@ class StagedRun:
             watch: node name -> callback given the batch number and the node's value as it is computed.
         """
         end = self._place[stop] + (1 if inclusive else 0)
-        stage = self._nodes[self._next : end]
+        for stage in self._stages(end):
+            self._run(stage, watch or {})
+        self._next = max(self._next, end)
+
+    def _stages(self, end: int) -> Iterator[list[fx.Node]]:
+        """What is left up to ``end``, in parts whose weights fit in ``STAGE_BYTES`` (or are one node's)."""
+        stage: list[fx.Node] = []
+        size, weights = 0, self._program.weights
+        for node in self._nodes[self._next : end]:
+            if node.op != "call_function":
+                continue
+            bindings = [
+                self._program.bindings[n.name] for n in node.all_input_nodes if n.name in self._program.bindings
+            ]
+            own = sum(weights.nbytes(binding.tensor) for binding in bindings)
+            if stage and size + own > STAGE_BYTES:
+                yield stage
+                stage, size = [], 0
+            stage.append(node)
+            size += own
+        yield stage
+
+    def _run(self, stage: list[fx.Node], watch: Mapping[str, Watcher]) -> None:
         weights: dict[fx.Node, torch.Tensor] = {}
-        watch = watch or {}
         with torch.no_grad():
             for batch, live in enumerate(self._live):
                 for node in stage:
-                    if node.op != "call_function":
-                        continue
                     args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: self._read(n, live, weights))  # noqa: B023
-                    live[node] = node.target(*args, **kwargs)
+                    live[node] = node.target(*args, **kwargs)  # type: ignore[operator]
                     if node.name in watch:
                         watch[node.name](batch, live[node])
                     for dead in self._dead_after.get(node, ()):
                         live.pop(dead, None)
-        self._next = max(self._next, end)
 
     def _read(self, node: fx.Node, live: Mapping[fx.Node, Any], weights: dict[fx.Node, torch.Tensor]) -> Any:
         if node in live:

@@ -54,9 +54,9 @@ class PruneLayers(BaseModel):
         default="block",
         description="what is removed: whole blocks, or only the attention or only the MLP of some blocks",
     )
-    criterion: Literal["ablation", "block-influence", "deepest"] = Field(
-        default="ablation",
-        description="which ones go; ablation and block-influence need calibration text, deepest does not",
+    criterion: Literal["ablation", "block-influence", "deepest"] | None = Field(
+        default=None,
+        description="which ones go; null: ablation with calibration text, deepest without",
     )
 
     @property
@@ -72,14 +72,14 @@ class PruneLayers(BaseModel):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose, remove the branches from the graph, refit what is left."""
-        if self.criterion != "deepest" and context.calibration is None and not context.plan_only:
+        if self.criterion in ("ablation", "block-influence") and context.calibration is None:
             raise UsageError(
                 "CS1121",
                 f"Choosing {_NOUNS[self.unit]} by {self.criterion} needs calibration text.",
                 where=f"{self.name}.criterion",
                 hint="Give calibration text, or set criterion: deepest.",
             )
-        if self.compensation == "least-squares" and context.calibration is None and not context.plan_only:
+        if self.compensation == "least-squares" and context.calibration is None:
             raise UsageError(
                 "CS1121",
                 "Refitting needs calibration text.",
@@ -171,6 +171,8 @@ class PruneLayers(BaseModel):
         wanted = self.fraction * total
         if abs(wanted - count) > 1e-9:
             notes.append(f"{self.fraction:g} of {total} {_NOUNS[self.unit]} is {wanted:g}; {count} are removed.")
-        if context.plan_only and self.criterion != "deepest":
+        if self.criterion is None and context.calibration is None:
+            notes.append("The deepest go, because there is no calibration text; with text the choice is far better.")
+        elif context.plan_only and self.criterion != "deepest":
             notes.append("Which ones go is decided on calibration text; the plan counts the deepest.")
         return notes

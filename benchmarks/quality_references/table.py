@@ -79,11 +79,11 @@ def _damage(row: Row) -> tuple[float, float]:
 
 
 def _sides(report: Mapping[str, Any], kind: str) -> tuple[str | None, list[str]]:
-    """Our best row of a kind, and the references that leave no more parameters than it, best first."""
+    """Our best row of a kind, and the references that leave no more parameters than it (than the dense model), best first."""
     rows: Mapping[str, Row] = {name: row for name, row in report["rows"].items() if row["kind"] == kind}
     ordered = sorted(rows, key=lambda name: _damage(rows[name]))
     ours = next((name for name in ordered if rows[name]["ours"]), None)
-    allowed = rows[ours]["parameters"] * PARAMETER_SLACK if ours else float("inf")
+    allowed = rows[ours]["parameters"] * PARAMETER_SLACK if ours else report["dense"]["parameters"]
     return ours, [name for name in ordered if not rows[name]["ours"] and rows[name]["parameters"] <= allowed]
 
 

@@ -14,6 +14,7 @@ sequential targets from the dense network as in arXiv:2208.11580 (OBC) and arXiv
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,6 +22,7 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.calibration import CalibrationStream
+from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.linears import Linear, find_linears
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
@@ -28,9 +30,12 @@ from compile_sparse.compiler.scratch import Scratch
 from compile_sparse.compiler.staged import StagedRun
 from compile_sparse.compiler.weights import TensorSource
 from compile_sparse.passes.compensation.matching import Objective, objective_of
-from compile_sparse.passes.compensation.regression import DAMPINGS, Regression
+from compile_sparse.passes.compensation.regression import DAMPINGS, Correction, Regression
 
 __all__ = ["Refitted", "refit"]
+
+_BIAS = {"linear": 2, "addmm": 0}
+"""Operator -> position of its bias."""
 
 Gather = Callable[[str, torch.Tensor], torch.Tensor]
 """``gather(dense node, dense value)``: the part of the value that is left in the pruned program."""
@@ -42,8 +47,8 @@ class Refitted:
 
     Attributes:
         program: the pruned program with new weights.
-        layers: number of linear layers refitted.
-        residual: mean over layers of the share of the missing output energy that is left.
+        layers: number of linear layers that changed.
+        residual: share of what their outputs lacked (sum of squares over all of them) that is left.
     """
 
     program: Program
@@ -84,13 +89,17 @@ def refit(
     layers = [
         layer for layer in find_linears(pruned)[0] if (only is None or layer.node.name in only) and work.fits(layer)
     ]
-    residuals = []
+    work.expect(layers)
+    missing = left = 0.0
+    changed = 0
     with progress.task("refit layers", total=len(layers)) as task:
         for layer in layers:
-            residuals.append(work.refit(layer))
+            found = work.refit(layer)
+            if found.weight is not None or found.bias is not None:
+                changed, missing, left = changed + 1, missing + found.missing, left + found.left
             task.advance()
     program = replace(pruned, weights=pruned.weights.updated(work.changed))
-    return Refitted(program, len(layers), sum(residuals) / len(residuals) if residuals else 0.0)
+    return Refitted(program, changed, left / missing if missing else 0.0)
 
 
 class _Refit:
@@ -112,6 +121,8 @@ class _Refit:
         self.student = StagedRun(pruned, calibration.feeds(pruned))
         self.scratch = Scratch()
         self.changed: dict[str, TensorSource] = {}
+        self.awaited: Counter[str] = Counter()
+        self.values: dict[str, dict[int, torch.Tensor]] = {}
 
     def fits(self, layer: Linear) -> bool:
         objective = objective_of(layer, self.order)
@@ -121,30 +132,46 @@ class _Refit:
             and objective.value not in self.logits
             and layer.node not in self.logits
             and self._target_name(objective) in self.dense_nodes
-            and (self.dampings is not None or bool(self._bias_name(layer)))
+            and (bool(self._bias_name(layer)) or (self.dampings is not None and not self._has_bias(layer)))
         )
+
+    def expect(self, layers: Sequence[Linear]) -> None:
+        """Dense values that will be asked for: parallel branches ask for one behind the place of the next."""
+        self.awaited = Counter(self._target_name(objective_of(layer, self.order)) for layer in layers)
 
     def _target_name(self, objective: Objective) -> str:
         name = objective.value.name
         return self.stands_for.get(name, name)
 
-    def refit(self, layer: Linear) -> float:
-        """Fit one layer; returns the share of the missing energy that is left."""
+    def _target(self, name: str) -> dict[int, torch.Tensor]:
+        """The dense value of every batch; kept from when the walk passed it until the last layer that asks."""
+        node = self.dense_nodes[name]
+        if not self.teacher.passed(node):
+
+            def watcher(watched: str) -> Callable[[int, torch.Tensor], None]:
+                return self.values.setdefault(watched, {}).__setitem__
+
+            self.teacher.advance(node, inclusive=True, watch={watched: watcher(watched) for watched in self.awaited})
+        self.awaited[name] -= 1
+        if self.awaited[name]:
+            return self.values[name]
+        del self.awaited[name]
+        return self.values.pop(name)
+
+    def refit(self, layer: Linear) -> Correction:
+        """Fit one layer."""
         objective = objective_of(layer, self.order)
-        target = self.dense_nodes[self._target_name(objective)]
-        values: dict[int, torch.Tensor] = {}
-        if self.teacher.passed(target):
-            return 1.0  # its place in the dense program was already used: parallel branches meet in one sum
-        self.teacher.advance(target, inclusive=True, watch={target.name: values.__setitem__})
+        name = self._target_name(objective)
+        values = self._target(name)
         self.student.advance(layer.node)
         weight, bias = self._values(layer)
         regression = Regression(weight.shape[1], weight.shape[0], intercept=bias is not None)
         for batch in range(self.student.batches):
             # Rows, whatever the leading dimensions: a sum may be [batch, tokens, width] where the layer saw [rows, width].
             x = self.student.value(batch, layer.input).reshape(-1, weight.shape[1])
-            missing = self.gather(target.name, values.pop(batch)).reshape(-1, weight.shape[0])
-            if objective.other is not None:
-                missing = missing - self.student.value(batch, objective.other).reshape(-1, weight.shape[0])
+            missing = self.gather(name, values[batch]).reshape(-1, weight.shape[0])
+            for other in objective.others:
+                missing = missing - self.student.value(batch, other).reshape(-1, weight.shape[0])
             missing = missing - x @ weight.t()
             regression.add(x, missing if bias is None else missing - bias)
         found = regression.mean_shift() if self.dampings is None else regression.solve(self.dampings)
@@ -153,7 +180,7 @@ class _Refit:
             self._store(layer.tensor, new if layer.axis == 1 else new.t().contiguous())
         if found.bias is not None and bias is not None:
             self._store(self._bias_name(layer), (bias.double() + found.bias).to(bias.dtype))
-        return found.left
+        return found
 
     def _store(self, tensor: str, value: torch.Tensor) -> None:
         self.changed[tensor] = self.scratch.keep(value)
@@ -165,9 +192,13 @@ class _Refit:
         name = self._bias_name(layer)
         return weight if layer.axis == 1 else weight.t(), self.pruned.weights.load(name) if name else None
 
+    def _has_bias(self, layer: Linear) -> bool:
+        place = _BIAS.get(op_name(layer.node))
+        return place is not None and place < len(layer.node.args) and layer.node.args[place] is not None
+
     def _bias_name(self, layer: Linear) -> str:
         """Stored name of the bias; empty when there is none of its own."""
-        place = {"linear": 2, "addmm": 0}.get(str(layer.node.target._schema.name).split("::")[-1])
+        place = _BIAS.get(op_name(layer.node))
         node = layer.node.args[place] if place is not None and place < len(layer.node.args) else None
         if not isinstance(node, fx.Node) or len(node.users) != 1:
             return ""

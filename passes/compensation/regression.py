@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+
+from compile_sparse.compiler.errors import ModelError
 
 __all__ = ["DAMPINGS", "Correction", "Regression"]
 
@@ -22,11 +25,12 @@ class Correction:
     Attributes:
         weight: ``D: [N, K]`` float64; None to leave the weight alone.
         bias: ``[N]`` float64; None without an intercept.
-        left: share of ``sum |r|^2`` that is left on all rows, 0 to 1.
+        missing, left: ``sum |r|^2`` over all rows, before and after.
     """
 
     weight: torch.Tensor | None
     bias: torch.Tensor | None
+    missing: float
     left: float
 
 
@@ -73,33 +77,45 @@ class Regression:
         x, missing = x.float(), missing.float()
         if self._intercept:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
-        held = x.shape[0] // HELD_OUT  # neighbouring rows are one text: a contiguous part, not every fifth
-        self._held.add(x[:held], missing[:held])
-        self._fitted.add(x[held:], missing[held:])
+        # Neighbouring rows are one text: a contiguous part, not every fifth. The tail, because first tokens are special.
+        fitted = x.shape[0] - x.shape[0] // HELD_OUT
+        self._fitted.add(x[:fitted], missing[:fitted])
+        self._held.add(x[fitted:], missing[fitted:])
 
     def solve(self, dampings: Sequence[float] = DAMPINGS) -> Correction:
-        """The correction with the penalty that is best on held-out rows."""
+        """The correction with the penalty that is best on held-out rows.
+
+        Raises:
+            ModelError: CS2503 when the activations are not finite.
+        """
+        missing = self._fitted.missing + self._held.missing
+        if not (math.isfinite(missing) and bool(torch.isfinite(self._fitted.second).all())):
+            raise ModelError(
+                "CS2503",
+                "A layer cannot be refitted.",
+                why="Activations on the calibration text are not finite.",
+                hint="Check the model's weights, or set compensation: none.",
+            )
         errors = {damping: self._held.left(self._solution([self._fitted], damping)) for damping in dampings}
         best = min(errors, key=errors.__getitem__)
         if errors[best] >= self._held.missing:
-            return Correction(None, None, 1.0)
+            return Correction(None, None, missing, missing)
         both = [self._fitted, self._held]
         solution = self._solution(both, best)
         left = self._left(solution)
         if not self._intercept:
-            return Correction(solution.t(), None, left)
-        return Correction(solution[:-1].t(), solution[-1], left)
+            return Correction(solution.t(), None, missing, left)
+        return Correction(solution[:-1].t(), solution[-1], missing, left)
 
     def mean_shift(self) -> Correction:
         """The intercept alone, ``mean r``. Needs ``intercept``."""
         solution = torch.zeros_like(self._fitted.cross)
         count = self._fitted.second[-1, -1] + self._held.second[-1, -1]
         solution[-1] = (self._fitted.cross[-1] + self._held.cross[-1]) / count
-        return Correction(None, solution[-1], self._left(solution))
+        return Correction(None, solution[-1], self._fitted.missing + self._held.missing, self._left(solution))
 
     def _left(self, solution: torch.Tensor) -> float:
-        missing = self._fitted.missing + self._held.missing
-        return (self._fitted.left(solution) + self._held.left(solution)) / missing if missing else 1.0
+        return self._fitted.left(solution) + self._held.left(solution)
 
     def _solution(self, parts: Sequence[_Sums], damping: float) -> torch.Tensor:
         """``(C + damp)^-1 sum x r^T: [K, N]``."""

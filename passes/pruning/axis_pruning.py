@@ -32,7 +32,7 @@ from compile_sparse.passes.scores.registry import CRITERIA
 
 __all__ = ["AxisPruning", "CriterionName"]
 
-CriterionName = Literal["obs", "magnitude", "activation", "wanda", "fasp", "taylor", "fisher"]
+CriterionName = Literal["obs", "magnitude", "activation", "wanda", "fasp", "taylor", "fisher", "ablation"]
 
 
 class AxisPruning(BaseModel):
@@ -93,13 +93,16 @@ class AxisPruning(BaseModel):
         choices = self._ranked(analysis, prunables, context)
         whole = self.allocation == "global" and not context.plan_only
         sizes = kept_sizes(choices, fraction=self.fraction, whole=whole)
+        if whole and not any(sizes[p.group.leaf] < p.group.size for p in prunables):
+            raise self._too_little(prunables)
         keep = {
             choice.prunable.group.anchor: keep_table(choice, sizes[choice.prunable.group.leaf])
             for choice in choices
             if sizes[choice.prunable.group.leaf] < choice.prunable.group.size
         }
         pruned = rewrite(program, analysis, keep)
-        repaired, repair = self._repaired(program, pruned, analysis, keep, prunables, context)
+        repaired, repair, unrepaired = self._repaired(program, pruned, analysis, keep, prunables, context)
+        skips += unrepaired
         return PassResult(
             program=repaired,
             modified=True,
@@ -112,7 +115,7 @@ class AxisPruning(BaseModel):
     # -- steps
 
     def _require_text(self, context: PassContext) -> None:
-        if context.calibration is not None or context.plan_only:
+        if context.calibration is not None:
             return
         named = self.criterion
         if named is not None and (named == "obs" or CRITERIA[named].needs_calibration):
@@ -139,11 +142,13 @@ class AxisPruning(BaseModel):
             return rank_by_score(analysis, prunables, used, context, comparable=whole)
         closed = [p for p in prunables if can_use_obs(analysis, p.group)]
         others = [p for p in prunables if p not in closed]
+        if whole and others:  # costs of two kinds cannot be compared: one criterion for all
+            return rank_by_score(analysis, prunables, _without_closed_form(prunables), context, comparable=True)
         choices = (
             rank_by_obs(analysis, closed, context, whole=whole, nested=self._nested(analysis, closed)) if closed else []
         )
-        for criterion, some in _without_closed_form(others).items():
-            choices += rank_by_score(analysis, some, criterion, context, comparable=True)
+        if others:
+            choices += rank_by_score(analysis, others, _without_closed_form(others), context, comparable=False)
         return choices
 
     def _nested(self, analysis: Analysis, prunables: Sequence[Prunable]) -> Mapping[Axis, Group]:
@@ -161,10 +166,10 @@ class AxisPruning(BaseModel):
         keep: KeepTables,
         prunables: Sequence[Prunable],
         context: PassContext,
-    ) -> tuple[Program, dict[str, Any]]:
+    ) -> tuple[Program, dict[str, Any], list[Skip]]:
         wanted = self.compensation or ("least-squares" if context.calibration is not None else "none")
         if wanted == "none" or context.calibration is None or context.plan_only:
-            return pruned, {"compensation": wanted}
+            return pruned, {"compensation": wanted}, []
         selection = Selection(analysis, keep)
 
         def gather(node: str, value: torch.Tensor) -> torch.Tensor:
@@ -182,12 +187,13 @@ class AxisPruning(BaseModel):
             biases_only=wanted == "bias",
         )
         if not repaired.layers:
-            return pruned, {"compensation": "none"}
-        return repaired.program, {
+            return pruned, {"compensation": "none"}, [_not_refitted(self.name, wanted)]
+        achieved = {
             "compensation": wanted,
             "refitted_layers": repaired.layers,
             "missing_energy_left": round(repaired.residual, 4),
         }
+        return repaired.program, achieved, []
 
     def _achieved(
         self,
@@ -214,6 +220,16 @@ class AxisPruning(BaseModel):
         unknown = "Global allocation ranks weights or text, which a plan does not read; equal sizes are shown."
         return (unknown,) if context.plan_only else ()
 
+    def _too_little(self, prunables: Sequence[Prunable]) -> ModelError:
+        total, step = sum(p.group.size for p in prunables), min(p.step for p in prunables)
+        return ModelError(
+            "CS2112",
+            f"The fraction removes no {self.noun}.",
+            where=f"{self.name}.fraction",
+            why=f"{self.fraction:g} of {total} is {self.fraction * total:g}, and they go in steps of {step}.",
+            hint=f"Ask for {step / total:.3g} or more.",
+        )
+
     def _nothing_to_do(self, skips: Sequence[Skip]) -> ModelError:
         unaligned = any(skip.code == "CS2105" for skip in skips)
         reasons: list[str] = list(dict.fromkeys(f"{skip.where}: {skip.why}" for skip in skips))
@@ -229,15 +245,21 @@ class AxisPruning(BaseModel):
         )
 
 
+def _not_refitted(name: str, wanted: str) -> Skip:
+    why = (
+        "No linear layer that lost inputs has a bias of its own."
+        if wanted == "bias"
+        else "No linear layer with a stored weight of its own lost inputs, or the text is too short to describe those that did; "
+        "products with one matrix per expert are not refitted."
+    )
+    return Skip(name, "CS2115", why, "More calibration text may help; or set compensation: none.")
+
+
 def _last_first(prunable: Prunable) -> Choice:
     size = prunable.group.size
     return Choice(prunable, Removal(torch.arange(size).flip(0), torch.zeros(size, dtype=torch.float64)))
 
 
-def _without_closed_form(prunables: Sequence[Prunable]) -> dict[CriterionName, list[Prunable]]:
-    """What ranks groups that linear layers do not read: by their inputs where a weight contracts them, else by gradients."""
-    found: dict[CriterionName, list[Prunable]] = {}
-    for prunable in prunables:
-        criterion: CriterionName = "wanda" if prunable.group.consumers else "fisher"
-        found.setdefault(criterion, []).append(prunable)
-    return found
+def _without_closed_form(prunables: Sequence[Prunable]) -> CriterionName:
+    """What ranks groups whose refitted error has no closed form: their inputs if weights contract them all, else gradients."""
+    return "wanda" if all(prunable.group.consumers for prunable in prunables) else "fisher"

@@ -79,7 +79,7 @@ def prunable_groups(
         step = _step(inner, alignment)
         kept = nearest_size(group.size, fraction, step)
         if kept is None:
-            skips.append(_unaligned(group, inner, alignment))
+            skips.append(_unaligned(group, fraction, inner, alignment))
             continue
         wide = _step(inner, math.lcm(alignment, context.contraction_multiple))
         wider = nearest_size(group.size, fraction, wide)
@@ -91,7 +91,7 @@ def prunable_groups(
                 f"No multiple of {wide} near {wanted:g} of {group.size} positions: the later quantization's groups of "
                 f"{context.contraction_multiple} do not divide what is kept, and the last one is padded."
             ] = None
-        if abs(kept - wanted) >= 1.0:
+        if abs(kept - wanted) >= min(1.0, 0.1 * group.size):
             notes[f"{wanted:g} of {group.size} positions were asked for; {kept} is the nearest multiple of {step}."] = (
                 None
             )
@@ -100,15 +100,12 @@ def prunable_groups(
 
 
 def nearest_size(size: int, fraction: float, step: int) -> int | None:
-    """Multiple of ``step`` nearest to ``size * (1 - fraction)``, at least one step and below ``size``.
+    """Multiple of ``step`` nearest to ``size * (1 - fraction)``, below ``size``.
 
-    Ties keep more. None when there is no such multiple.
+    Ties keep more. None when there is no multiple below ``size``, or the nearest is nothing at all.
     """
-    largest = (size - 1) // step * step
-    if largest < step:
-        return None
-    wanted = size * (1.0 - fraction)
-    return min(max(int(wanted / step + 0.5) * step, step), largest)
+    nearest = int(size * (1.0 - fraction) / step + 0.5) * step
+    return min(nearest, (size - 1) // step * step) or None
 
 
 def _step(inner: Sequence[int], multiple: int) -> int:
@@ -153,13 +150,13 @@ def _crosses(analysis: Analysis, group: Group, taken: set[Axis]) -> bool:
     return False
 
 
-def _unaligned(group: Group, inner: Sequence[int], alignment: int) -> Skip:
+def _unaligned(group: Group, fraction: float, inner: Sequence[int], alignment: int) -> Skip:
     step = _step(inner, alignment)
     elements = f" ({inner[0]} elements each)" if inner[0] > 1 else ""
-    return Skip(
-        str(group.anchor),
-        "CS2105",
-        f"It has {group.size} positions{elements}; contraction sizes must be multiples of {alignment}, the target's alignment, "
-        f"so they can only go in steps of {step}, and no multiple of {step} is below {group.size}.",
-        "Choose a target with a smaller alignment.",
-    )
+    wanted = f"{fraction:g} of {group.size} positions{elements} leaves {group.size * (1.0 - fraction):g}"
+    if step > 1:
+        wanted += f"; the target's alignment is {alignment}, so sizes are multiples of {step}"
+    if step < group.size:
+        return Skip(str(group.anchor), "CS2105", f"{wanted}; the nearest is 0.", "Remove less.")
+    why = f"{wanted}, and no multiple of {step} is below {group.size}."
+    return Skip(str(group.anchor), "CS2105", why, "Choose a target with a smaller alignment.")

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from compile_sparse.compiler.errors import ModelError
+
 __all__ = ["Consumer", "Removal", "removal_order"]
 
 DAMPING = 1e-2
@@ -16,19 +18,18 @@ LARGEST_STEPS = 512
 
 @dataclass(frozen=True)
 class Consumer:
-    """One linear layer that contracts the axis.
+    """One value that linear layers contract over the axis. Layers with the same input count together.
 
     Attributes:
-        weight: ``W: [N, K]``.
-        second_moment: ``C = sum x x^T: [K, K]`` of its input, float64.
+        energy: ``sum over layers of W^T W: [K, K]`` float64, ``W: [N, K]``, each weighted by how much its squared output error
+            matters against the others'.
+        second_moment: ``C = sum x x^T: [K, K]`` of the input, float64.
         units: ``[K]`` int64: unit each input belongs to, -1 for inputs that stay.
-        importance: weight of this layer's squared output error against other layers'.
     """
 
-    weight: torch.Tensor
+    energy: torch.Tensor
     second_moment: torch.Tensor
     units: torch.Tensor
-    importance: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ def removal_order(consumers: list[Consumer], size: int, remove: int, *, quota: t
 
     For unit ``u`` with inputs ``B`` and ``G = (C + damp I)^-1`` over the inputs still there, removing ``B`` and refitting the
     rest raises the squared output error by ``tr(W_B G_BB^-1 W_B^T)``; afterwards ``W <- W - W_B G_BB^-1 G_B`` and
-    ``G <- G - G_B^T G_BB^-1 G_B``. Several consumers add their errors.
+    ``G <- G - G_B^T G_BB^-1 G_B``. Only ``W^T W`` is needed and kept, whatever the number of outputs. Several consumers add
+    their errors. With a quota every round takes one unit from each outer position, so any whole number of rounds is balanced.
     Source: optimal brain surgeon in closed form per layer, arXiv:2208.11580; for structures, ZipLM (arXiv:2302.04089).
 
     Args:
@@ -58,61 +60,55 @@ def removal_order(consumers: list[Consumer], size: int, remove: int, *, quota: t
         remove: how many go.
         quota: ``[size]`` int64: outer position of each unit; every outer position then loses equally many. ``remove`` must be
             a multiple of their number.
+
+    Raises:
+        ModelError: CS2503 when activations or weights are not finite.
     """
     layers = [_Layer(consumer, size) for consumer in consumers]
     gone = torch.zeros(size, dtype=torch.bool)
-    allowance = None
-    if quota is not None:
-        outers = int(quota.max()) + 1
-        allowance = torch.full((outers,), remove // outers)
+    taken = torch.zeros(0 if quota is None else int(quota.max()) + 1, dtype=torch.bool)  # in this round
     order: list[int] = []
     cost: list[float] = []
     at_once = max(1, -(-remove // LARGEST_STEPS)) if quota is None else 1
     while len(order) < remove:
         total = torch.stack([layer.costs(gone) for layer in layers]).sum(0)
-        blocked = gone if allowance is None or quota is None else gone | (allowance[quota] == 0)
-        total[blocked] = torch.inf
+        total[gone if quota is None else gone | taken[quota]] = torch.inf
         chosen = total.argsort(stable=True)[: min(at_once, remove - len(order))]
         order += chosen.tolist()
         cost += total[chosen].tolist()
         gone[chosen] = True
-        if allowance is not None and quota is not None:
-            allowance[quota[chosen]] -= 1
+        if quota is not None:
+            taken[quota[chosen]] = True
+            if bool(taken.all()):
+                taken[:] = False
         for layer in layers:
             layer.remove(chosen)
     return Removal(torch.tensor(order), torch.tensor(cost, dtype=torch.float64))
 
 
 class _Layer:
-    """One consumer's weight and inverse second moment, updated as inputs go."""
+    """One consumer's energy and inverse second moment, updated as inputs go."""
 
     def __init__(self, consumer: Consumer, size: int) -> None:
-        second = consumer.second_moment
-        damp = DAMPING * (float(second.diagonal().mean()) or 1.0)
-        self.weight = consumer.weight.double().clone()
-        self.inverse = torch.cholesky_inverse(
-            torch.linalg.cholesky(second + damp * torch.eye(len(second), dtype=second.dtype))
-        )
-        self.units, self.importance = consumer.units, consumer.importance
-        self.single = bool((torch.bincount(self.units[self.units >= 0], minlength=size) == 1).all())
+        self.energy, self.inverse = consumer.energy.clone(), _inverse(consumer.second_moment)
+        self.units = consumer.units
+        present = self.units >= 0
+        self.single = bool((torch.bincount(self.units[present], minlength=size) == 1).all())
         self.inputs = [] if self.single else [(self.units == unit).nonzero().flatten() for unit in range(size)]
         if self.single:
             self.place = torch.empty(size, dtype=torch.long)
-            present = self.units >= 0
             self.place[self.units[present]] = present.nonzero().flatten()
 
     def costs(self, gone: torch.Tensor) -> torch.Tensor:
         """Error each unit's removal would add; meaningless where it is already gone."""
         if self.single:
-            energy = self.weight.square().sum(0)[self.place]
-            return self.importance * energy / self.inverse.diagonal()[self.place].clamp_min(1e-300)
+            return self.energy.diagonal()[self.place] / self.inverse.diagonal()[self.place].clamp_min(1e-300)
         found = torch.zeros(len(gone), dtype=torch.float64)
-        for unit in (~gone).nonzero().flatten().tolist():  # units here are heads: tens, not thousands
+        for unit in (~gone).nonzero().flatten().tolist():  # units of several inputs are heads: tens, not thousands
             block = self.inputs[unit]
             if len(block):
-                solved = torch.linalg.solve(self.inverse[block][:, block], self.weight[:, block].t())
-                found[unit] = (self.weight[:, block].t() * solved).sum()
-        return self.importance * found
+                found[unit] = torch.linalg.solve(self.inverse[block][:, block], self.energy[block][:, block]).trace()
+        return found
 
     def remove(self, chosen: torch.Tensor) -> None:
         """Take the units' inputs away and let the others replace them."""
@@ -120,10 +116,28 @@ class _Layer:
         if not len(block):
             return
         rows = self.inverse[block]
-        solved = torch.linalg.solve(rows[:, block], rows)
-        self.weight -= self.weight[:, block] @ solved
+        solved = torch.linalg.solve(rows[:, block], rows)  # G_BB^-1 G_B
+        moved = self.energy[:, block] @ solved
+        self.energy += solved.t() @ self.energy[block][:, block] @ solved - moved - moved.t()
         self.inverse -= rows.t() @ solved
-        self.weight[:, block] = 0.0
-        self.inverse[block] = 0.0
-        self.inverse[:, block] = 0.0
+        for table in (self.energy, self.inverse):
+            table[block] = 0.0
+            table[:, block] = 0.0
         self.inverse[block, block] = 1.0
+
+
+def _inverse(second: torch.Tensor) -> torch.Tensor:
+    if not bool(torch.isfinite(second).all()):
+        raise ModelError(
+            "CS2503",
+            "Positions cannot be ranked.",
+            why="Activations on the calibration text are not finite.",
+            hint="Check the model's weights, or set criterion: magnitude.",
+        )
+    scale = float(second.diagonal().mean()) or 1.0
+    damping, failed = DAMPING, torch.tensor(1)
+    while int(failed):
+        damped = second + damping * scale * torch.eye(len(second), dtype=second.dtype)
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        damping *= 10.0
+    return torch.cholesky_inverse(factor)

@@ -23,6 +23,11 @@ from compile_sparse.passes.statistics.gram import Gram, each_gram
 
 __all__ = ["Choice", "can_use_obs", "keep_table", "kept_sizes", "outer_of", "rank_by_obs", "rank_by_score"]
 
+LARGEST_TABLES_BYTES = 6 << 30
+TABLES = 4
+"""Float64 tables of input size squared that OBS keeps per distinct input."""
+MOST_BLOCKS = 512
+"""Most positions that bring several inputs each and are tried one by one."""
 LEAST_SHARE = 4
 """A global ranking takes no group below this fraction (one over) of its positions."""
 
@@ -34,7 +39,8 @@ class Choice:
     Attributes:
         prunable: the group and its sizes.
         removal: which positions go first, and their costs.
-        outer: with it, ``removal`` numbers cells ``outer * size + position``, and each outer position loses equally many.
+        outer: with it, the order numbers cells ``outer * size + position``, one from every outer position per round, and the
+            costs are those of rounds.
     """
 
     prunable: Prunable
@@ -43,9 +49,19 @@ class Choice:
 
 
 def can_use_obs(analysis: Analysis, group: Group) -> bool:
-    """Whether every consumer is a plain linear layer, whose refitted error has a closed form."""
-    linears = {linear.node.name for linear in find_linears(analysis.program)[0]}
-    return bool(group.consumers) and all(contact.node in linears for contact in group.consumers)
+    """Whether the error left after refitting has a closed form that is cheap enough.
+
+    Every consumer must be a plain linear layer, the tables of all its inputs must fit in ``LARGEST_TABLES_BYTES`` together, and
+    positions of several inputs each must be few (heads).
+    """
+    linears = {linear.node.name: linear for linear in find_linears(analysis.program)[0]}
+    if not group.consumers or any(contact.node not in linears for contact in group.consumers):
+        return False
+    readers = [linears[contact.node] for contact in group.consumers]
+    widths = {reader.input.name: analysis.program.weights[reader.tensor].shape[reader.axis] for reader in readers}
+    if sum(TABLES * 8 * width**2 for width in widths.values()) > LARGEST_TABLES_BYTES:
+        return False
+    return group.size <= MOST_BLOCKS or all(width <= group.size for width in widths.values())
 
 
 def rank_by_score(
@@ -65,7 +81,7 @@ def rank_by_score(
     choices = []
     for prunable in prunables:
         score = scores[prunable.group.leaf]
-        if comparable and criterion not in ("taylor", "fisher"):
+        if comparable and criterion not in ("taylor", "fisher", "ablation"):
             score = score / score.mean().clamp_min(torch.finfo(score.dtype).tiny)
         order = score.argsort(descending=True, stable=True).flip(0)  # of equals, the later goes first
         choices.append(Choice(prunable, Removal(order, score[order])))
@@ -117,7 +133,8 @@ def _obs(
     outer: Group | None,
 ) -> Choice:
     group, weights = prunable.group, analysis.program.weights
-    consumers, quota, size = [], None, group.size
+    inputs: dict[str, Consumer] = {}
+    quota, size = None, group.size
     for reader in readers:
         columns = dict(coords(analysis.labels[reader.weight.name][reader.axis]))
         units = columns[group.leaf]
@@ -126,15 +143,20 @@ def _obs(
             size = outer.size * group.size
             units = torch.where(units >= 0, rows * group.size + units, units)
             quota = torch.arange(size) // group.size
-        weight = weights.load(reader.tensor)
-        weight = weight if reader.axis == 1 else weight.t()
         importance = 1.0 if energies is None else 1.0 / max(energies[reader.node.name], 1e-300)
-        consumers.append(Consumer(weight, grams[reader.input.name].second, units, importance))
+        weight = weights.load(reader.tensor).float()
+        energy = (weight.t() @ weight if reader.axis == 1 else weight @ weight.t()).double() * importance
+        if reader.input.name in inputs:
+            energy += inputs[reader.input.name].energy
+        inputs[reader.input.name] = Consumer(energy, grams[reader.input.name].second, units)
     least = prunable.kept
     if energies is not None:
         least = max(prunable.step, group.size // LEAST_SHARE // prunable.step * prunable.step)
     count = (group.size - least) * (outer.size if outer is not None else 1)
-    return Choice(prunable, removal_order(consumers, size, count, quota=quota), outer)
+    removal = removal_order(list(inputs.values()), size, count, quota=quota)
+    if outer is not None:  # one cost per round, which takes one position from every outer one
+        removal = Removal(removal.order, removal.cost.view(-1, outer.size).sum(1))
+    return Choice(prunable, removal, outer)
 
 
 def _energies(analysis: Analysis, readers: Sequence[Linear], context: PassContext) -> dict[str, float]:

@@ -13,7 +13,7 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.passes.pruning.units import Unit
 
-__all__ = ["MAX_WINDOWS", "greedy_ablation"]
+__all__ = ["MAX_WINDOWS", "greedy_ablation", "loss_measure"]
 
 MAX_WINDOWS = 32
 """Windows of calibration text a candidate is judged on: all see the same ones, so few are enough to rank them."""
@@ -33,8 +33,7 @@ def greedy_ablation(
     Returns:
         Units in the order of removal, and the loss after each.
     """
-    text = _sample(calibration)
-    measure = _cross_entropy(text) if program.kind == "decoder" else _distance(program, text)
+    measure = loss_measure(program, calibration)
     left, removed, losses = list(units), [], []  # type: ignore[var-annotated]
     with progress.task("score layers by ablation", total=sum(len(units) - i for i in range(count))) as task:
         for _ in range(count):
@@ -47,6 +46,12 @@ def greedy_ablation(
             removed.append(left.pop(best))
             losses.append(trials[best])
     return removed, losses
+
+
+def loss_measure(program: Program, calibration: CalibrationStream) -> Measure:
+    """What candidates for the place of ``program`` lose on a sample of the text; see ``greedy_ablation``."""
+    text = _sample(calibration)
+    return _cross_entropy(text) if program.kind == "decoder" else _distance(program, text)
 
 
 def _sample(calibration: CalibrationStream) -> CalibrationStream:

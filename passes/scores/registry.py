@@ -12,6 +12,7 @@ from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.passes.scores.ablation import ablation_scores
 from compile_sparse.passes.scores.activation import activation_scores
 from compile_sparse.passes.scores.magnitude import magnitude_scores
 from compile_sparse.passes.scores.sensitivity import fisher_scores, taylor_scores
@@ -60,4 +61,5 @@ CRITERIA: Mapping[str, Criterion] = {
     "fasp": Criterion(fasp_scores, needs_calibration=True),
     "taylor": Criterion(taylor_scores, needs_calibration=True),
     "fisher": Criterion(fisher_scores, needs_calibration=True),
+    "ablation": Criterion(ablation_scores, needs_calibration=True),
 }

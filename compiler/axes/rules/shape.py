@@ -94,7 +94,8 @@ def expand(step: Step) -> Labels:
             out.append(axis)
         else:
             out.append(leaf(size))
-            step.role(out[-1], "broadcast")
+            if is_static(size):  # a dynamic one may turn out to be heads folded into the batch
+                step.role(out[-1], "broadcast")
     step.pass_domain(step.first)
     return out
 

@@ -75,7 +75,9 @@ def architecture_table(program_of: Callable[[str], Program]) -> str:
                 where.setdefault(why, {})[name] = None
         *others, last = (cells.get(column, Counter()) for column in COLUMNS)
         numbers = dict.fromkeys(f"({reasons[why]})" for _, why in last if why)
-        rows.append([name, *(_cell(found, reasons) for found in others), f"frozen {', '.join(numbers)}" if numbers else ""])
+        rows.append(
+            [name, *(_cell(found, reasons) for found in others), f"frozen {', '.join(numbers)}" if numbers else ""]
+        )
     lines = [_row(["", *COLUMNS]), _row(["---"] * (len(COLUMNS) + 1)), *map(_row, rows)]
     lines += ["", "## Reasons", "", _row(["", "why it is frozen", "in"]), _row(["---"] * 3)]
     for why, number in reasons.items():

@@ -49,6 +49,9 @@ def _report(program: Program, batch: int) -> OracleReport:
     analysis = analyse(program)
     keep = random_keep(analysis, "heads", seed=1)
     assert keep
+    assert not any(
+        "broadcast" in group.roles for group in analysis.prunable("heads")
+    )  # they are heads, not copies of them
     pruned = rewrite(program, analysis, keep)
     generator = torch.Generator().manual_seed(batch)
     inputs = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -28,9 +30,11 @@ def error(dense: Program, other: Program) -> float:
     return float((a - b).double().square().mean())
 
 
-@pytest.mark.parametrize("name", ["tiny_llama_program", "tiny_gpt2_program"])
-def test_the_layer_before_a_gap_is_fitted_to_the_stream_behind_it(name: str, request: pytest.FixtureRequest) -> None:
-    dense: Program = request.getfixturevalue(name)
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gptj", "phi"])  # the last two run attention and MLP side by side
+def test_the_layer_before_a_gap_is_fitted_to_the_stream_behind_it(
+    name: str, captured: Callable[[str], Program]
+) -> None:
+    dense = captured(name)
     dropped = drop_branches(dense, [branch for branch in find_branches(dense) if branch.layer == 1])
     ((_, behind),) = dropped.stands_for.items()
     assert behind == find_branches(dense)[-1].add

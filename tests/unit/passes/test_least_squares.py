@@ -76,7 +76,7 @@ def test_refitting_lowers_the_error(captured: Callable[[str], Program], name: st
     dense = captured(name)
     analysis, keep, pruned = cut(dense, kind)
     done = refit(dense, pruned, WINDOWS, SILENT, gather=gatherer(analysis, keep))
-    assert done.layers > 4
+    assert done.layers >= 2
     assert 0.0 <= done.residual < 1.0
     assert stream_error(dense, done.program) < stream_error(dense, pruned)
     for tensor, source in done.program.weights.items():
@@ -119,7 +119,7 @@ def test_a_projection_answers_for_the_residual_sum_it_feeds(tiny_llama_program: 
     found = {}
     for linear in find_linears(tiny_llama_program)[0]:
         objective = objective_of(linear, order)
-        found[linear.tensor] = objective.other is not None
+        found[linear.tensor] = bool(objective.others)
     assert found["model.layers.0.self_attn.o_proj.weight"]
     assert found["model.layers.1.mlp.down_proj.weight"]
     assert not found["model.layers.0.self_attn.q_proj.weight"]

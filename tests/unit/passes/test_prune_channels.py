@@ -202,15 +202,13 @@ def test_a_grid_of_channels_loses_one_side_only() -> None:
 
 
 @given(st.integers(2, 4096), st.floats(0.001, 0.999), st.sampled_from([1, 8, 16, 64]))
-def test_kept_width_is_the_nearest_aligned_one(size: int, fraction: float, alignment: int) -> None:
-    width = nearest_size(size, fraction, alignment)
-    candidates = range(alignment, size, alignment)
-    if not candidates:
-        assert width is None
-        return
-    assert width in candidates
+def test_kept_size_is_the_nearest_aligned_one(size: int, fraction: float, alignment: int) -> None:
+    kept = nearest_size(size, fraction, alignment)
     wanted = size * (1.0 - fraction)
-    assert abs(width - wanted) <= min(abs(c - wanted) for c in candidates) + 1e-9
+    candidates = range(0, size, alignment)  # 0 stands for a refusal
+    nearest = min(abs(c - wanted) for c in candidates)
+    assert abs((kept or 0) - wanted) <= nearest + 1e-9
+    assert kept is None or kept in candidates
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2.0])

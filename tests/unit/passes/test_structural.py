@@ -25,6 +25,8 @@ from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_width import PruneWidth
 from compile_sparse.passes.pruning.groups import eligible_groups, prunable_groups
 from compile_sparse.passes.quantize import Quantize
+from compile_sparse.passes.scores.ablation import ablation_scores
+from compile_sparse.passes.scores.depth_ablation import loss_measure
 
 GENERATOR = torch.Generator().manual_seed(2)
 WINDOWS = CalibrationStream(tuple(tuple(torch.randint(3, 96, (16,), generator=GENERATOR).tolist()) for _ in range(16)))
@@ -147,7 +149,71 @@ def test_heads_go_in_steps_that_keep_the_contraction_aligned(tiny_llama_program:
     assert caught.value.code == "CS2105"
     assert caught.value.exit_code == 4
     assert "4 positions (16 elements each)" in caught.value.why
-    assert "in steps of 4" in caught.value.why
+    assert "no multiple of 4 is below 4" in caught.value.why
+
+
+@pytest.mark.parametrize("made", [PruneHeads(fraction=0.99), PruneChannels(fraction=0.99)], ids=lambda m: m.name)
+def test_a_fraction_that_leaves_nothing_is_refused_with_the_arithmetic(tiny_llama_program: Program, made: Any) -> None:
+    with pytest.raises(ModelError) as caught:
+        made.run(tiny_llama_program, context())
+    assert caught.value.code == "CS2105"
+    assert "the nearest is 0" in caught.value.why
+
+
+def test_a_global_fraction_that_removes_nothing_is_refused(tiny_llama_program: Program) -> None:
+    with pytest.raises(ModelError) as caught:
+        PruneChannels(fraction=0.001, allocation="global").run(tiny_llama_program, context(calibration=WINDOWS))
+    assert caught.value.code == "CS2112"
+    assert "0.001 of 176 is 0.176, and they go in steps of 8" in caught.value.why
+
+
+def test_query_heads_ranked_over_all_layers(tiny_llama_program: Program) -> None:
+    """One layer's query heads hardly matter: they go, equally many from each key head."""
+    tensor = "model.layers.1.self_attn.o_proj.weight"
+    quiet = ResidentTensor(tiny_llama_program.weights.load(tensor) * 1e-4)
+    dense = Program(**{**vars(tiny_llama_program), "weights": tiny_llama_program.weights.updated({tensor: quiet})})
+    made = PruneHeads(fraction=0.25, unit="query", allocation="global")
+    result = made.run(dense, context(calibration=WINDOWS))
+    assert result.program.weights["model.layers.0.self_attn.q_proj.weight"].shape == (64, 64)
+    assert result.program.weights["model.layers.1.self_attn.q_proj.weight"].shape == (32, 64)
+
+
+def test_ablation_finds_the_head_that_does_nothing(tiny_llama_program: Program) -> None:
+    tensor = "model.layers.0.self_attn.o_proj.weight"
+    value = tiny_llama_program.weights.load(tensor).clone()
+    value[:, 32:48] = 0.0
+    weights = tiny_llama_program.weights.updated({tensor: ResidentTensor(value)})
+    dense = Program(**{**vars(tiny_llama_program), "weights": weights})
+    analysis = analyse(dense)
+    groups = [g for g in analysis.prunable("heads") if "broadcast" not in g.roles]
+    scores = ablation_scores(analysis, groups, WINDOWS, SilentProgress())
+    # The dead head changes nothing; scores are shifted by the most negative one, so compare with a brute-force run.
+    measure = loss_measure(dense, WINDOWS)
+    wanted = []
+    for head in range(4):
+        silenced = value.clone()
+        silenced[:, 16 * head : 16 * head + 16] = 0.0
+        changed = dense.weights.updated({tensor: ResidentTensor(silenced)})
+        wanted.append(measure(Program(**{**vars(dense), "weights": changed})) - measure(dense))
+    assert wanted[2] == 0.0
+    found = scores[groups[0].leaf]
+    torch.testing.assert_close(found - found[2], torch.tensor(wanted, dtype=torch.float64), rtol=0, atol=1e-6)
+
+
+def test_ablation_is_refused_where_it_would_take_too_long(
+    tiny_llama_program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compile_sparse.passes.scores.ablation.MOST_POSITIONS", 100)
+    with pytest.raises(UsageError) as caught:
+        PruneChannels(fraction=0.25, criterion="ablation").run(tiny_llama_program, context(calibration=WINDOWS))
+    assert caught.value.code == "CS1128"
+    assert "176 positions" in caught.value.why
+
+
+def test_a_bias_fit_without_biases_says_so(tiny_llama_program: Program) -> None:
+    result = PruneChannels(fraction=0.25, compensation="bias").run(tiny_llama_program, context(calibration=WINDOWS))
+    assert result.achieved["compensation"] == "none"
+    assert [skip.code for skip in result.skips] == ["CS2115"]
 
 
 def test_headless_encoders_keep_their_width(tiny_bert_program: Program) -> None:
