@@ -141,7 +141,10 @@ class Backend(Protocol):
         ...
 
     def plan(self, program: Program, target: Target) -> Sequence[Skip]:
-        """What this runtime cannot express or will run slowly. Needs no weights and no hardware."""
+        """What this runtime cannot express (codes ``CS4...``: ``lower`` will refuse) or will run slowly.
+
+        Needs no weights and no hardware.
+        """
         ...
 
     def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:

@@ -50,6 +50,8 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         analysis = analyse(dense, interface_may_change=changeable_roles(job.target))
         groups = group_rows(analysis, token_cost(dense, tokens=1 if dense.kind == "decoder" else job.workload.prompt))
         task.advance()
+    said = job.backend.plan(program, job.target)
+    refusals += [skip.as_dict() for skip in said if skip.refuses]
     return {
         "schema_version": 1,
         "target": job.target.name,
@@ -63,6 +65,6 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         "bytes": {"baseline": stored_bytes(dense), "compiled": stored_bytes(program)},
         "parameters": {"baseline": dense.parameter_count(), "compiled": program.parameter_count()},
         "gain": largest_gain(dense, program, job.target, prompt=job.workload.prompt),
-        "runtime": [skip.as_dict() for skip in job.backend.plan(program, job.target)],
+        "runtime": [skip.as_dict() for skip in said if not skip.refuses],
         "refusals": refusals,
     }

@@ -25,6 +25,11 @@ class Skip:
     why: str
     hint: str = ""
 
+    @property
+    def refuses(self) -> bool:
+        """Whether it is the reason of a refusal (codes ``CS4...``): asked to go on, its owner raises ``Refusal`` with it."""
+        return self.code.startswith("CS4")
+
     def as_dict(self) -> dict[str, str]:
         """Plain data for reports."""
         return asdict(self)

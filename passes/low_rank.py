@@ -12,8 +12,9 @@ from compile_sparse.compiler.contract import PassContext, PassResult
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.linears import find_linears
 from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.scratch import Scratch
 from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor
+from compile_sparse.compiler.weights import AbsentTensor
 from compile_sparse.passes.compensation.least_squares import refit
 from compile_sparse.passes.factoring.allocation import allocate, uniform_rank
 from compile_sparse.passes.factoring.candidates import Candidate, find_candidates, limits
@@ -213,12 +214,12 @@ class LowRank(BaseModel):
         energies = {name: factors.energies for name, factors in found.items()}
         if whole:
             ranks = self._allocated(candidates, energies, context)
-        sources, missed = {}, 0.0
+        sources, missed, scratch = {}, 0.0, Scratch()
         for name, rank in ranks.items():
             factors = found.pop(name)
             if rank is not None:
                 cut = factors.truncated(rank)
-                sources[name] = FactorSources(ResidentTensor(cut.inner), ResidentTensor(cut.outer))
+                sources[name] = FactorSources(scratch.keep(cut.inner), scratch.keep(cut.outer))
                 missed += float(factors.energies[rank:].sum())
         return ranks, sources, missed
 

@@ -34,7 +34,10 @@ class PruneHeads(AxisPruning):
     name: ClassVar[str] = "prune-heads"
     kind: ClassVar[Kind] = "heads"
     noun: ClassVar[str] = "heads"
-    nothing: ClassVar[str] = "The model has no attention heads that can be grouped."
+    nothing: ClassVar[str] = (
+        "The model has no attention heads that can be grouped: unit: query needs several query heads for each key-value head, "
+        "unit: group several key-value heads."
+    )
     refits_all: ClassVar[bool] = True
 
     unit: Literal["group", "query"] = Field(

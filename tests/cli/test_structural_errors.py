@@ -74,14 +74,14 @@ def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
 REFUSED = [
     pytest.param(
         "ort-cpu", ("--prune", "channels=0.25"), "CS2105",
-        ("24 positions", "multiples of 32", "no multiple of 32 is below 24"), id="no-aligned-width",
+        ("24 positions", "alignment is 32", "no multiple of 32 is below 24"), id="no-aligned-width",
     ),
     pytest.param(
         "null", ("--prune", "width=0.5"), "CS2105", ("8 positions", "no multiple of 8 is below 8"), id="no-aligned-hidden",
     ),
     pytest.param(
         "null", ("--prune", "heads=0.5"), "CS2105",
-        ("2 positions (4 elements each)", "steps of 2", "no multiple of 2 is below 2"), id="heads-only-together",
+        ("2 positions (4 elements each)", "multiples of 2", "no multiple of 2 is below 2"), id="heads-only-together",
     ),
     pytest.param(
         "null", ("--recipe", "query.yaml"), "CS2104", ("no attention heads that can be grouped",), id="heads-without-groups",
@@ -145,9 +145,9 @@ def test_contradicting_kinds_exit_4_with_the_arithmetic(model: Path, call: Calla
 @pytest.mark.parametrize(
     ("words", "code", "parts"),
     [
-        (("--prune", "channels=0.5", "--criterion", "ablation"), "CS1007", ("prune-channels accepts: obs, magnitude",)),
+        (("--prune", "channels=0.5", "--criterion", "deepest"), "CS1007", ("prune-channels accepts: obs, magnitude",)),
         (("--prune", "layers=0.5", "--allocation", "global"), "CS1006", ("prune-layers: no such option",)),
-        (("--prune", "layers=0.5"), "CS1121", ("criterion: deepest",)),
+        (("--prune", "layers=0.5", "--criterion", "ablation"), "CS1121", ("criterion: deepest",)),
     ],
 )
 def test_options_that_do_not_fit_the_passes_exit_2(
