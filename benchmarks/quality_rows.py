@@ -56,6 +56,7 @@ OURS: dict[str, Row] = {
     "ours-depth25": Row("layers", {"prune-layers": {"fraction": 0.25}}),
     "ours-width12": Row("width", {"prune-width": {"fraction": 0.125}}),
     "ours-rank80": Row("low-rank", {"low-rank": {"fraction": 0.2}}),
+    "ours-rank78": Row("low-rank", {"low-rank": {"fraction": 0.22}}),
 }
 
 
