@@ -10,6 +10,7 @@ from pathlib import Path
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.residual import find_branches
 from tests.models import MODELS, build_model
 
 __all__ = ["COLUMNS", "TABLE", "architecture_table", "column_of"]
@@ -27,6 +28,7 @@ COLUMNS = (
     "conv",
     "vocabulary, positions",
 )
+LAYERS = "layers"
 
 _HEAD = """# What can be pruned
 
@@ -45,6 +47,7 @@ their size; the number leads to the reason below.
 - **width**: the residual stream. **conv**: channels that convolutions sum over or carry group by group. Positions of images and
   of kernels are never pruned, and left out here.
 - **vocabulary, positions**: rows that ids or positions choose, and outputs with a name; only the reasons are listed.
+- **layers**: residual branches that may be removed, by what is inside: whole blocks, or the attention or MLP of a block.
 
 """
 
@@ -76,14 +79,23 @@ def architecture_table(program_of: Callable[[str], Program]) -> str:
         *others, last = (cells.get(column, Counter()) for column in COLUMNS)
         numbers = dict.fromkeys(f"({reasons[why]})" for _, why in last if why)
         rows.append(
-            [name, *(_cell(found, reasons) for found in others), f"frozen {', '.join(numbers)}" if numbers else ""]
+            [
+                name,
+                *(_cell(found, reasons) for found in others),
+                f"frozen {', '.join(numbers)}" if numbers else "",
+                _branches(program_of(name)),
+            ]
         )
-    lines = [_row(["", *COLUMNS]), _row(["---"] * (len(COLUMNS) + 1)), *map(_row, rows)]
+    lines = [_row(["", *COLUMNS, LAYERS]), _row(["---"] * (len(COLUMNS) + 2)), *map(_row, rows)]
     lines += ["", "## Reasons", "", _row(["", "why it is frozen", "in"]), _row(["---"] * 3)]
     for why, number in reasons.items():
         models = "all" if len(where[why]) == len(MODELS) else ", ".join(where[why])
         lines.append(_row([str(number), why, models]))
     return _HEAD + "\n".join(lines) + "\n"
+
+
+def _branches(program: Program) -> str:
+    return ", ".join(f"{count} {kind}" for kind, count in Counter(b.kind for b in find_branches(program)).items())
 
 
 def _cell(found: Counter[tuple[int, str]], reasons: dict[str, int]) -> str:
