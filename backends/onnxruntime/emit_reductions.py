@@ -71,3 +71,12 @@ def _extreme(emission: Emission, node: fx.Node) -> str:
     if given.get("dim") is not None:
         raise Unsupported("the position of a maximum")
     return emission.graph.call(f"Reduce{name}", [emission.value(given["self"])], hint=node.name, keepdims=0)
+
+
+@emits("aten::topk")
+def _topk(emission: Emission, node: fx.Node) -> list[str]:
+    given = arguments(node)
+    inputs = [emission.value(given["self"]), emission.graph.constant([given["k"]])]
+    options = {"largest": int(given["largest"]), "sorted": int(given["sorted"])}
+    axis = emission.axis(given["self"], given["dim"])
+    return emission.graph.call_many("TopK", inputs, 2, hint=node.name, axis=axis, **options)

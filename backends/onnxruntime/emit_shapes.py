@@ -219,3 +219,22 @@ def _pad(emission: Emission, node: fx.Node) -> str:
     value = emission.tensor(given["value"] or 0, dtype) if mode == "constant" else ""
     inputs = [emission.tensor(given["self"], dtype), emission.integers(amounts[0::2] + amounts[1::2]), value]
     return emission.graph.call("Pad", [*inputs, emission.graph.constant(axes)], hint=node.name, mode=mode)
+
+
+@emits("aten::repeat_interleave")
+def _repeat_interleave(emission: Emission, node: fx.Node) -> str:
+    """Each position ``repeats`` times in a row: a new dimension beside it, expanded and merged."""
+    given = arguments(node)
+    source, repeats = given["self"], given["repeats"]
+    if not isinstance(repeats, int) or given.get("dim") is None:
+        raise Unsupported("repeating positions a varying number of times")
+    axis, shape = emission.axis(source, given["dim"]), list(source.meta["val"].shape)
+    if not all(isinstance(size, int) for size in shape[axis + 1 :]):
+        raise Unsupported("repeating positions before a dynamic dimension")
+    graph = emission.graph
+    spread = graph.call("Unsqueeze", [emission.value(source), graph.constant([axis + 1])])
+    copies = [1] * (len(shape) + 1)
+    copies[axis + 1] = repeats
+    expanded = graph.call("Expand", [spread, graph.constant(copies)])
+    merged = [0] * axis + [-1] + [int(size) for size in shape[axis + 1 :]]
+    return graph.call("Reshape", [expanded, graph.constant(merged)], hint=node.name)

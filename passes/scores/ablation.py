@@ -27,7 +27,8 @@ MOST_POSITIONS = 1024
 def ablation_scores(
     analysis: Analysis, groups: Sequence[Group], calibration: CalibrationStream, progress: Progress
 ) -> dict[Axis, torch.Tensor]:
-    """``score[p]``: loss with position ``p`` silenced, less the loss of the dense model; float64, by leaf, shifted to be >= 0.
+    """``score[p]``: loss with position ``p`` silenced, less the loss of the dense model; float64, by leaf. Negative where
+    the model is better off without.
 
     A position is silenced by zeroing what every consumer's weight reads from it, one position at a time (each is judged with all
     others present). The loss is that of ``greedy_ablation``, on the same sample of the text.
@@ -57,8 +58,7 @@ def ablation_scores(
                 losses.append(measure(_silenced(analysis, group, position)) - dense)
                 task.advance()
             scores[group.leaf] = torch.tensor(losses, dtype=torch.float64)
-    least = min(float(score.min()) for score in scores.values())
-    return {leaf: score - min(least, 0.0) for leaf, score in scores.items()}
+    return scores
 
 
 def _silenced(analysis: Analysis, group: Group, position: int) -> Program:

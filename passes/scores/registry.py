@@ -22,7 +22,7 @@ __all__ = ["CRITERIA", "Criterion", "Score"]
 
 
 class Score(Protocol):
-    """One number per position of every group, by leaf: float64, at least zero, higher means keep.
+    """One number per position of every group, by leaf: float64, higher means keep.
 
     Args:
         analysis: of the program to prune.

@@ -51,6 +51,8 @@ FUNCTIONS: dict[str, Function] = {
     "any and all": lambda x: (x > 0).any(-1).float() + (x > -9).all(-1).float(),
     "maximum": lambda x: torch.maximum(x, -x) + torch.max(x),
     "softmax": lambda x: x.softmax(-1) + x.softmax(0),
+    "top positions": lambda x: x.topk(3, -1)[0].sum(-1) + x.topk(2, -1, largest=False)[1].sum(-1),
+    "repeated positions": lambda x: x.repeat_interleave(3, 0).cumsum(0) + x.repeat_interleave(3, 0),
     "cumulative sum": lambda x: (x > 0).cumsum(1).float() + x.cumsum(0),
     "reshape with a dynamic size": lambda x: x.reshape(x.shape[0], 2, 3).reshape(-1, 3).reshape(x.shape[0], -1),
     "flatten and unflatten": lambda x: x.unflatten(1, (2, 3)).flatten(0, 1),

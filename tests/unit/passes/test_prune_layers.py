@@ -165,11 +165,17 @@ def test_deepest_needs_no_text_and_keeps_the_last() -> None:
     assert result.achieved["removed"] == [1, 2]
 
 
+def test_without_text_the_deepest_go_and_it_says_so() -> None:
+    result = PruneLayers(fraction=0.5).run(deep_program("llama"), context(None))
+    assert result.achieved["removed"] == [1, 2]
+    assert "no calibration text" in result.notes[-1]
+
+
 def test_planning_reads_no_weights_and_gives_the_same_sizes() -> None:
     program = deep_program("llama")
     absent = {n: AbsentTensor(s.shape, s.dtype, n) for n, s in program.weights.items()}
     planned = replace(program, weights=WeightStore(absent))
-    result = PruneLayers(fraction=0.25).run(planned, context(None, plan_only=True))
+    result = PruneLayers(fraction=0.25).run(planned, context(plan_only=True))
     real = PruneLayers(fraction=0.25).run(program, context())
     assert result.achieved["parameters"] == real.achieved["parameters"]
     assert result.achieved["units"] == real.achieved["units"]

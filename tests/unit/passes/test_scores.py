@@ -196,7 +196,8 @@ def test_several_groups_at_once_are_what_each_is_alone(tiny_llama_program: Progr
     together = CRITERIA[criterion].score(analysis, groups, WINDOWS, SilentProgress())
     for group in groups:
         found = together[group.leaf]
-        assert found.dtype == torch.float64 and found.shape == (group.size,) and bool((found >= 0).all())
+        assert found.dtype == torch.float64 and found.shape == (group.size,)
+        assert criterion == "ablation" or bool((found >= 0).all())  # a model may be better off without a position
         torch.testing.assert_close(found, score(criterion, analysis, group))
 
 

@@ -17,8 +17,13 @@ from compile_sparse.compiler.spec import verify_program
 from compile_sparse.compiler.targets import find_target
 from compile_sparse.passes.mask import Mask
 from compile_sparse.passes.prune_channels import PruneChannels
+from compile_sparse.passes.prune_conv import PruneConv
 from compile_sparse.passes.quantize import Quantize
 from tests.models import MODELS, example_inputs
+
+
+CONVOLUTIONAL = frozenset({"efficientnet", "resnet", "resnet_basic"})
+"""Models without an MLP; hardly a linear layer to mask or quantize."""
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "w4a16-g32"])
@@ -26,11 +31,14 @@ from tests.models import MODELS, example_inputs
 def test_all_passes_verify_on_every_model(captured: Callable[[str], Program], name: str, scheme: str) -> None:
     dense = captured(name)
     verify_program(dense)
-    passes = [PruneChannels(fraction=0.25), Mask(pattern="2:4"), Quantize(scheme=scheme)]
+    if name in CONVOLUTIONAL:
+        passes = [PruneConv(fraction=0.25)]
+    else:
+        passes = [PruneChannels(fraction=0.25), Mask(pattern="2:4"), Quantize(scheme=scheme)]
     context = PassContext(target=find_target("null"), progress=SilentProgress())
     program, sections = run_passes(dense, passes, context, verify_each=True)
     verify_program(raise_patterns(program)[0], after="raising")
-    assert [section.name for section in sections] == ["prune-channels", "mask", "quantize"]
+    assert [section.name for section in sections] == [step.name for step in passes]
     assert program.parameter_count() < dense.parameter_count()
     outputs = Executor(program).run(example_inputs(program, 2, 6))
     assert all(bool(torch.isfinite(value).all()) for value in outputs.values())
