@@ -21,7 +21,6 @@ from compile_sparse.passes.prune_conv import PruneConv
 from compile_sparse.passes.quantize import Quantize
 from tests.models import MODELS, example_inputs
 
-
 CONVOLUTIONAL = frozenset({"efficientnet", "resnet", "resnet_basic"})
 """Models without an MLP; hardly a linear layer to mask or quantize."""
 
