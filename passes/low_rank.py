@@ -230,11 +230,7 @@ class LowRank(BaseModel):
         # Layers that stay dense make up for the others too, unless they hold zeros that refitting would fill.
         free = {each.node.name for each in find_linears(factored)[0] if each.tensor not in factored.masks}
         repaired = refit(program, factored, context.calibration, context.progress, only=free)
-        return repaired.program, {
-            "compensation": wanted,
-            "refitted_layers": repaired.layers,
-            "missing_energy_left": round(repaired.residual, 4),
-        }
+        return repaired.program, {"compensation": wanted, **repaired.achieved}
 
 
 def _lazy(

@@ -160,11 +160,7 @@ class PruneLayers(BaseModel):
         if wanted == "none" or context.calibration is None or context.plan_only:
             return dropped.program, {"compensation": wanted}
         repaired = refit(program, dropped.program, context.calibration, context.progress, stands_for=dropped.stands_for)
-        return repaired.program, {
-            "compensation": wanted,
-            "refitted_layers": repaired.layers,
-            "missing_energy_left": round(repaired.residual, 4),
-        }
+        return repaired.program, {"compensation": wanted, **repaired.achieved}
 
     def _notes(self, total: int, count: int, context: PassContext) -> list[str]:
         notes = []

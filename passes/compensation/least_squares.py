@@ -55,6 +55,11 @@ class Refitted:
     layers: int
     residual: float
 
+    @property
+    def achieved(self) -> dict[str, float]:
+        """For a pass's report."""
+        return {"refitted_layers": self.layers, "missing_energy_left": round(self.residual, 4)}
+
 
 def refit(
     dense: Program,

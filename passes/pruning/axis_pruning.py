@@ -22,11 +22,11 @@ from compile_sparse.passes.pruning.groups import Prunable, eligible_groups, prun
 from compile_sparse.passes.pruning.obs import Removal
 from compile_sparse.passes.pruning.selection import (
     Choice,
-    can_use_obs,
     keep_table,
     kept_sizes,
     rank_by_obs,
     rank_by_score,
+    with_closed_form,
 )
 from compile_sparse.passes.scores.registry import CRITERIA
 
@@ -140,7 +140,7 @@ class AxisPruning(BaseModel):
         if self._used_criterion(context) != "obs":
             used = self._used_criterion(context)
             return rank_by_score(analysis, prunables, used, context, comparable=whole)
-        closed = [p for p in prunables if can_use_obs(analysis, p.group)]
+        closed = with_closed_form(analysis, prunables)
         others = [p for p in prunables if p not in closed]
         if whole and others:  # costs of two kinds cannot be compared: one criterion for all
             return rank_by_score(analysis, prunables, _without_closed_form(prunables), context, comparable=True)
@@ -188,12 +188,7 @@ class AxisPruning(BaseModel):
         )
         if not repaired.layers:
             return pruned, {"compensation": "none"}, [_not_refitted(self.name, wanted)]
-        achieved = {
-            "compensation": wanted,
-            "refitted_layers": repaired.layers,
-            "missing_energy_left": round(repaired.residual, 4),
-        }
-        return repaired.program, achieved, []
+        return repaired.program, {"compensation": wanted, **repaired.achieved}, []
 
     def _achieved(
         self,

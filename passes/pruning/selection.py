@@ -21,7 +21,7 @@ from compile_sparse.passes.pruning.obs import Consumer, Removal, removal_order
 from compile_sparse.passes.scores.registry import CRITERIA
 from compile_sparse.passes.statistics.gram import Gram, each_gram
 
-__all__ = ["Choice", "can_use_obs", "keep_table", "kept_sizes", "outer_of", "rank_by_obs", "rank_by_score"]
+__all__ = ["Choice", "keep_table", "kept_sizes", "outer_of", "rank_by_obs", "rank_by_score", "with_closed_form"]
 
 LARGEST_TABLES_BYTES = 6 << 30
 TABLES = 4
@@ -48,13 +48,18 @@ class Choice:
     outer: Group | None = None
 
 
-def can_use_obs(analysis: Analysis, group: Group) -> bool:
+def with_closed_form(analysis: Analysis, prunables: Sequence[Prunable]) -> list[Prunable]:
+    """Those that ``rank_by_obs`` can rank. The graph is searched for linear layers once."""
+    linears = {linear.node.name: linear for linear in find_linears(analysis.program)[0]}
+    return [prunable for prunable in prunables if _has_closed_form(analysis, prunable.group, linears)]
+
+
+def _has_closed_form(analysis: Analysis, group: Group, linears: Mapping[str, Linear]) -> bool:
     """Whether the error left after refitting has a closed form that is cheap enough.
 
     Every consumer must be a plain linear layer, the tables of all its inputs must fit in ``LARGEST_TABLES_BYTES`` together, and
     positions of several inputs each must be few (heads).
     """
-    linears = {linear.node.name: linear for linear in find_linears(analysis.program)[0]}
     if not group.consumers or any(contact.node not in linears for contact in group.consumers):
         return False
     readers = [linears[contact.node] for contact in group.consumers]
@@ -99,7 +104,7 @@ def rank_by_obs(
     """Greedy OBS on the inputs of each group's consumers; see ``removal_order``.
 
     Args:
-        analysis, prunables: what is ranked; every group passed ``can_use_obs``.
+        analysis, prunables: what is ranked; all from ``with_closed_form``.
         context: calibration text and progress.
         whole: rank as far as the smallest size a global ranking may choose, and make costs comparable across groups: error
             relative to the energy of the residual stream it enters, because the next norm divides by that.
