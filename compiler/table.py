@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-__all__ = ["doctor_table", "plan_table", "report_table", "targets_table"]
+__all__ = ["doctor_table", "plan_table", "report_table", "runtimes_table", "targets_table"]
 
 _STYLES = {"faster": "bold green", "smaller-only": "cyan", "slower": "bold red", "refused": "bold red"}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
@@ -62,6 +62,22 @@ def doctor_table(probes: Sequence[Mapping[str, Any]]) -> RenderableType:
         works = "yes" if probe.get("available") else "no"
         cells = (probe.get("target"), works, runtime, probe.get("device"), probe.get("why_not"), probe.get("hint"))
         table.add_row(*(escape(str(cell or "")) for cell in cells))
+    return table
+
+
+def runtimes_table(runtimes: Sequence[Mapping[str, Any]]) -> RenderableType:
+    """Where each runtime with an interpreter of its own is, or how to get it."""
+    table = _table("runtimes in their own interpreters", "runtime", "installed", "versions", "device", "python", "hint")
+    for runtime in runtimes:
+        record = runtime.get("record") or {}
+        facts = record.get("facts") or {}
+        versions = "\n".join(f"{name} {version}" for name, version in (record.get("versions") or {}).items())
+        details = (facts.get(key) for key in ("isa", "gpu", "capability"))
+        device = " ".join(str(part) for part in (record.get("device"), *details) if part)
+        origin = f"{record['python']} ({'managed' if record['managed'] else 'added'})" if record else ""
+        hint = " ".join(part for part in (runtime.get("why_not"), runtime.get("hint")) if part)
+        cells = (runtime["name"], "yes" if runtime.get("installed") else "no", versions, device, origin, hint)
+        table.add_row(*(escape(cell) for cell in cells))
     return table
 
 

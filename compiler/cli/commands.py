@@ -14,6 +14,7 @@ from compile_sparse import __version__
 from compile_sparse.compiler.cli.default_group import DefaultGroup
 from compile_sparse.compiler.cli.options import debug_option, json_option, measurement_options, recipe_options
 from compile_sparse.compiler.cli.rendering import print_json, print_table
+from compile_sparse.compiler.cli.runtime_commands import runtime_command
 from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 from compile_sparse.compiler.errors import GateFailure, Refusal
 
@@ -38,6 +39,9 @@ def cli() -> None:
     \b
     compile-sparse MODEL --target TARGET [options]   compile and verify (the default command)
     """
+
+
+cli.add_command(runtime_command)
 
 
 @cli.command("compile")
