@@ -87,13 +87,20 @@ def verify(
     *,
     eval: Mapping[str, str | Path] | None = None,
     workload: str | None = None,
+    concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str] = (),
     model: str | Path | None = None,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Measure an existing artifact again; see ``verification.verify_artifact``."""
     return verify_artifact(
-        artifact, eval=eval, workload=workload, gates=gates, model=model, progress=progress or SilentProgress()
+        artifact,
+        eval=eval,
+        workload=workload,
+        concurrency=concurrency,
+        gates=gates,
+        model=model,
+        progress=progress or SilentProgress(),
     )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from compile_sparse.compiler.baseline import get_baseline
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.errors import GateFailure
-from compile_sparse.compiler.job import Job, baseline_dtype, baseline_key, runtime_threads
+from compile_sparse.compiler.job import Job, baseline_key, runtime_threads
 from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
 from compile_sparse.compiler.measure import Measured, folder_bytes, measure
 from compile_sparse.compiler.program import Program
@@ -28,11 +28,11 @@ from compile_sparse.compiler.report import (
 from compile_sparse.compiler.runner import observed, run_passes
 from compile_sparse.compiler.spec import verify_program
 from compile_sparse.compiler.staging import REPORT, Staging
-from compile_sparse.compiler.stored_size import zero_share
+from compile_sparse.compiler.stored_size import rounded, torch_dtype, zero_share
 from compile_sparse.compiler.verify.fidelity import fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
 from compile_sparse.compiler.verify.reference import write_reference
-from compile_sparse.compiler.verify.verdict import decide
+from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
 __all__ = ["SOURCE_CONFIG", "CompileResult", "compile_job", "finished", "judged"]
@@ -66,21 +66,35 @@ class _Build:
 
     @cached_property
     def dense(self) -> Program:
-        program = capture(self.job.folder, dtype=baseline_dtype(self.job.target), progress=self.progress)
+        program = capture(self.job.folder, progress=self.progress)
         if self.verify_each:
             verify_program(program)
         return program
+
+    @cached_property
+    def baseline(self) -> Program:
+        """The dense program with its weights as they are stored."""
+        return rounded(self.dense, torch_dtype(self.job.target.baseline_precision))
 
     def lower(self, staging: Staging) -> dict[str, Any]:
         """Run passes and lower into ``staging``; returns what later stages need."""
         job = self.job
         program, sections = run_passes(self.dense, job.passes, job.context(self.progress), verify_each=self.verify_each)
+        program = rounded(program, torch_dtype(job.target.baseline_precision))
         with observed() as cost:
             lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
         text = [w for windows in job.slices.values() for w in windows]
         text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
-        write_reference(program, staging.folder, text=text, seed=job.recipe.seed, progress=self.progress)
+        short = job.target.baseline_precision != "fp32"
+        write_reference(
+            program,
+            staging.folder,
+            text=text,
+            seed=job.recipe.seed,
+            progress=self.progress,
+            dense=self.baseline if short else None,
+        )
         section = PassSection(
             name="lower",
             achieved=dict(lowered.form),
@@ -96,6 +110,7 @@ class _Build:
             "kind": program.kind,
             "form": dict(lowered.form),
             "limits": list(lowered.limits),
+            "unrunnable": lowered.unrunnable,
             "digests": {f"model/{name}": digest for name, digest in lowered.files.items()},
         }
 
@@ -117,10 +132,12 @@ def compile_job(
         measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
         if verify and not job.probe.available:
             why = job.probe.why_not
+        elif verify and stage["unrunnable"]:
+            why = stage["unrunnable"]
         elif verify:
             baseline = get_baseline(
                 baseline_key(job.source_digest, job.target, job.probe.version),
-                lambda: build.dense,
+                lambda: build.baseline,
                 job.backend,
                 job.target,
                 progress,
@@ -186,8 +203,8 @@ def _change(baseline: int | None, compiled: int) -> Change | None:
 
 def judged(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> Report:
     """``report`` with the measurements, the verdict and the gates filled in."""
+    quantized = any(section.name == "quantize" for section in report.passes)
     if measured is not None:
-        quantized = any(section.name == "quantize" for section in report.passes)
         report = report.model_copy(
             update={
                 "runtime": measured.runtime,
@@ -201,7 +218,8 @@ def judged(report: Report, measured: Measured | None, gates: tuple[str, ...]) ->
         if dense < fidelity_bound(quantized=False):
             verdict, why = "unverified", f"The dense baseline itself agrees with torch on only {dense:.1%} of tokens."
         report = report.model_copy(update={"verdict": verdict, "verdict_why": why})
-    results = evaluate_gates(gates, report.model_dump(mode="json"))
+    data = report.model_dump(mode="json")
+    results = [*wrong_model(data, fidelity_bound(quantized)), *evaluate_gates(gates, data)]
     return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
 
 

@@ -119,12 +119,14 @@ class Lowered:
         form: the runtime form chosen, in a few words per aspect (attention, linear formats, ...).
         limits: what the runtime must respect (padding side, batching of chunked prefill, ...), as sentences.
         skips: what could not use the fast form, with reasons.
+        unrunnable: why the runtime that is here cannot run it, although others of its kind can; empty when it can.
     """
 
     files: Mapping[str, str]
     form: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
     skips: Sequence[Skip] = ()
+    unrunnable: str = ""
 
 
 class Backend(Protocol):

@@ -68,7 +68,7 @@ def _bound(before: int, after: int, condition: str, why: str) -> dict[str, Any]:
 
 
 def _integers(program: Program) -> str:
-    quantized = any(op_name(node) == "dequantize_weight" for node in program.graph.nodes)
+    quantized = any(op_name(node).startswith("dequantize_") for node in program.graph.nodes)
     return "quantized products run at another rate than the baseline's" if quantized else ""
 
 

@@ -23,16 +23,15 @@ from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipe import Recipe
 from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.targets import Target, find_target, split_over
 from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
 from compile_sparse.compiler.version import code_identity, library_versions
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["Job", "TextReader", "baseline_dtype", "baseline_key", "fitting", "prepare", "runtime_threads"]
+__all__ = ["Job", "TextReader", "baseline_key", "fitting", "prepare", "runtime_threads"]
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
-_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -134,11 +133,6 @@ def baseline_key(source_digest: str, target: Target, runtime_version: str) -> st
     )
 
 
-def baseline_dtype(target: Target) -> torch.dtype:
-    """Type of the dense baseline's weights."""
-    return _DTYPES[target.baseline_precision]
-
-
 def fitting(workload: Workload, context: int | None) -> Workload:
     """``workload`` when its requests fit the model's context; the default one is shortened to fit.
 
@@ -176,7 +170,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     Raises:
         UsageError, ModelError, Refusal: whatever is wrong with the model, target, recipe or data files.
     """
-    target = find_target(target_name)
+    target = split_over(find_target(target_name), recipe.workload.tensor_parallel)
     backend = find_backend(target)
     passes = recipe.build_passes()
     folder = open_folder(model)

@@ -13,7 +13,7 @@ from compile_sparse.compiler.contract import Backend
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.report import Fidelity, Performance, Quality, RuntimeSection
 from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.verify.fidelity import check_fidelity
+from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
 from compile_sparse.compiler.verify.performance import (
     BASELINE,
     COMPILED,
@@ -23,6 +23,7 @@ from compile_sparse.compiler.verify.performance import (
 )
 from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
+from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 from compile_sparse.compiler.worker import Worker
 from compile_sparse.compiler.workload import Workload
 
@@ -65,10 +66,13 @@ def measure(
     folders = {BASELINE: baseline / "model", COMPILED: artifact / "model"}
     decoder = (artifact / DECODER_FILE).is_file()
     memory: dict[str, int] = {}
+    longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
     if decoder:
         with progress.task("memory", total=len(folders)) as task:
             for name, folder in folders.items():
-                memory[name] = measure_memory(command, folder, workload, threads=threads, vocabulary=vocabulary)
+                memory[name] = measure_memory(
+                    command, folder, workload, threads=threads, vocabulary=vocabulary, device=target.device
+                )
                 task.advance()
     with Worker(command) as worker:
         for name, folder in folders.items():
@@ -78,10 +82,15 @@ def measure(
                 folder=str(folder),
                 threads=threads,
                 device=target.device,
+                sequence=max(longest, workload.prompt + workload.output),
+                sequences=max(workload.levels),
                 timeout=LOAD_TIMEOUT_SECONDS,
             )
-        fidelity = check_fidelity(worker, COMPILED, artifact, progress)
-        baseline_fidelity = check_fidelity(worker, BASELINE, baseline, progress)
+        # Where rounding in the runtime's precision is visible, the dense model shows how much, on the same windows.
+        dense = has_dense_traces(artifact)
+        baseline_fidelity = check_fidelity(worker, BASELINE, artifact if dense else baseline, progress, dense=dense)
+        noise = baseline_fidelity.mean_abs_logprob_diff if dense else None
+        fidelity = check_fidelity(worker, COMPILED, artifact, progress, noise=noise)
         if decoder:
             performance = measure_decoder(
                 worker,

@@ -9,12 +9,12 @@ from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.gain import largest_gain
 from compile_sparse.compiler.group_shares import group_rows
-from compile_sparse.compiler.job import Job, baseline_dtype
+from compile_sparse.compiler.job import Job
 from compile_sparse.compiler.model_facts import layer_count
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runner import run_passes
 from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.stored_size import stored_bytes
+from compile_sparse.compiler.stored_size import rounded, stored_bytes, torch_dtype
 from compile_sparse.compiler.token_cost import token_cost
 
 __all__ = ["plan_job"]
@@ -33,7 +33,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         see ``group_rows``), ``bytes`` and ``parameters`` before and after, ``gain`` (bounds on the speed-up, see
         ``largest_gain``), ``runtime`` (what the backend says about the result) and ``refusals``.
     """
-    dense = capture(job.folder, dtype=baseline_dtype(job.target), require_weights=False, progress=progress)
+    dense = capture(job.folder, require_weights=False, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
     context = job.context(progress, plan_only=True)
     program, sections = dense, []
@@ -46,6 +46,8 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
             )
             continue
         sections += [section.model_dump(mode="json") for section in done]
+    dtype = torch_dtype(job.target.baseline_precision)
+    dense, program = rounded(dense, dtype), rounded(program, dtype)
     with progress.task("axes", total=1) as task:
         analysis = analyse(dense, interface_may_change=changeable_roles(job.target))
         groups = group_rows(analysis, token_cost(dense, tokens=1 if dense.kind == "decoder" else job.workload.prompt))

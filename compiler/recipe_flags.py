@@ -35,6 +35,8 @@ def merge_options(
     sequence_length: int | None = None,
     eval: Mapping[str, str | Path] | None = None,
     workload: str | Mapping[str, Any] | Workload | None = None,
+    concurrency: str | Sequence[int] | None = None,
+    tensor_parallel: int | None = None,
     gates: Sequence[str] = (),
     seed: int | None = None,
 ) -> Recipe:
@@ -70,7 +72,12 @@ def merge_options(
     data = base.model_dump(exclude={"passes"})
     _merge_data(data, calibration, calibration_samples, sequence_length, eval or {})
     data["gates"] = (*base.gates, *gates)
-    data["workload"] = base.workload if workload is None else parse_workload(workload, base.workload)
+    wanted = base.workload if workload is None else parse_workload(workload, base.workload)
+    if concurrency is not None:
+        wanted = parse_workload({"concurrency": concurrency}, wanted)
+    if tensor_parallel is not None:
+        wanted = parse_workload({"tensor_parallel": tensor_parallel}, wanted)
+    data["workload"] = wanted
     if seed is not None:
         data["seed"] = seed
     try:

@@ -16,6 +16,7 @@ __all__ = [
     "Fidelity",
     "GateResult",
     "Interval",
+    "Level",
     "MeasuredWorkload",
     "ModelSection",
     "PassSection",
@@ -89,6 +90,9 @@ class Fidelity(_Section):
         default=None, ge=0, description="decoders: positions left out of top-1, the program's best two being too close"
     )
     mean_abs_logprob_diff: float | None = Field(default=None, ge=0, description="decoders, nats")
+    logprob_bound: float | None = Field(
+        default=None, ge=0, description="what rounding in the runtime's precision explains of that, nats"
+    )
     max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
     mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
     top1_agreement: float | None = Field(default=None, ge=0, le=1, description="share of equal arg-max, 0 to 1")
@@ -150,13 +154,22 @@ class Ratios(_Section):
     peak_rss_bytes: Interval | None = None
 
 
-class Performance(_Section):
-    """Baseline and compiled model, measured in alternation in one runtime."""
+class Level(_Section):
+    """Speed with some number of requests at once."""
 
-    workload: MeasuredWorkload
     baseline: Speed
     compiled: Speed
     ratio: Ratios
+
+
+class Performance(Level):
+    """Baseline and compiled model, measured in alternation in one runtime."""
+
+    workload: MeasuredWorkload
+    concurrency: dict[str, Level] | None = Field(
+        default=None,
+        description="by number of requests at once, where several were asked for; the first is the one above",
+    )
 
 
 class Slice(_Section):

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 
-__all__ = ["FactoredProducts", "SparsePattern", "Target", "find_target", "load_targets"]
+__all__ = ["FactoredProducts", "SparsePattern", "Target", "find_target", "load_targets", "split_over"]
 
 
 class SparsePattern(BaseModel):
@@ -60,7 +60,18 @@ class Target(BaseModel):
     summary: str = Field(description="one sentence for 'targets'")
     baseline_precision: Literal["fp32", "fp16", "bf16"] = Field(description="precision of the dense baseline")
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
+    compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")
     schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
+    refused_schemes: Mapping[str, str] = Field(
+        default_factory=dict, description="scheme -> why it is not one of them, a sentence"
+    )
+    activation_scales: Literal["tensor", "token"] = Field(
+        default="tensor", description="what one run-time scale of int8 activations covers"
+    )
+    logits: Literal["8-bit", "float"] = Field(
+        default="8-bit", description="what quantization leaves of the product that makes the logits"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs a model is split over; set by --tensor-parallel")
     sparse_patterns: tuple[SparsePattern, ...] = Field(default=(), description="zero patterns and whether they pay")
     low_rank: FactoredProducts | None = Field(
         default=None, description="when two factors pay; null: whenever they have fewer parameters"
@@ -117,3 +128,20 @@ def find_target(name: str) -> Target:
         why=f"Known targets: {', '.join(targets)}.",
         hint=f"Did you mean {' or '.join(near)}?" if near else "See 'compile-sparse targets'.",
     )
+
+
+def split_over(target: Target, gpus: int) -> Target:
+    """``target`` with models split over several GPUs (tensor parallelism): kept sizes are then divisible.
+
+    Raises:
+        UsageError: CS1042 on a target without GPUs.
+    """
+    if gpus > 1 and target.device != "cuda":
+        raise UsageError(
+            "CS1042",
+            f"{target.name} has no GPUs to split a model over.",
+            where=f"--tensor-parallel {gpus}",
+            why=f"Its device is {target.device}.",
+            hint="Leave the option out, or choose a GPU target.",
+        )
+    return target.model_copy(update={"tensor_parallel": gpus}) if gpus > 1 else target

@@ -32,7 +32,7 @@ _FACTORS = {
 _CHOOSING = frozenset({"embedding", "index", "index_select", "gather", "slice", "select", "narrow"})
 _MOVING = frozenset(
     {"reshape", "transpose", "t", "permute", "unsqueeze", "squeeze", "alias", "contiguous"}
-) | frozenset({"to", "_to_copy", "clone", "detach", "dequantize_weight"})
+) | frozenset({"to", "_to_copy", "clone", "detach", "dequantize_weight", "dequantize_block", "dequantize_nvfp4"})
 
 
 @dataclass(frozen=True)

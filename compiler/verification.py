@@ -14,7 +14,7 @@ from compile_sparse.compiler.baseline import baseline_parameters, get_baseline
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
-from compile_sparse.compiler.job import TextReader, baseline_dtype, baseline_key, fitting, runtime_threads
+from compile_sparse.compiler.job import TextReader, baseline_key, fitting, runtime_threads
 from compile_sparse.compiler.measure import folder_bytes, measure
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
@@ -22,7 +22,8 @@ from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipe import Evaluation, Recipe
 from compile_sparse.compiler.recipe_flags import merge_options
 from compile_sparse.compiler.report import Change, ModelSection, Report
-from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.stored_size import rounded, torch_dtype
+from compile_sparse.compiler.targets import Target, find_target, split_over
 from compile_sparse.compiler.verify.gates import parse_gate
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.workload import Workload
@@ -35,6 +36,7 @@ def verify_artifact(
     *,
     eval: Mapping[str, str | Path] | None,
     workload: str | None,
+    concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str],
     model: str | Path | None,
     progress: Progress,
@@ -45,6 +47,7 @@ def verify_artifact(
         path: the artifact.
         eval: quality slices; without them perplexity is not measured.
         workload: instead of the one it was compiled with.
+        concurrency: numbers of requests at once, instead of those it was compiled with.
         gates: conditions on the new measurements, instead of those it was compiled with.
         model: the dense model, needed when its baseline is no longer in the cache.
         progress: where measuring is reported.
@@ -57,7 +60,7 @@ def verify_artifact(
     artifact = read_artifact(path)
     _require_complete(artifact)
     manifest, old = artifact.manifest, Report.model_validate(artifact.report)
-    target = find_target(manifest.target)
+    target = split_over(find_target(manifest.target), int(manifest.recipe["workload"].get("tensor_parallel", 1)))
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -69,7 +72,7 @@ def verify_artifact(
             hint=probe.hint,
         )
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
-    recipe = _recipe(manifest.recipe, eval, workload)
+    recipe = _recipe(manifest.recipe, eval, workload, concurrency)
     for text in gates:
         parse_gate(text)
     measured_workload = fitting(recipe.workload, context_length(config) if old.model.kind == "decoder" else None)
@@ -132,6 +135,7 @@ def _recipe(
     canonical: Mapping[str, Any],
     eval: Mapping[str, str | Path] | None,
     workload: str | None,
+    concurrency: str | Sequence[int] | None,
 ) -> Recipe:
     """What to measure: the workload, windows and seed it was compiled with, the data files given now."""
     evaluation = Evaluation.model_validate({**canonical["evaluation"], "slices": {}})
@@ -140,7 +144,7 @@ def _recipe(
         workload=Workload.model_validate(canonical["workload"]),
         seed=canonical["seed"],
     )
-    return merge_options(base, eval=eval, workload=workload)
+    return merge_options(base, eval=eval, workload=workload, concurrency=concurrency)
 
 
 def _dense(model: str | Path | None, digest: str, target: Target, progress: Progress) -> Program:
@@ -161,4 +165,4 @@ def _dense(model: str | Path | None, digest: str, target: Target, progress: Prog
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    return capture(folder, dtype=baseline_dtype(target), progress=progress)
+    return rounded(capture(folder, progress=progress), torch_dtype(target.baseline_precision))

@@ -16,7 +16,7 @@ import torch
 
 from compile_sparse.compiler.errors import ModelError
 
-__all__ = ["AbsentTensor", "DerivedTensor", "ResidentTensor", "TensorSource", "WeightStore"]
+__all__ = ["AbsentTensor", "DerivedTensor", "ResidentTensor", "RoundedTensor", "TensorSource", "WeightStore"]
 
 
 class TensorSource(Protocol):
@@ -90,6 +90,36 @@ class DerivedTensor:
         return value
 
 
+@dataclass(frozen=True)
+class RoundedTensor:
+    """A float32 tensor whose values are representable in a shorter type, in which it will be stored.
+
+    Attributes:
+        source: float32, any values.
+        storage: the shorter type.
+    """
+
+    source: TensorSource
+    storage: torch.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+    def load(self) -> torch.Tensor:
+        return self.source.load().to(self.storage).to(self.source.dtype)
+
+    def stored(self) -> TensorSource:
+        """The same values in the shorter type."""
+        if isinstance(self.source, AbsentTensor):
+            return AbsentTensor(self.shape, self.storage, self.source.name)
+        return DerivedTensor(self.shape, self.storage, lambda: self.source.load().to(self.storage))
+
+
 class WeightStore(Mapping[str, TensorSource]):
     """Immutable mapping of tensor name to source; ``updated`` returns a new store."""
 
@@ -119,7 +149,10 @@ class WeightStore(Mapping[str, TensorSource]):
     @property
     def has_values(self) -> bool:
         """False when any tensor is known by shape only."""
-        return not any(isinstance(source, AbsentTensor) for source in self._sources.values())
+        return not any(
+            isinstance(source.source if isinstance(source, RoundedTensor) else source, AbsentTensor)
+            for source in self._sources.values()
+        )
 
     def elements(self, name: str) -> int:
         """Number of elements of one tensor."""

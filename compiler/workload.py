@@ -1,16 +1,19 @@
-"""What is measured: prompt and output length, batch, rounds."""
+"""What is measured: prompt and output length, requests at once, rounds."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.recipe_errors import explained
 
 __all__ = ["Workload", "parse_workload"]
+
+
+Level = Annotated[int, Field(ge=1, le=65_536)]
 
 
 class Workload(BaseModel):
@@ -27,6 +30,27 @@ class Workload(BaseModel):
     threads: int | None = Field(
         default=None, ge=1, le=4_096, description="CPU threads of the runtime, 1 to 4,096; null lets the runtime choose"
     )
+    concurrency: tuple[Level, ...] = Field(
+        default=(),
+        max_length=16,
+        description="decoders: numbers of requests at once that are measured one after the other, each 1 to 65,536; the verdict "
+        "follows the first; empty: batch",
+    )
+    tensor_parallel: int = Field(
+        default=1, ge=1, le=1_024, description="GPUs the model will be split over, 1 to 1,024; sizes are kept divisible"
+    )
+
+    @field_validator("concurrency", mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        if isinstance(value, int):
+            return (value,)
+        return tuple(int(part) for part in value.split(",")) if isinstance(value, str) else value
+
+    @property
+    def levels(self) -> tuple[int, ...]:
+        """Numbers of requests at once, in the order they are measured."""
+        return tuple(dict.fromkeys(self.concurrency)) or (self.batch,)
 
 
 def parse_workload(text: str | Mapping[str, Any] | Workload, base: Workload | None = None) -> Workload:

@@ -1,88 +1,81 @@
-"""Quantize the weights (and for w8a8 the inputs) of linear layers, as explicit nodes."""
+"""Quantize the weights of linear layers (and their inputs, where the scheme says so), as explicit nodes."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from operator import getitem
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import fx
 
 from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.editing import add_weight, fake_mode_of, swept
-from compile_sparse.compiler.errors import ModelError, Refusal
+from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.linears import Linear, find_linears, makes_logits
-from compile_sparse.compiler.program import CODES, Binding, Program
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
-from compile_sparse.passes.round_to_nearest import quantize_channels, quantize_groups, scale_shape
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.schemes import SCHEMES, SchemeName
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.stored_size import torch_dtype
+from compile_sparse.passes.quantization.rewriting import Rewriter
+from compile_sparse.passes.statistics.ranges import largest_magnitudes
 
 __all__ = ["Quantize"]
 
-ours = torch.ops.compile_sparse
-
-
-@dataclass(frozen=True)
-class _Format:
-    """Bits per code, elements per scale (0: whole channel), and whether activations are quantized too."""
-
-    bits: int
-    group: int
-    activations: bool = False
-
-
-SCHEMES: Mapping[str, _Format] = {
-    "w8a8": _Format(8, 0, activations=True),
-    "w8a16": _Format(8, 128),
-    "w4a16": _Format(4, 128),
-    "w4a16-g32": _Format(4, 32),
-}
-
 
 class Quantize(BaseModel):
-    """Replace ``linear(x, W)`` by ``linear(x', dequantize(q, s))``, with ``x' = dequantize(quantize(x))`` for w8a8.
+    """Replace ``linear(x, W)`` by ``linear(x', dequantize(q, s))``, with ``x'`` the coded and restored input where the scheme
+    quantizes activations.
 
-    ``q = round(W / s)``, symmetric, so stored zeros stay zero (arXiv:2004.09602). Scales run along the contraction dimension:
-    per output channel for w8a8, per group of 128 or 32 elements otherwise. The projection that makes the logits is kept at
-    8 bits where the scheme says 4: it is read once per token like every other layer but decides every token.
+    ``q = round(W / s)`` (arXiv:2004.09602): symmetric, or with a zero point inside the range, so stored zeros stay zero. Scales
+    run along the contraction dimension: per output channel, per group, or per block (``compiler/schemes.py`` lists all schemes).
+    Activations: one scale per token or, on targets that say so, per tensor, found at run time; ``-static`` schemes and ``nvfp4``
+    fix their range on calibration text. Which layers: every linear; the projection that makes the logits is kept at 8 bits
+    where the scheme says 4, or left in floating point where the target's runtime does not quantize it: it is read once per
+    token like every other layer but decides every token.
 
     Leaves alone: embeddings, convolutions, and any linear whose weight is not a stored two-dimensional parameter.
 
-    Shapes: ``W [N, K]`` (linear) or ``[K, N]`` (addmm); ``q`` int8 of the same shape; ``s`` float32 ``[N]`` or
+    Shapes: ``W [N, K]`` (linear) or ``[K, N]`` (addmm); ``q`` of the same shape; ``s`` float32 ``[N]`` or
     ``[N, ceil(K / group)]``.
 
     Raises:
         Refusal: CS4102, the target has no kernel for the scheme.
         ModelError: CS2201, there is nothing to quantize.
+        UsageError: CS1121, ranges are to be measured and there is no calibration text.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "quantize"
     stage: ClassVar[str] = "quantization"
 
-    scheme: Literal["w8a8", "w8a16", "w4a16", "w4a16-g32"] = Field(
-        description="w8a8: int8 weights and run-time int8 activations; w8a16, w4a16: weights only, groups of 128; -g32: of 32"
+    scheme: SchemeName = Field(
+        description="w8a8: int8 weights and run-time int8 activations, -static: activation ranges from calibration; "
+        "w8a16, w4a16: weights only, groups of 128, -g32: of 32, -channel: one scale per channel, -asym: with zero points; "
+        "fp8, fp8-static, fp8-block: e4m3; nvfp4: e2m1 in groups of 16"
+    )
+    reduce_range: bool = Field(
+        default=False,
+        description="w8a8 schemes: weight codes of 7 bits (stored in 8), so that pairs of products fit in 16 bits; exact on "
+        "processors without 8-bit dot products (VNNI), whose kernels saturate otherwise",
     )
     quantizer: Literal["rtn"] = Field(default="rtn", description="how codes are chosen; rtn: round to nearest")
 
     @property
     def contraction_multiple(self) -> int:
         """Contraction sizes that whole groups divide; earlier passes keep to it."""
-        return SCHEMES[self.scheme].group or 1
+        weights = SCHEMES[self.scheme].weights
+        return weights.group or weights.block or 1
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        if self.scheme not in context.target.schemes:
-            raise Refusal(
-                "CS4102",
-                f"{context.target.name} cannot run {self.scheme}.",
-                where="--quantize",
-                why=f"It executes {', '.join(context.target.schemes) or 'no quantized weights'}.",
-                hint="Choose one of those schemes, or another target.",
-            )
+        self._require(context)
+        scheme = SCHEMES[self.scheme]
+        if self.reduce_range:
+            scheme = replace(scheme, weights=replace(scheme.weights, bits=7))
         edited = program.clone()
         linears, skips = find_linears(edited)
+        if context.target.logits == "float":
+            linears, heads = _without_logits(edited, linears)
+            skips = [*skips, *heads]
         if not linears:
             raise ModelError(
                 "CS2201",
@@ -90,7 +83,17 @@ class Quantize(BaseModel):
                 where="quantize",
                 why=skips[0].why if skips else "The model has no linear layer with a stored weight.",
             )
-        work = _Rewriter(edited, SCHEMES[self.scheme])
+        ranges: Mapping[str, float] | None = None
+        if scheme.static and not context.plan_only:
+            ranges = largest_magnitudes(edited, dict.fromkeys(linear.input for linear in linears), context)
+        work = Rewriter(
+            edited,
+            scheme,
+            linears,
+            ranges=ranges,
+            per_tensor=context.target.activation_scales == "tensor",
+            stored=torch_dtype(context.target.baseline_precision) if scheme.activations == "" else torch.float32,
+        )
         with context.progress.task("quantize", total=len(linears)) as task:
             for linear in linears:
                 work.quantize(linear)
@@ -100,7 +103,8 @@ class Quantize(BaseModel):
         return PassResult(
             program=result,
             modified=True,
-            requested={"scheme": self.scheme, "quantizer": self.quantizer},
+            requested={"scheme": self.scheme, "quantizer": self.quantizer}
+            | ({"reduce_range": True} if self.reduce_range else {}),
             achieved={
                 "linears": len(linears),
                 "elements": before,
@@ -109,91 +113,37 @@ class Quantize(BaseModel):
             skips=skips,
         )
 
-
-class _Rewriter:
-    """Edits one graph; one activation quantizer per distinct input."""
-
-    def __init__(self, program: Program, fmt: _Format) -> None:
-        self.program, self.format = program, fmt
-        self.bindings = dict(program.bindings)
-        self.added: dict[str, TensorSource] = {}
-        self.inputs: dict[fx.Node, fx.Node] = {}
-        self.weights: dict[tuple[str, int], fx.Node] = {}
-        self.code_bits = 0
-
-    def quantize(self, linear: Linear) -> None:
-        fmt = self.format
-        if fmt.bits == 4 and makes_logits(self.program, linear.node):
-            fmt = _Format(8, fmt.group)
-        weight = self._dequantized(linear, fmt)
-        linear.node.replace_input_with(linear.weight, weight)
-        if fmt.activations:
-            linear.node.replace_input_with(linear.input, self._activation(linear))
-
-    def _dequantized(self, linear: Linear, fmt: _Format) -> fx.Node:
-        """The dequantize node of a weight, made once per tensor, before its first linear."""
-        key = (linear.tensor, linear.axis)
-        if key in self.weights:
-            return self.weights[key]
-        source = self.program.weights[linear.tensor]
-        depth, channels = source.shape[linear.axis], source.shape[1 - linear.axis]
-        codes_source, scale_source = _sources(source, linear, fmt)
-        stem = linear.weight.name
-        codes = self._placeholder(f"{stem}_codes", linear.tensor + CODES, "parameter", codes_source)
-        scale = self._placeholder(f"{stem}_scale", linear.tensor + ".scale", "buffer", scale_source)
-        with self.program.graph.inserting_before(linear.node):
-            node = self.program.graph.call_function(
-                ours.dequantize_weight.default, (codes, scale, linear.axis, fmt.group, fmt.bits)
+    def _require(self, context: PassContext) -> None:
+        target = context.target
+        if self.scheme not in target.schemes:
+            own = target.refused_schemes.get(self.scheme)
+            raise Refusal(
+                "CS4102",
+                f"{target.name} cannot run {self.scheme}.",
+                where="--quantize",
+                why=(f"{own} " if own else "") + f"It executes {', '.join(target.schemes) or 'no quantized weights'}.",
+                hint="Choose one of those schemes, or another target.",
             )
-        _run_fake(self.program, node)
-        self.code_bits += channels * depth * fmt.bits
-        self.weights[key] = node
-        return node
-
-    def _placeholder(
-        self, name: str, tensor: str, kind: Literal["parameter", "buffer"], source: TensorSource
-    ) -> fx.Node:
-        self.added[tensor] = source
-        return add_weight(self.program, self.bindings, name, Binding(tensor, kind), source)
-
-    def _activation(self, linear: Linear) -> fx.Node:
-        """The quantized and restored input, made once per value, before its first linear."""
-        if linear.input not in self.inputs:
-            graph = self.program.graph
-            with graph.inserting_before(linear.node):
-                packed = graph.call_function(ours.quantize_dynamic.default, (linear.input,))
-                parts = tuple(graph.call_function(getitem, (packed, index)) for index in range(3))
-                restored = graph.call_function(ours.dequantize_activation.default, parts)
-            for node in (packed, *parts, restored):
-                _run_fake(self.program, node)
-            self.inputs[linear.input] = restored
-        return self.inputs[linear.input]
-
-    def finish(self) -> Program:
-        program = replace(self.program, weights=self.program.weights.updated(self.added), bindings=self.bindings)
-        return swept(program)
+        if self.reduce_range and not SCHEMES[self.scheme].activations.startswith("int8"):
+            raise UsageError(
+                "CS1122",
+                f"reduce_range does not apply to {self.scheme}.",
+                where="quantize.reduce_range",
+                why="It keeps products of 8-bit weights and 8-bit activations from overflowing; this scheme has none.",
+                hint="Leave it out, or choose w8a8.",
+            )
+        if SCHEMES[self.scheme].static and context.calibration is None and not context.plan_only:
+            raise UsageError(
+                "CS1121",
+                f"{self.scheme} needs calibration text.",
+                where="--quantize",
+                why="The range of activations is fixed ahead, from what it is on that text.",
+                hint="Give --calibration FILE, or choose w8a8 or fp8, whose ranges are found at run time.",
+            )
 
 
-def _run_fake(program: Program, node: fx.Node) -> None:
-    """Record the node's value on fake tensors."""
-    args = fx.node.map_arg(node.args, lambda n: n.meta["val"])
-    with fake_mode_of(program):
-        node.meta["val"] = node.target(*args)  # type: ignore[operator]
-
-
-def _sources(source: TensorSource, linear: Linear, fmt: _Format) -> tuple[TensorSource, TensorSource]:
-    depth, channels = source.shape[linear.axis], source.shape[1 - linear.axis]
-    shape = scale_shape(channels, depth, fmt.group)
-    if isinstance(source, AbsentTensor):
-        return AbsentTensor(source.shape, torch.int8, source.name), AbsentTensor(shape, torch.float32, source.name)
-
-    def compute() -> tuple[torch.Tensor, torch.Tensor]:
-        value = source.load().to(torch.float32)
-        rows = value if linear.axis == 1 else value.t()
-        codes, scale = quantize_groups(rows, fmt.bits, fmt.group) if fmt.group else quantize_channels(rows, fmt.bits)
-        return (codes if linear.axis == 1 else codes.t().contiguous()), scale
-
-    return (
-        DerivedTensor(source.shape, torch.int8, lambda: compute()[0]),
-        DerivedTensor(shape, torch.float32, lambda: compute()[1]),
-    )
+def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Skip]]:
+    heads = [linear for linear in linears if makes_logits(program, linear.node)]
+    why = "It makes the logits; the target's runtime keeps that product in floating point."
+    skips = [Skip(linear.tensor, "CS2205", why) for linear in heads]
+    return [linear for linear in linears if linear not in heads], skips

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compile_sparse.compiler.contract import Lowered, Probe
+from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.program import Program
@@ -40,7 +41,7 @@ class OnnxRuntimeBackend:
             return Probe(False, _RUNTIME, why_not=f"onnxruntime does not load: {error}.", hint=hint)
         version = str(onnxruntime.__version__)
         wanted = target.minimum_versions.get("onnxruntime", "0")
-        if _numbers(version) < _numbers(wanted):
+        if older(version, wanted):
             why = f"onnxruntime {version} is older than {wanted}, which this target needs."
             return Probe(False, _RUNTIME, version, why_not=why, hint=hint + " --upgrade")
         provider = _PROVIDERS.get(target.device)
@@ -69,11 +70,3 @@ class OnnxRuntimeBackend:
         """The measuring process; it imports numpy and onnxruntime only."""
         # -P keeps this folder's modules from shadowing the worker's imports.
         return [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    parts = []
-    for part in version.split(".")[:3]:
-        digits = "".join(c for c in part if c.isdigit())
-        parts.append(int(digits or 0))
-    return tuple(parts)

@@ -207,6 +207,8 @@ def _dequantize_weight(emission: Emission, node: fx.Node) -> str:
     The scales are spread while writing, because a graph would have to build the same thing at every load.
     """
     given = arguments(node)
+    if given["zero_point"] is not None or given["q"].meta["val"].dtype != torch.int8:
+        raise Unsupported("weight codes with zero points, or in 8-bit floating point")
     q, scale, axis, group = (given[name] for name in ("q", "scale", "axis", "group_size"))
     width = int(q.meta["val"].shape[axis])
 

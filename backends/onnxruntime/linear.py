@@ -126,6 +126,8 @@ def _quantized(
         reason = "the scales do not follow the contraction"
     elif codes.q.op != "placeholder" or codes.scale.op != "placeholder":
         reason = "codes or scales are computed in the graph"
+    elif given["zero_point"] is not None or codes.q.meta["val"].dtype != torch.int8:
+        reason = "there is no kernel for its codes"
     elif dynamic and not codes.group:
         return _integer_product(emission, node, x, codes, bias)
     elif dynamic:

@@ -66,6 +66,9 @@ _MEASUREMENT = (
     ),
     click.option("--workload", metavar="KEY=N,...", help="What is measured, e.g. prompt=128,output=64,batch=1."),
     click.option(
+        "--concurrency", metavar="N,...", help="Requests at once, e.g. 1,8: each is measured; the verdict follows the first."
+    ),
+    click.option(
         "--gate", "gates", metavar="EXPR", multiple=True,
         help="Condition for exit code 0, e.g. 'decode_tok_s>=1.2x' or 'ppl[en]<=1.05x'; repeatable.",
     ),
@@ -92,6 +95,7 @@ _RECIPE = (
     click.option("--calibration-samples", metavar="N", type=int, help="Windows of calibration text."),
     click.option("--sequence-length", metavar="N", type=int, help="Tokens per calibration and evaluation window."),
     *_MEASUREMENT,
+    click.option("--tensor-parallel", metavar="N", type=int, help="GPUs the model will be split over; sizes stay divisible."),
     click.option("--seed", metavar="N", type=int, help="For anything random.  [default: 0]"),
     click.option("--allow-useless", is_flag=True, help="Accept what the target cannot exploit."),
 )  # fmt: skip

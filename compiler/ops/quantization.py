@@ -1,11 +1,14 @@
 """Explicit quantize and dequantize operators; running them in torch is the artifact's reference semantics.
 
-Weights: symmetric integers with scales along the contraction dimension.
-    q: int8, same shape as the weight (4-bit codes are stored one per byte, in [-8, 7]).
+Integer weights: scales along the contraction dimension.
+    q: int8, same shape as the weight (4-bit codes are stored one per byte).
     scale: float32. ``group_size == 0``: one scale per output channel, shape ``[N]``.
            ``group_size == g``: shape ``[N, ceil(K / g)]``; the last group may be shorter than g.
-Activations: 8-bit unsigned, one scale and zero point for the whole tensor, chosen at run time. This is ONNX
-``DynamicQuantizeLinear`` (opset 11): the range always contains zero and the zero point is rounded half to even.
+    zero_point: int8 of the scale's shape, or None where codes are symmetric.
+FP8 weights (e4m3, arXiv:2209.05433): as integers with one scale per channel, or one scale per square block.
+NVFP4 weights: e2m1 values in groups of 16 with an e4m3 scale each, and one float32 scale for the tensor.
+Activations: a run-time scale for the whole tensor (``quantize_dynamic``), or ``fake_quantize``: the value after coding and
+decoding, in every other granularity.
 """
 
 from __future__ import annotations
@@ -13,32 +16,183 @@ from __future__ import annotations
 import torch
 from torch.library import custom_op
 
-__all__ = ["dequantize_activation", "dequantize_weight", "quantize_dynamic"]
+__all__ = [
+    "FP4_MAX",
+    "FP4_VALUES",
+    "FP8_MAX",
+    "dequantize_activation",
+    "dequantize_block",
+    "dequantize_nvfp4",
+    "dequantize_weight",
+    "fake_quantize",
+    "quantize_dynamic",
+    "to_fp4_codes",
+    "to_fp8",
+]
+
+FP8_MAX = 448.0
+"""Largest finite e4m3 value."""
+FP4_MAX = 6.0
+FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+"""Magnitudes of e2m1 codes 0 to 7; codes 8 to 15 are their negatives."""
+
+
+def to_fp8(x: torch.Tensor) -> torch.Tensor:
+    """Nearest e4m3 values; out of range saturates (a plain cast makes NaN)."""
+    return x.clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn)
+
+
+def to_fp4_codes(x: torch.Tensor) -> torch.Tensor:
+    """Nearest e2m1 code (int8, 0 to 15) of every element, ties to the even code; out of range saturates."""
+    values = torch.tensor(FP4_VALUES, dtype=x.dtype)
+    middles = (values[1:] + values[:-1]) / 2
+    magnitude = x.abs().contiguous()
+    upper, lower = torch.bucketize(magnitude, middles, right=True), torch.bucketize(magnitude, middles)
+    # The two differ on a tie only: there the even one is taken.
+    code = torch.where(upper % 2 == 0, upper, lower)
+    return (code + 8 * (x < 0)).to(torch.int8)
 
 
 @custom_op("compile_sparse::dequantize_weight", mutates_args=())
-def dequantize_weight(q: torch.Tensor, scale: torch.Tensor, axis: int, group_size: int, bits: int = 8) -> torch.Tensor:
-    """Float weight ``q * scale``.
+def dequantize_weight(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    axis: int,
+    group_size: int,
+    bits: int = 8,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Float weight ``(q - zero_point) * scale``.
 
     Args:
-        q: int8, 2-D.
+        q: int8 or float8, 2-D.
         scale: float32, ``[N]`` or ``[N, groups]``.
         axis: contraction dimension of q (1 for ``[N, K]`` linear weights, 0 for ``[K, N]``).
         group_size: elements per scale along ``axis``; 0 for one scale per output channel.
-        bits: 4 or 8; codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``. Only storage depends on it.
+        bits: 4 or 8; symmetric codes lie in ``[-2^(bits-1), 2^(bits-1) - 1]``, others in ``[0, 2^bits - 1]``. Only storage
+            depends on it.
+        zero_point: int8 of the scale's shape, or None.
     """
-    spread = scale.repeat_interleave(group_size, dim=1)[:, : q.shape[axis]] if group_size else scale[:, None]
-    return q.to(scale.dtype) * (spread if axis == 1 else spread.t())
+
+    def spread(value: torch.Tensor) -> torch.Tensor:
+        rows = value.repeat_interleave(group_size, dim=1)[:, : q.shape[axis]] if group_size else value[:, None]
+        return rows if axis == 1 else rows.t()
+
+    codes = q.to(scale.dtype)
+    return (codes if zero_point is None else codes - spread(zero_point).to(scale.dtype)) * spread(scale)
 
 
 @dequantize_weight.register_fake
-def _(q: torch.Tensor, scale: torch.Tensor, axis: int, group_size: int, bits: int = 8) -> torch.Tensor:
+def _(
+    q: torch.Tensor,
+    scale: torch.Tensor,
+    axis: int,
+    group_size: int,
+    bits: int = 8,
+    zero_point: torch.Tensor | None = None,
+) -> torch.Tensor:
     return q.new_empty(q.shape, dtype=scale.dtype)
+
+
+@custom_op("compile_sparse::dequantize_block", mutates_args=())
+def dequantize_block(q: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    """Float weight ``[N, K]``: ``q * scale[n // block, k // block]``. q: float8; scale: float32."""
+    spread = scale.repeat_interleave(block, 0)[: q.shape[0]].repeat_interleave(block, 1)[:, : q.shape[1]]
+    return q.to(scale.dtype) * spread
+
+
+@dequantize_block.register_fake
+def _(q: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+    return q.new_empty(q.shape, dtype=scale.dtype)
+
+
+@custom_op("compile_sparse::dequantize_nvfp4", mutates_args=())
+def dequantize_nvfp4(codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    """Float weight ``[N, K]``: ``e2m1(code) * scale / global_scale``.
+
+    Args:
+        codes: int8, 0 to 15.
+        scale: float8 ``[N, K / 16]``.
+        global_scale: float32 ``[1]``, a divisor.
+    """
+    values = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)
+    group = codes.shape[1] // scale.shape[1]
+    return values[codes.long()] * scale.to(torch.float32).repeat_interleave(group, 1) / global_scale
+
+
+@dequantize_nvfp4.register_fake
+def _(codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    return codes.new_empty(codes.shape, dtype=torch.float32)
+
+
+@custom_op("compile_sparse::fake_quantize", mutates_args=())
+def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = None) -> torch.Tensor:
+    """``x`` after coding and decoding, in the dtype of ``x``.
+
+    Args:
+        x: ``[..., K]``.
+        format: ``int8``, ``fp8``: one symmetric scale per token (row of K), ``max|x| / 127`` or ``/ 448``;
+            ``int8-static``, ``fp8-static``: ``scale``, float32 ``[1]``, for everything;
+            ``fp8-group``: one scale per 128 elements of a row (the last may be shorter);
+            ``fp4``: e2m1 with an e4m3 scale per 16 elements, below the divisor ``scale``, float32 ``[1]``.
+
+    Raises:
+        ValueError: an unknown format, or a static one without its scale.
+    """
+    value = x.to(torch.float32)
+    kind, _, granularity = format.partition("-")
+    if (granularity == "static" or kind == "fp4") and scale is None:
+        raise ValueError(f"{format} needs a scale")
+    if format == "fp4":
+        return _fp4_groups(value, scale).to(x.dtype)  # type: ignore[arg-type]
+    top = {"int8": 127.0, "fp8": FP8_MAX}[kind]
+    if granularity == "group":
+        rows = _grouped(value, 128)
+        return _ungrouped(_coded(rows, _row_scale(rows, top), kind), value).to(x.dtype)
+    if granularity not in ("", "static"):
+        raise ValueError(f"there is no activation format {format!r}")
+    return _coded(value, _row_scale(value, top) if scale is None else scale, kind).to(x.dtype)
+
+
+@fake_quantize.register_fake
+def _(x: torch.Tensor, format: str, scale: torch.Tensor | None = None) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+def _row_scale(value: torch.Tensor, top: float) -> torch.Tensor:
+    scale = value.abs().amax(-1, keepdim=True) / top
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
+
+
+def _coded(value: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
+    if kind == "fp8":
+        return to_fp8(value / scale).to(torch.float32) * scale
+    return torch.round(value / scale).clamp_(-128, 127) * scale
+
+
+def _grouped(value: torch.Tensor, group: int) -> torch.Tensor:
+    padded = torch.nn.functional.pad(value, (0, -value.shape[-1] % group))
+    return padded.unflatten(-1, (-1, group))
+
+
+def _ungrouped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    return rows.flatten(-2)[..., : like.shape[-1]].contiguous()
+
+
+def _fp4_groups(value: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+    rows = _grouped(value, 16)
+    scale = to_fp8(rows.abs().amax(-1, keepdim=True) / FP4_MAX * global_scale).to(torch.float32) / global_scale
+    safe = torch.where(scale == 0, torch.ones_like(scale), scale)
+    table = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)
+    return _ungrouped(table[to_fp4_codes(rows / safe).long()] * scale, value)
 
 
 @custom_op("compile_sparse::quantize_dynamic", mutates_args=())
 def quantize_dynamic(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(codes uint8, scale float32 [], zero_point uint8 [])`` of the whole tensor."""
+    """``(codes uint8, scale float32 [], zero_point uint8 [])`` of the whole tensor.
+
+    This is ONNX ``DynamicQuantizeLinear`` (opset 11): the range always contains zero and the zero point is rounded half to even.
+    """
     low = torch.clamp(x.min(), max=0.0)
     high = torch.clamp(x.max(), min=0.0)
     scale = (high - low) / 255.0

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.report import Interval, MeasuredWorkload, Percentiles, Performance, Ratios, Speed
+from compile_sparse.compiler.report import Interval, Level, MeasuredWorkload, Percentiles, Performance, Ratios, Speed
 from compile_sparse.compiler.verify.statistics import percentiles, ratio_of_rounds
 from compile_sparse.compiler.worker import Worker
 from compile_sparse.compiler.workload import Workload
@@ -33,11 +33,11 @@ def measure_decoder(
     peak_rss_bytes: Mapping[str, int],
     progress: Progress,
 ) -> Performance:
-    """Prefill and decode of the two loaded models on random tokens.
+    """Prefill and decode of the two loaded models on random tokens, for each number of requests at once.
 
     Args:
         worker: with both models loaded under ``NAMES``.
-        workload: prompt and output length, batch, rounds.
+        workload: prompt and output length, requests at once, rounds.
         threads: of the runtime, for the record.
         vocabulary: token ids are drawn below it.
         seed: of the draw.
@@ -45,37 +45,55 @@ def measure_decoder(
         peak_rss_bytes: measured in processes of their own.
         progress: where rounds are reported.
     """
-    total = (WARMUP_ROUNDS + workload.rounds) * len(NAMES)
-    with progress.task("performance", total=total) as task:
-        reply = worker.call(
-            "benchmark",
-            names=list(NAMES),
-            prompt_tokens=workload.prompt,
-            output_tokens=workload.output,
-            batch=workload.batch,
-            rounds=workload.rounds,
-            warmup=WARMUP_ROUNDS,
-            seed=seed,
-            vocab=vocabulary,
-            on_progress=lambda done, count: task.advance(),
-        )
-    rounds: dict[str, list[dict[str, Any]]] = reply["rounds"]
     bandwidth = float(worker.call("bandwidth", threads=threads)["bytes_per_s"])
-    speeds = {
-        name: _speed(rounds[name], workload, peak_rss_bytes.get(name), weight_bytes[name] / bandwidth) for name in NAMES
-    }
-
-    def ratio(quantity: Callable[[dict[str, Any]], float]) -> Interval:
-        return _interval([quantity(r) for r in rounds[BASELINE]], [quantity(r) for r in rounds[COMPILED]])
-
+    ideal = {name: weight_bytes[name] / bandwidth for name in NAMES}
+    levels: dict[int, Level] = {}
+    total = (WARMUP_ROUNDS + workload.rounds) * len(NAMES) * len(workload.levels)
+    with progress.task("performance", total=total) as task:
+        for batch in workload.levels:
+            reply = worker.call(
+                "benchmark",
+                names=list(NAMES),
+                prompt_tokens=workload.prompt,
+                output_tokens=workload.output,
+                batch=batch,
+                rounds=workload.rounds,
+                warmup=WARMUP_ROUNDS,
+                seed=seed,
+                vocab=vocabulary,
+                on_progress=lambda done, count: task.advance(),
+            )
+            levels[batch] = _level(reply["rounds"], workload, batch, peak_rss_bytes, ideal)
+    first = levels[workload.levels[0]]
     return Performance(
         workload=MeasuredWorkload(
-            batch=workload.batch,
+            batch=workload.levels[0],
             prompt_tokens=workload.prompt,
             output_tokens=workload.output,
             rounds=workload.rounds,
             threads=threads,
         ),
+        baseline=first.baseline,
+        compiled=first.compiled,
+        ratio=first.ratio,
+        concurrency={str(batch): level for batch, level in levels.items()} if len(levels) > 1 else None,
+    )
+
+
+def _level(
+    rounds: Mapping[str, Sequence[Mapping[str, Any]]],
+    workload: Workload,
+    batch: int,
+    peak_rss_bytes: Mapping[str, int],
+    ideal_step_s: Mapping[str, float],
+) -> Level:
+    def ratio(quantity: Callable[[Mapping[str, Any]], float]) -> Interval:
+        return _interval([quantity(r) for r in rounds[BASELINE]], [quantity(r) for r in rounds[COMPILED]])
+
+    speeds = {
+        name: _speed(rounds[name], workload, batch, peak_rss_bytes.get(name), ideal_step_s[name]) for name in NAMES
+    }
+    return Level(
         baseline=speeds[BASELINE],
         compiled=speeds[COMPILED],
         ratio=Ratios(
@@ -87,15 +105,21 @@ def measure_decoder(
 
 
 def _speed(
-    rounds: Sequence[Mapping[str, Any]], workload: Workload, peak_rss_bytes: int | None, ideal_step_s: float
+    rounds: Sequence[Mapping[str, Any]],
+    workload: Workload,
+    batch: int,
+    peak_rss_bytes: int | None,
+    ideal_step_s: float,
 ) -> Speed:
     prefill = float(np.median([r["prefill_s"] for r in rounds]))
     decode = float(np.median([r["decode_s"] for r in rounds]))
     steps = [t for r in rounds for t in r["token_s"]]
+    # A runtime that schedules requests itself tells each one's time; elsewhere the whole batch starts and ends together.
+    first = [t for r in rounds for t in r.get("ttft_s", [r["prefill_s"]])]
     return Speed(
-        prefill_tok_s=workload.batch * workload.prompt / prefill,
-        decode_tok_s=workload.batch * workload.output / decode,
-        ttft_ms=Percentiles(**percentiles([1e3 * r["prefill_s"] for r in rounds])),
+        prefill_tok_s=batch * workload.prompt / prefill,
+        decode_tok_s=batch * workload.output / decode,
+        ttft_ms=Percentiles(**percentiles([1e3 * t for t in first])),
         tpot_ms=Percentiles(**percentiles([1e3 * t for t in steps])),
         peak_rss_bytes=peak_rss_bytes,
         roofline=ideal_step_s / float(np.median(steps)),
@@ -135,7 +159,9 @@ def measure_samples(
     )
 
 
-def measure_memory(command: Sequence[str], folder: Path, workload: Workload, *, threads: int, vocabulary: int) -> int:
+def measure_memory(
+    command: Sequence[str], folder: Path, workload: Workload, *, threads: int, vocabulary: int, device: str
+) -> int:
     """Peak resident bytes of a fresh process that loads one model and generates once."""
     with Worker(command) as worker:
         reply = worker.call(
@@ -144,8 +170,9 @@ def measure_memory(command: Sequence[str], folder: Path, workload: Workload, *, 
             threads=threads,
             prompt_tokens=workload.prompt,
             output_tokens=workload.output,
-            batch=workload.batch,
+            batch=workload.levels[0],
             vocab=vocabulary,
+            device=device,
         )
     return int(reply["peak_rss_bytes"])
 

@@ -65,7 +65,8 @@ def _slice(scores: Sequence[Mapping[str, Any]], seed: int) -> Slice:
         ppl_compiled=math.exp(sum(compiled) / count),
         ratio=estimate.value,
         ci95=(estimate.low, estimate.high),
-        kl=sum(float(s["kl"]) for s in scores) / count,
+        # Some runtimes tell the given tokens' probabilities only: no divergence then.
+        kl=None if any(s["kl"] is None for s in scores) else sum(float(s["kl"]) for s in scores) / count,
         top1_agreement=sum(int(s["top1_equal"]) for s in scores) / count,
         samples=len(scores),
         tokens=count,

@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 import torch
 
+from compile_sparse.compiler.editing import op_name, swept
 from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress, Task
 
-__all__ = ["DECODER_FILE", "SAMPLE_FILE", "sample_inputs", "write_reference"]
+__all__ = ["DECODER_FILE", "SAMPLE_FILE", "sample_inputs", "with_float_activations", "write_reference"]
 
 DECODER_FILE = "reference.json"
 SAMPLE_FILE = "reference.npz"
@@ -65,6 +66,7 @@ def write_reference(
     seed: int,
     progress: Progress,
     windows: int = WINDOWS,
+    dense: Program | None = None,
 ) -> None:
     """Run ``program`` in torch and write what a runtime must reproduce into ``folder``.
 
@@ -75,14 +77,24 @@ def write_reference(
         seed: of inputs that are drawn.
         progress: where windows are reported.
         windows: how many (decoders).
+        dense: the dense program; with it (decoders) the file tells its answers on the same windows too, which shows how noisy
+            the runtime's own arithmetic is, and how much coding activations changes the program's.
     """
     executor = Executor(program)
     if program.kind == "decoder":
         vocabulary, context = int(program.config["vocab_size"]), context_length(program.config) or TOKENS
         chosen = _windows(text, windows, vocabulary, context, seed)
-        with progress.task("reference in torch", total=max(1, len(chosen[0]) - PREFILL)) as task:
-            traces = _traces(program, executor, torch.tensor(chosen, dtype=torch.long), task)
-        data = {"prefill": PREFILL, "windows": chosen, "traces": traces}
+        tokens, steps = torch.tensor(chosen, dtype=torch.long), max(1, len(chosen[0]) - PREFILL)
+        with progress.task("reference in torch", total=steps * (1 if dense is None else 2)) as task:
+            traces = _traces(program, executor, tokens, task)
+            data: dict[str, Any] = {"prefill": PREFILL, "windows": chosen, "traces": traces}
+            if dense is not None:
+                data["dense_traces"] = _traces(dense, Executor(dense), tokens, task)
+        plain = with_float_activations(program) if dense is not None else program
+        if plain is not program:
+            with progress.task("effect of coded activations", total=steps) as task:
+                others = _traces(plain, Executor(plain), tokens, task)
+            data["activation_error"] = _mean_difference(traces, others)
         (folder / DECODER_FILE).write_text(json.dumps(data), encoding="utf-8")
         return
     with progress.task("reference in torch", total=1) as task:
@@ -92,6 +104,22 @@ def write_reference(
     arrays = {f"in.{name}": value for name, value in inputs.items()}
     arrays |= {f"out.{name}": value.numpy() for name, value in outputs.items()}
     np.savez(folder / SAMPLE_FILE, **arrays)  # type: ignore[arg-type]
+
+
+def with_float_activations(program: Program) -> Program:
+    """The program without its ``fake_quantize`` nodes; itself when it has none."""
+    if not any(op_name(node) == "fake_quantize" for node in program.graph.nodes):
+        return program
+    edited = program.clone()
+    for node in list(edited.graph.nodes):
+        if op_name(node) == "fake_quantize":
+            node.replace_all_uses_with(node.args[0])
+    return swept(edited)
+
+
+def _mean_difference(some: list[dict[str, list[float]]], others: list[dict[str, list[float]]]) -> float:
+    pairs = zip(some, others, strict=True)
+    return float(np.mean([np.abs(np.subtract(a["logprob"], b["logprob"])) for a, b in pairs]))
 
 
 def _traces(program: Program, executor: Executor, tokens: torch.Tensor, task: Task) -> list[dict[str, list[float]]]:

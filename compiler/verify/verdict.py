@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-__all__ = ["GAIN", "Decision", "Verdict", "decide", "workload_speedup"]
+__all__ = ["GAIN", "Decision", "Verdict", "decide", "workload_speedup", "wrong_model"]
 
 Verdict = Literal["faster", "smaller-only", "slower", "no-gain", "refused", "unverified"]
 GAIN = 1.03
@@ -47,6 +47,14 @@ def decide(report: Mapping[str, Any], *, fidelity_bound: float = 0.99) -> Decisi
             f"The runtime agrees with the program on {agreement:.1%} of top-1 answers, below {fidelity_bound:.1%}: "
             "its speed is that of a different model.",
         )
+    difference, allowed = fidelity.get("mean_abs_logprob_diff"), fidelity.get("logprob_bound")
+    if allowed is not None and not (difference is not None and difference <= allowed):
+        found = "no numbers" if difference is None else f"a mean log-probability difference of {difference:.3g} nats"
+        return Decision(
+            "unverified",
+            f"The runtime gives {found} from the program, more than the {allowed:.3g} nats that its rounding explains: its speed "
+            "is that of a different model.",
+        )
     speed = workload_speedup(performance)
     if speed is None:
         return Decision("unverified", "The speed of baseline and artifact could not be compared.")
@@ -61,6 +69,33 @@ def decide(report: Mapping[str, Any], *, fidelity_bound: float = 0.99) -> Decisi
     if ratio < SMALLER:
         return Decision("smaller-only", f"Speed did not change measurably: {said}; bytes {ratio:.2f}x.")
     return Decision("no-gain", f"Neither speed nor size changed measurably: {said}; bytes {ratio:.2f}x.")
+
+
+def wrong_model(report: Mapping[str, Any], fidelity_bound: float) -> list[dict[str, Any]]:
+    """A failed gate when the runtime demonstrably computes something else than the program; nothing otherwise.
+
+    It needs no asking for: an artifact that loads and answers wrongly must not pass a pipeline.
+    """
+    fidelity = report.get("fidelity") or {}
+    agreement, bound = fidelity.get("top1_agreement"), fidelity_bound
+    if agreement is None:
+        return []
+    name, value = "fidelity_top1", agreement
+    difference, allowed = fidelity.get("mean_abs_logprob_diff"), fidelity.get("logprob_bound")
+    if allowed is not None and not (difference is not None and difference <= allowed):
+        name, value, bound = "fidelity_logprob", difference, allowed
+    elif agreement >= fidelity_bound:
+        return []
+    return [
+        {
+            "gate": f"{name}{'>=' if name == 'fidelity_top1' else '<='}{bound:.4g} (always checked)",
+            "value": value,
+            "bound": value,
+            "passed": False,
+            "why": "The runtime loads the artifact and computes something else than the program. "
+            f"Measured {'no number' if value is None else format(value, '.4g')}.",
+        }
+    ]
 
 
 def workload_speedup(performance: Mapping[str, Any]) -> tuple[float, float, float] | None:

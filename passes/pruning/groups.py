@@ -70,18 +70,20 @@ def prunable_groups(
     Returns:
         What can be pruned, the skips, and sentences about sizes that are not what was asked for.
     """
-    alignment = context.target.alignment
+    # Tensor parallelism splits channels and heads: every GPU's part is aligned, and holds whole positions.
+    gpus = context.target.tensor_parallel
+    alignment = context.target.alignment * gpus
     found: list[Prunable] = []
     skips: list[Skip] = []
     notes: dict[str, None] = {}
     for group in groups:
         inner = _inner_sizes(analysis, group)
-        step = _step(inner, alignment)
+        step = math.lcm(_step(inner, alignment), gpus)
         kept = nearest_size(group.size, fraction, step)
         if kept is None:
             skips.append(_unaligned(group, fraction, inner, alignment))
             continue
-        wide = _step(inner, math.lcm(alignment, context.contraction_multiple))
+        wide = math.lcm(_step(inner, math.lcm(alignment, context.contraction_multiple * gpus)), gpus)
         wider = nearest_size(group.size, fraction, wide)
         wanted = group.size * (1.0 - fraction)
         if wider is not None and abs(wider - wanted) <= max(FAR * group.size, abs(kept - wanted)):

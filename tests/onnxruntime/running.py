@@ -9,6 +9,8 @@ import numpy as np
 import onnxruntime as ort
 import torch
 
+from compile_sparse.backends.onnxruntime.worker import _saturates
+
 __all__ = ["fp32_tolerance", "run", "session"]
 
 
@@ -17,6 +19,8 @@ def session(folder: Path) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    if _saturates():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return ort.InferenceSession(str(folder / "model.onnx"), options)
 
 

@@ -342,6 +342,10 @@ def test_torch_tags_only_elementwise_operators_as_pointwise(operator: Any) -> No
             dense = operator(*values)
         except (RuntimeError, NotImplementedError, IndexError, TypeError):
             continue  # another dtype or shape is wanted
-        assert torch.equal(torch.nan_to_num(operator(*small)), torch.nan_to_num(dense.index_select(0, keep)))
+        found, expected = torch.nan_to_num(operator(*small)), torch.nan_to_num(dense.index_select(0, keep))
+        # Vectorised and scalar code of one function may round the last bits differently; another element would differ by more.
+        same = torch.isclose(found, expected, rtol=1e-6, atol=0.0) if found.is_floating_point() else found == expected
+        assert found.shape == expected.shape
+        assert bool(same.all())
         return
     pytest.skip("no generic arguments fit")

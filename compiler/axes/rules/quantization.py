@@ -15,6 +15,9 @@ def dequantize_weight(step: Step) -> Labels | None:
     q, scale = step.label("q"), step.label("scale")
     axis, group = step.arguments["axis"], step.arguments["group_size"]
     step.tie(scale[0], q[1 - axis])
+    if step.arguments["zero_point"] is not None:
+        for mine, other in zip(step.label("zero_point"), scale, strict=True):
+            step.tie(mine, other)
     if group:
         size = find(q[axis]).size
         reason = "quantization groups have a fixed size"
@@ -41,3 +44,15 @@ def quantize_dynamic(step: Step) -> Labels:
 def dequantize_activation(step: Step) -> Labels:
     """Element by element."""
     return step.label("codes")
+
+
+@rule("compile_sparse::fake_quantize")
+def fake_quantize(step: Step) -> Labels:
+    """Run-time scales are taken over the kept positions of a row; groups within a row may not lose some of theirs."""
+    source = step.label("x")
+    name = step.arguments["format"]
+    if name.endswith("-group") or name == "fp4":
+        step.freeze(source[-1], "quantization groups have a fixed size")
+    elif not name.endswith("-static"):
+        step.role(source[-1], "reduce_range")
+    return source

@@ -1,0 +1,1 @@
+"""How the quantize pass edits a graph."""

@@ -1,0 +1,93 @@
+"""Codes and scales of one weight, as tensors that are computed when they are written."""
+
+from __future__ import annotations
+
+import torch
+
+from compile_sparse.compiler.schemes import WeightFormat
+from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.passes.round_to_nearest import (
+    quantize_channels,
+    quantize_fp8_blocks,
+    quantize_fp8_channels,
+    quantize_groups,
+    quantize_groups_with_zero_points,
+    quantize_nvfp4,
+    scale_shape,
+)
+
+__all__ = ["code_sources"]
+
+Described = tuple[tuple[int, ...], torch.dtype]
+
+
+def code_sources(
+    source: TensorSource,
+    axis: int,
+    fmt: WeightFormat,
+    stored: torch.dtype,
+    global_scale: TensorSource | None = None,
+) -> dict[str, TensorSource]:
+    """``codes``, ``scale`` and, where the format has one, ``zero_point``.
+
+    Args:
+        source: the weight, ``[N, K]`` or ``[K, N]``.
+        axis: its contraction dimension.
+        fmt: how to code it.
+        stored: type the scales will be stored in.
+        global_scale: NVFP4's divisor.
+    """
+    depth, channels = source.shape[axis], source.shape[1 - axis]
+    shapes = _shapes(channels, depth, fmt)
+    shapes["codes"] = (tuple(source.shape), shapes["codes"][1])
+    if isinstance(source, AbsentTensor):
+        return {key: AbsentTensor(shape, dtype, source.name) for key, (shape, dtype) in shapes.items()}
+
+    def compute() -> dict[str, torch.Tensor]:
+        value = source.load().to(torch.float32)
+        rows = value if axis == 1 else value.t()
+        made = dict(zip(shapes, _coded(rows, fmt, stored, global_scale), strict=True))
+        return made if axis == 1 else {**made, "codes": made["codes"].t().contiguous()}
+
+    return {key: DerivedTensor(shape, dtype, _Part(key, compute)) for key, (shape, dtype) in shapes.items()}
+
+
+class _Part:
+    """One of the tensors that are computed together."""
+
+    def __init__(self, key: str, compute) -> None:  # type: ignore[no-untyped-def]
+        self._key, self._compute = key, compute
+
+    def __call__(self) -> torch.Tensor:
+        made: torch.Tensor = self._compute()[self._key]
+        return made
+
+
+def _shapes(channels: int, depth: int, fmt: WeightFormat) -> dict[str, Described]:
+    rows = (channels, depth)
+    if fmt.kind == "fp4":
+        return {"codes": (rows, torch.int8), "scale": ((channels, -(-depth // fmt.group)), torch.float8_e4m3fn)}
+    if fmt.block:
+        squares = (-(-channels // fmt.block), -(-depth // fmt.block))
+        return {"codes": (rows, torch.float8_e4m3fn), "scale": (squares, torch.float32)}
+    codes = torch.float8_e4m3fn if fmt.kind == "fp8" else torch.int8
+    shape = scale_shape(channels, depth, fmt.group)
+    found: dict[str, Described] = {"codes": (rows, codes), "scale": (shape, torch.float32)}
+    return found if fmt.symmetric else {**found, "zero_point": (shape, torch.int8)}
+
+
+def _coded(
+    rows: torch.Tensor, fmt: WeightFormat, stored: torch.dtype, global_scale: TensorSource | None
+) -> tuple[torch.Tensor, ...]:
+    if fmt.kind == "fp4":
+        assert global_scale is not None
+        return quantize_nvfp4(rows, fmt.group, global_scale.load())
+    if fmt.block:
+        return quantize_fp8_blocks(rows, fmt.block)
+    if fmt.kind == "fp8":
+        return quantize_fp8_channels(rows)
+    if not fmt.symmetric:
+        return quantize_groups_with_zero_points(rows, fmt.bits, fmt.group, stored)
+    if fmt.group:
+        return quantize_groups(rows, fmt.bits, fmt.group, stored)
+    return quantize_channels(rows, fmt.bits, stored)
