@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 
 from compile_sparse.backends.huggingface.architecture import Architecture, architecture_of
 from compile_sparse.backends.huggingface.disk_form import on_disk
-from compile_sparse.backends.huggingface.per_layer import solve_per_layer
+from compile_sparse.backends.huggingface.per_layer import per_layer_shape_solutions, solve_per_layer
 from compile_sparse.backends.huggingface.shards import SHARD_BYTES, write_shards
 from compile_sparse.backends.huggingface.solver import Attempt, Solution, shape_solutions, solve
 from compile_sparse.backends.huggingface.tensors import Tensors, read_tensors
@@ -20,6 +20,8 @@ from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.file_digests import digest_file
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.stored_size import stored_form
+from compile_sparse.compiler.weights import TensorSource
 
 __all__ = ["Checkpoint", "plan_checkpoint", "write_checkpoint"]
 
@@ -67,6 +69,7 @@ def write_checkpoint(
     *,
     per_layer: bool = False,
     shard_bytes: int = SHARD_BYTES,
+    encode: Callable[[str, TensorSource], Mapping[str, TensorSource]] | None = None,
 ) -> Checkpoint:
     """Write config, weights and the source's tokenizer files into the empty folder ``out``.
 
@@ -76,6 +79,7 @@ def write_checkpoint(
         progress: where tensors are reported.
         per_layer: describe layers that differ by ``per_layer_config``, for runtimes that read it; transformers does not.
         shard_bytes: largest weight file.
+        encode: what stands for a tensor in the file (name, tensor -> tensors by name), for formats with coded weights.
 
     Raises:
         ModelError: CS2001 when the program was captured without weights.
@@ -91,7 +95,10 @@ def write_checkpoint(
     if solution is None:
         raise _refusal(architecture, tensors, attempt, differ=bool(tensors.uneven) and not per_layer)
     model = architecture.on_meta(architecture.parsed(solution.config))
-    stored = on_disk(model, tensors.sources)
+    plain = {name: stored_form(source) for name, source in on_disk(model, tensors.sources).items()}
+    stored = (
+        {new: made for name, source in plain.items() for new, made in encode(name, source).items()} if encode else plain
+    )
     files = _write_config(architecture, solution, tensors, out)
     with progress.task("write weights", total=len(stored)) as task:
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)
@@ -103,8 +110,12 @@ def write_checkpoint(
     )
 
 
-def plan_checkpoint(program: Program) -> Solution:
+def plan_checkpoint(program: Program, *, per_layer: bool = False) -> Solution:
     """The first config with the program's shapes. Reads no weights, so the gate is not asked.
+
+    Args:
+        program: unquantized.
+        per_layer: whether layers may differ.
 
     Raises:
         Refusal: as ``write_checkpoint``.
@@ -112,8 +123,10 @@ def plan_checkpoint(program: Program) -> Solution:
     architecture, tensors = _opened(program)
     attempt = Attempt()
     found = next(shape_solutions(program, architecture, tensors, attempt), None)
+    if found is None and per_layer:
+        found = next(per_layer_shape_solutions(program, architecture, tensors, attempt), None)
     if found is None:
-        raise _refusal(architecture, tensors, attempt, differ=bool(tensors.uneven))
+        raise _refusal(architecture, tensors, attempt, differ=bool(tensors.uneven) and not per_layer)
     return found
 
 
@@ -159,7 +172,8 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
 
 
 def _write_config(architecture: Architecture, solution: Solution, tensors: Tensors, out: Path) -> dict[str, str]:
-    dtypes = {source.dtype for source in tensors.sources.values() if source.dtype.is_floating_point}
+    stored = {stored_form(source).dtype for source in tensors.sources.values()}
+    dtypes = {dtype for dtype in stored if dtype.is_floating_point}
     dtype = max(dtypes, key=lambda d: d.itemsize, default=torch.float32)
     name = str(dtype).removeprefix("torch.")
     config = architecture.parsed(_typed(dict(solution.config), name))

@@ -24,7 +24,7 @@ from compile_sparse.backends.huggingface.tensors import Tensors, resizes
 from compile_sparse.compiler.capture.skeleton import new_fake_mode
 from compile_sparse.compiler.program import Program
 
-__all__ = ["solve_per_layer"]
+__all__ = ["per_layer_shape_solutions", "solve_per_layer"]
 
 MAX_JUDGED = 12
 MAX_ALTERNATIVES = 3  # per kind of layer
@@ -83,6 +83,14 @@ def solve_per_layer(
             return judged
         attempt.rejected.append(judged)
     return None
+
+
+def per_layer_shape_solutions(
+    program: Program, architecture: Architecture, tensors: Tensors, attempt: Attempt
+) -> Iterator[Solution]:
+    """Global configs and overrides under which every tensor has its shape. No weights are read."""
+    layers = _Layers(tensors)
+    return _shape_solutions(program, architecture, tensors, layers, attempt) if layers.single else iter(())
 
 
 def _shape_solutions(

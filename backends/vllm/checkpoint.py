@@ -1,0 +1,176 @@
+"""A Hugging Face folder as vLLM loads it: plain or quantized, of uniform layers or (with our plugin) not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_sparse.backends.huggingface.architecture import architecture_of
+from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
+from compile_sparse.backends.huggingface.solver import Solution
+from compile_sparse.backends.vllm.coded import CodedTensor, decoded
+from compile_sparse.backends.vllm.compressed_tensors import WEIGHT, encoded, quantization_config
+from compile_sparse.backends.vllm.contract import violations
+from compile_sparse.compiler.durable import write_durably
+from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.file_digests import digest_file
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.schemes import Scheme
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.stored_size import torch_dtype
+from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.weights import TensorSource
+
+__all__ = ["PLUGIN_CLASSES", "PLUGIN_PREFIX", "Written", "plan", "write"]
+
+CONFIG_FILE = "config.json"
+PLUGIN_PREFIX = "CompileSparse"
+PLUGIN_CLASSES = {
+    name: PLUGIN_PREFIX + name
+    for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
+}
+"""Classes of which our vLLM plugin has a form whose layers may differ."""
+PLUGIN_HINT = "install compile-sparse in vLLM's environment, or add this model's folder vllm_plugin to PYTHONPATH"
+"""Second architecture of a model that needs the plugin: vLLM takes the first one it knows, and prints both when it knows none."""
+_DERIVES_HEAD_SIZE = {"Qwen2ForCausalLM"}
+"""Classes for which vLLM computes ``head_dim`` as ``hidden_size / num_attention_heads``, whatever the config says."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written.
+
+    Attributes:
+        files: name -> sha256.
+        changes: config fields that differ from the model's.
+        per_layer: number of layers that differ from the global config.
+        plugin: whether vLLM needs our plugin to load it.
+        scheme: of the coded weights, None without.
+    """
+
+    files: Mapping[str, str]
+    changes: Mapping[str, Any] = field(default_factory=dict)
+    per_layer: int = 0
+    plugin: bool = False
+    scheme: Scheme | None = None
+
+
+def plan(program: Program, target: Target) -> list[Skip]:
+    """What ``write`` would refuse, or what vLLM would run slowly. Reads no weights."""
+    try:
+        view, coded = decoded(program)
+        found = violations(view, coded, target)
+        if any(skip.refuses for skip in found):
+            return found
+        _one_scheme(coded)
+        solution = plan_checkpoint(view, per_layer=True)
+        _architecture(view.config, solution)
+    except Refusal as error:
+        return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+    return found
+
+
+def write(program: Program, target: Target, out: Path, progress: Progress) -> Written:
+    """Write config, weights and tokenizer files into the empty folder ``out``.
+
+    Raises:
+        Refusal: CS42xx the model's class cannot express the program; CS43xx vLLM cannot run it.
+    """
+    view, coded = decoded(program)
+    for skip in violations(view, coded, target):
+        if skip.refuses:
+            raise Refusal(skip.code, "vLLM cannot run this.", where=skip.where, why=skip.why, hint=skip.hint)
+    scheme = _one_scheme(coded)
+    stored = torch_dtype(target.baseline_precision)
+    names: list[str] = []
+
+    def encode(name: str, source: TensorSource) -> Mapping[str, TensorSource]:
+        if not isinstance(source, CodedTensor):
+            return {name: source}
+        names.append(name)
+        return encoded(name, source, stored)
+
+    written = write_checkpoint(view, out, progress, per_layer=True, encode=encode)
+    if len(names) != len(coded):
+        raise Refusal(
+            "CS4304",
+            "A quantized weight cannot be stored in a checkpoint.",
+            where=next(iter(coded)),
+            why=f"transformers stores {len(coded) - len(names)} of {len(coded)} quantized weights in another form than it "
+            "computes with, and codes cannot be converted.",
+            hint="Leave --quantize out, or compile for ort-cpu.",
+        )
+    config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
+    plain = str(config["architectures"][0])
+    plugin = bool(written.per_layer) or _derives_wrong_head_size(config)
+    if plugin:
+        config["architectures"] = [_plugin_class(plain), PLUGIN_HINT]
+        config.setdefault("per_layer_config", {})
+        config["allow_global_per_layer_attribute_access"] = True
+    if scheme is not None:
+        config["quantization_config"] = quantization_config(scheme, _ignored(view, names))
+    write_durably(out / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
+    files = {**written.files, CONFIG_FILE: digest_file(out / CONFIG_FILE)[0]}
+    return Written(files, written.changes, len(written.per_layer), plugin, scheme)
+
+
+def _one_scheme(coded: Mapping[str, CodedTensor]) -> Scheme | None:
+    schemes = list(dict.fromkeys(tensor.scheme for tensor in coded.values()))
+    if len(schemes) > 1:
+        raise Refusal(
+            "CS4304",
+            "The model mixes quantization schemes.",
+            where="quantize",
+            why=f"{len(schemes)} different ones; vLLM's fused layers need one, and mixtures are not written by this version.",
+            hint="Quantize all linear layers alike.",
+        )
+    return schemes[0] if schemes else None
+
+
+def _architecture(config: Mapping[str, Any], solution: Solution) -> str:
+    plain = str((config.get("architectures") or [""])[0])
+    return _plugin_class(plain) if solution.per_layer or _derives_wrong_head_size(solution.config) else plain
+
+
+def _plugin_class(plain: str) -> str:
+    if plain in PLUGIN_CLASSES:
+        return PLUGIN_CLASSES[plain]
+    raise Refusal(
+        "CS4309",
+        f"vLLM builds every layer of {plain} alike.",
+        where="architectures",
+        why=f"In this program layers differ, or heads do not divide the width; the vLLM plugin has {', '.join(PLUGIN_CLASSES)}.",
+        hint="Use --allocation uniform and remove whole layers only, or compile for ort-cpu, which takes any shape.",
+    )
+
+
+def _derives_wrong_head_size(config: Mapping[str, Any]) -> bool:
+    names, heads, size = config.get("architectures") or [""], config.get("num_attention_heads"), config.get("head_dim")
+    return (
+        names[0] in _DERIVES_HEAD_SIZE
+        and bool(heads)
+        and bool(size)
+        and int(size) * int(heads) != config["hidden_size"]
+    )
+
+
+def _ignored(program: Program, names: list[str]) -> list[str]:
+    """Linear layers of the class that are not coded, by module name."""
+    architecture = architecture_of(program.config)
+    model = architecture.on_meta(architecture.parsed(architecture.config))
+    coded = {name.removesuffix(WEIGHT) for name in names}
+    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    # After removing layers the last numbers of the source model are free: naming them is harmless, and not helpful.
+    present = {".".join(name.split(".")[:3]) for name in coded}
+    return [name for name in linears if name not in coded and not _removed(name, present)]
+
+
+def _removed(name: str, present: set[str]) -> bool:
+    parts = name.split(".")
+    return len(parts) > 3 and ".".join(parts[:3]) not in present
