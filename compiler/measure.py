@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,11 +71,18 @@ def measure(
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
     if decoder:
         with progress.task("memory", total=len(folders)) as task:
-            for name, folder in folders.items():
-                memory[name] = measure_memory(
-                    command, folder, workload, threads=threads, vocabulary=vocabulary, device=target.device
-                )
-                task.advance()
+            # Memory does not depend on the neighbours: both at once, because starting a runtime may take a while. The workers
+            # are ended before the threads are waited for, so that an interruption need not wait.
+            with ThreadPoolExecutor(len(folders)) as pool, ExitStack() as stack:
+                workers = {name: stack.enter_context(Worker(command)) for name in folders}
+                options: dict[str, Any] = {"threads": threads, "vocabulary": vocabulary, "device": target.device}
+                waiting = {
+                    name: pool.submit(measure_memory, workers[name], folder, workload, **options)
+                    for name, folder in folders.items()
+                }
+                for name, found in waiting.items():
+                    memory[name] = found.result()
+                    task.advance()
     with Worker(command) as worker:
         for name, folder in folders.items():
             worker.call(

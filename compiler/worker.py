@@ -2,6 +2,9 @@
 
 A runtime may crash, hang or take all memory; none of that may take the compiler with it. Requests carry an id, replies repeat
 it; ``{"event": "progress"}`` lines may come in between. The worker's stderr is kept and its tail put into errors.
+
+``COMPILE_SPARSE_WORKER_GIB`` is how much memory a worker and its children may take; without it 95 % of what the machine (or the
+control group of a container) has.
 """
 
 from __future__ import annotations
@@ -10,13 +13,18 @@ import contextlib
 import json
 import os
 import queue
+import re
 import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+import psutil
 
 from compile_sparse.compiler.errors import EnvironmentFailure
 
@@ -25,6 +33,16 @@ __all__ = ["Worker"]
 PROTOCOL = 1
 SHUTDOWN_SECONDS = 5.0
 STDERR_TAIL_BYTES = 2000
+GIB = 2**30
+MEMORY_VARIABLE = "COMPILE_SPARSE_WORKER_GIB"
+MEMORY_SHARE = 0.95
+CONTAINER_LIMIT = Path("/sys/fs/cgroup/memory.max")
+POLL_SECONDS = 0.5
+CHILDREN_SECONDS = 5.0
+"""Finding children reads the process table, which takes milliseconds on a busy machine; looking at known ones does not."""
+NO_MEMORY = re.compile(
+    r"out of ?memory|MemoryError|not enough memory|no available memory|allocate memory", re.IGNORECASE
+)
 # The environment a runtime needs; tokens and the like stay out of a process that runs vendor code.
 PASSED_ON = (
     "PATH",
@@ -36,7 +54,73 @@ PASSED_ON = (
     "VIRTUAL_ENV",
     "OMP_NUM_THREADS",
     "CUDA_VISIBLE_DEVICES",
+    "CUDA_HOME",
+    "NVIDIA_VISIBLE_DEVICES",
 )
+
+
+class _Memory:
+    """How much memory a process and its descendants take, and whether that is too much.
+
+    Counts what nothing but ending them gives back: pages of mapped files, weights for instance, are left out where the system
+    tells them apart, because it drops them when memory is short.
+    """
+
+    def __init__(self, pid: int, limit: int) -> None:
+        self._limit = limit
+        self._root = psutil.Process(pid)
+        self._children: list[psutil.Process] = []
+        self._listed = self._looked = 0.0
+
+    def excess(self) -> str:
+        """What is wrong, as a sentence, or an empty string; looks at most once per ``POLL_SECONDS``."""
+        now = time.monotonic()
+        if now - self._looked < POLL_SECONDS:
+            return ""
+        self._looked = now
+        if now - self._listed >= CHILDREN_SECONDS:
+            self._listed = now
+            with contextlib.suppress(psutil.Error):
+                self._children = self._root.children(recursive=True)
+        used = sum(map(_own_bytes, (self._root, *self._children)))
+        if used <= self._limit:
+            return ""
+        return f"It took {used / GIB:.1f} GiB, its limit is {self._limit / GIB:.1f} GiB"
+
+
+def _own_bytes(process: psutil.Process) -> int:
+    try:
+        memory = process.memory_info()
+    except psutil.Error:
+        return 0  # it ended
+    return int(memory.rss) - int(getattr(memory, "shared", 0))
+
+
+def _memory_limit() -> int:
+    """Bytes a worker may take.
+
+    Raises:
+        EnvironmentFailure: CS5208 when ``COMPILE_SPARSE_WORKER_GIB`` is not a number above 0.
+    """
+    text = os.environ.get(MEMORY_VARIABLE, "")
+    if text:
+        try:
+            chosen = float(text)
+        except ValueError:
+            chosen = 0.0
+        if chosen > 0:
+            return int(min(chosen, 2.0**30) * GIB)
+        raise EnvironmentFailure(
+            "CS5208",
+            f"{MEMORY_VARIABLE} is no amount of memory.",
+            where=MEMORY_VARIABLE,
+            why=f"It is {text!r}; a number of GiB above 0 was expected.",
+            hint="Unset it: the limit is then 95 % of the machine's memory.",
+        )
+    whole = psutil.virtual_memory().total
+    with contextlib.suppress(OSError, ValueError):  # no control group, or one without a limit ("max")
+        whole = min(whole, int(CONTAINER_LIMIT.read_text(encoding="ascii")))
+    return int(MEMORY_SHARE * whole)
 
 
 class Worker:
@@ -52,7 +136,7 @@ class Worker:
 
     Raises:
         EnvironmentFailure: CS5201 it does not start or speaks another protocol; CS5202 it died; CS5203 it took too long;
-            CS5204 it reported an error.
+            CS5204 it reported an error; CS5208 it took too much memory.
     """
 
     def __init__(self, command: Sequence[str]) -> None:
@@ -63,6 +147,7 @@ class Worker:
         self.runtime: dict[str, str] = {}
 
     def __enter__(self) -> Self:
+        limit = _memory_limit()
         self._stderr = tempfile.TemporaryFile()
         environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
         try:
@@ -81,6 +166,7 @@ class Worker:
             raise EnvironmentFailure(
                 "CS5201", "The runtime's worker does not start.", where=self._command[0], why=str(error)
             ) from error
+        self._memory = _Memory(self._process.pid, limit)
         threading.Thread(target=self._read, daemon=True).start()
         try:
             hello = self.call("hello", timeout=120)
@@ -153,30 +239,29 @@ class Worker:
             error = reply.get("error")
             if not isinstance(error, dict):
                 error = {"message": error}
-            raise EnvironmentFailure(
-                "CS5204",
-                f"The runtime failed in {operation!r}.",
-                where=str(self.runtime.get("name", self._command[-1])),
-                why=f"{error.get('type', 'Error')}: {error.get('message', 'no message')}",
-                hint="If this is the artifact's fault, please report it with the model's config.json.",
-            )
+            raise self._failed(operation, f"{error.get('type', 'Error')}: {error.get('message', 'no message')}")
         result = reply.get("result")
         if not isinstance(result, dict):
             raise _garbage(operation, json.dumps(reply))
         return result
 
+    def _failed(self, operation: str, why: str) -> EnvironmentFailure:
+        """The error of a reply that says ``why``."""
+        hint = "If this is the artifact's fault, please report it with the model's config.json."
+        if NO_MEMORY.search(why):
+            hint = "Use a smaller --workload (shorter, or fewer requests at once), or a machine with more memory."
+        if re.search(r"\babove\b", why):  # runtimes with processes of their own log the cause, and report that they did
+            why += f" Its last output: {self._tail()}"
+        return EnvironmentFailure(
+            "CS5204",
+            f"The runtime failed in {operation!r}.",
+            where=str(self.runtime.get("name", self._command[-1])),
+            why=why,
+            hint=hint,
+        )
+
     def _receive(self, operation: str, timeout: float) -> dict[str, Any]:
-        try:
-            line = self._lines.get(timeout=timeout)
-        except queue.Empty:
-            self._kill()
-            raise EnvironmentFailure(
-                "CS5203",
-                f"The runtime did not answer within {timeout:.0f} s.",
-                where=operation,
-                why=f"It was stopped. Its last output: {self._tail()}",
-                hint="Use a smaller --workload, or fewer evaluation windows.",
-            ) from None
+        line = self._next_line(operation, timeout)
         if line is None:
             raise self._died(operation)
         try:
@@ -184,6 +269,40 @@ class Worker:
         except json.JSONDecodeError as error:
             raise _garbage(operation, line) from error
         return reply if isinstance(reply, dict) else {}
+
+    def _next_line(self, operation: str, timeout: float) -> str | None:
+        """The next line, None after the last one; looks after the worker while waiting."""
+        end, ended = time.monotonic() + timeout, False
+        while True:
+            if why := self._memory.excess():
+                self._kill()
+                raise EnvironmentFailure(
+                    "CS5208",
+                    f"The runtime took too much memory in {operation!r}.",
+                    where=str(self.runtime.get("name", self._command[-1])),
+                    why=f"{why}. It was stopped before the machine ran out.",
+                    hint=f"Use a smaller --workload, or set {MEMORY_VARIABLE} to the GiB it may take.",
+                )
+            left = end - time.monotonic()
+            try:
+                return self._lines.get(timeout=min(POLL_SECONDS, max(0.0, left)))
+            except queue.Empty:
+                pass
+            # Children that outlive it may hold its stdout open, so its end can go unnoticed there. Its last lines may still be
+            # on their way; one more turn waits for them.
+            if ended:
+                return None
+            ended = self._process is not None and self._process.poll() is not None
+            if left <= 0:
+                break
+        self._kill()
+        raise EnvironmentFailure(
+            "CS5203",
+            f"The runtime did not answer within {timeout:.0f} s.",
+            where=operation,
+            why=f"It was stopped. Its last output: {self._tail()}",
+            hint="Use a smaller --workload, or fewer evaluation windows.",
+        )
 
     def _read(self) -> None:
         process = self._process
@@ -193,8 +312,13 @@ class Worker:
         self._lines.put(None)
 
     def _died(self, operation: str) -> EnvironmentFailure:
-        code = self._process.wait() if self._process else None
-        if code is not None and code < 0:
+        code = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            code = self._process.wait(timeout=SHUTDOWN_SECONDS) if self._process else None
+        if code is None:
+            self._kill()
+            how = "It closed its output and went on running, so it was stopped."
+        elif code < 0:
             how = f"It was ended by {signal.Signals(-code).name}."
             if -code == signal.SIGKILL:
                 how += " The system does this when memory runs out."

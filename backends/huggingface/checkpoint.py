@@ -16,6 +16,7 @@ from compile_sparse.backends.huggingface.per_layer import per_layer_shape_soluti
 from compile_sparse.backends.huggingface.shards import SHARD_BYTES, write_shards
 from compile_sparse.backends.huggingface.solver import Attempt, Solution, shape_solutions, solve
 from compile_sparse.backends.huggingface.tensors import Tensors, read_tensors
+from compile_sparse.compiler.capture.skeleton import quiet_transformers
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.file_digests import digest_file
 from compile_sparse.compiler.program import Program
@@ -70,6 +71,7 @@ def write_checkpoint(
     per_layer: bool = False,
     shard_bytes: int = SHARD_BYTES,
     encode: Callable[[str, TensorSource], Mapping[str, TensorSource]] | None = None,
+    dtype: torch.dtype | None = None,
 ) -> Checkpoint:
     """Write config, weights and the source's tokenizer files into the empty folder ``out``.
 
@@ -80,6 +82,7 @@ def write_checkpoint(
         per_layer: describe layers that differ by ``per_layer_config``, for runtimes that read it; transformers does not.
         shard_bytes: largest weight file.
         encode: what stands for a tensor in the file (name, tensor -> tensors by name), for formats with coded weights.
+        dtype: what the config calls the model's type; by default the widest floating-point type stored.
 
     Raises:
         ModelError: CS2001 when the program was captured without weights.
@@ -99,7 +102,7 @@ def write_checkpoint(
     stored = (
         {new: made for name, source in plain.items() for new, made in encode(name, source).items()} if encode else plain
     )
-    files = _write_config(architecture, solution, tensors, out)
+    files = _write_config(architecture, solution, dtype or _widest(tensors), out)
     with progress.task("write weights", total=len(stored)) as task:
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)
     return Checkpoint(
@@ -171,18 +174,20 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
     )
 
 
-def _write_config(architecture: Architecture, solution: Solution, tensors: Tensors, out: Path) -> dict[str, str]:
+def _widest(tensors: Tensors) -> torch.dtype:
     stored = {stored_form(source).dtype for source in tensors.sources.values()}
-    dtypes = {dtype for dtype in stored if dtype.is_floating_point}
-    dtype = max(dtypes, key=lambda d: d.itemsize, default=torch.float32)
-    name = str(dtype).removeprefix("torch.")
-    config = architecture.parsed(_typed(dict(solution.config), name))
+    return max((d for d in stored if d.is_floating_point), key=lambda d: d.itemsize, default=torch.float32)
+
+
+def _write_config(architecture: Architecture, solution: Solution, dtype: torch.dtype, out: Path) -> dict[str, str]:
+    config = architecture.parsed(_typed(dict(solution.config), str(dtype).removeprefix("torch.")))
     config.architectures = [architecture.model_class.__name__]
-    if solution.per_layer:
-        config.per_layer_config = {number: dict(own) for number, own in solution.per_layer.items()}
-        # Code that reads a global value of a field that varies would fail otherwise, loaders of tokenizers included.
-        config.allow_global_per_layer_attribute_access = True
-    config.save_pretrained(out)
+    with quiet_transformers():
+        if solution.per_layer:
+            config.per_layer_config = {number: dict(own) for number, own in solution.per_layer.items()}
+            # Code that reads a global value of a field that varies would fail otherwise, loaders of tokenizers included.
+            config.allow_global_per_layer_attribute_access = True
+        config.save_pretrained(out)
     return {CONFIG_FILE: digest_file(out / CONFIG_FILE)[0]}
 
 

@@ -96,7 +96,7 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
         names.append(name)
         return encoded(name, source, stored)
 
-    written = write_checkpoint(view, out, progress, per_layer=True, encode=encode)
+    written = write_checkpoint(view, out, progress, per_layer=True, encode=encode, dtype=stored)
     if len(names) != len(coded):
         raise Refusal(
             "CS4304",

@@ -74,7 +74,14 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
         "symmetric": True,
     }
     if kind == "fp4":
-        return {**described, "strategy": "tensor_group", "group_size": 16, "dynamic": "local"}
+        return {
+            **described,
+            "strategy": "tensor_group",
+            "group_size": 16,
+            "dynamic": "local",
+            # Without it transformers keeps the scales it finds at run time in float32; GPUs round them to e4m3.
+            "scale_dtype": "torch.float8_e4m3fn",
+        }
     if granularity == "group":
         return {**described, "strategy": "group", "group_size": 128, "dynamic": True}
     return {**described, "strategy": "tensor" if granularity else "token", "dynamic": not granularity}

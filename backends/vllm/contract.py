@@ -8,16 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 
 from compile_sparse.backends.vllm.coded import CodedTensor
+from compile_sparse.compiler.axes.analysis import analyse
+from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.linears import find_linears
 from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.schemes import SCHEMES
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target
 
 __all__ = ["violations"]
 
-_CPU_TILE = 32  # cpu_gemm_wna16 takes in- and out-sizes in multiples of this
-_MARLIN_IN, _MARLIN_OUT = 128, 64
-_CUTLASS = 16
+Parts = Mapping[tuple[str, int], int]
+"""``(tensor, dimension)`` -> number of parts it is cut into, one on each GPU; absent: not cut."""
+
+_CPU_TILE = 32  # cpu_gemm_wna16 takes in- and out-sizes in multiples of this (kernels/linear/mixed_precision/cpu.py)
+_MARLIN_TILES = ((64, 128), (128, 64))  # (outputs, inputs), one pair suffices (quantization/utils/marlin_utils.py)
+_CUTLASS = 16  # _custom_ops.cutlass_scaled_mm, and the padding in kernels/linear/scaled_mm/cutlass.py
+_CUTLASS_FP4 = 32  # quantization/utils/nvfp4_utils.py
 _BLOCK = 128
 
 
@@ -32,10 +39,13 @@ def violations(program: Program, coded: Mapping[str, CodedTensor], target: Targe
     if program.kind != "decoder":
         why = f"This is a model of kind {program.kind!r}; only text generation is measured in vLLM by this version."
         return [Skip("MODEL", "CS4306", why, "Compile it for ort-cpu.")]
-    found = [*_experts(program, coded), *_parallel(program, coded, target)]
+    groups = analyse(program).groups if target.tensor_parallel > 1 else ()
+    parts = _parts(groups, target.tensor_parallel)
+    found = [*_experts(program, coded), *_parallel(program, groups, target)]
     for name, tensor in coded.items():
-        found += [Skip(name, *reason) for reason in _shape(name, tensor, target)]
-    found += _fused(program, coded, target)
+        found += [Skip(name, *reason) for reason in _shape(name, tensor, target, parts)]
+    for names in _joined(program, coded):
+        found += [Skip(names[0], *reason) for reason in _tiles(names, coded, target, parts)]
     return _merged(found)
 
 
@@ -53,23 +63,22 @@ def _experts(program: Program, coded: Mapping[str, CodedTensor]) -> Iterator[Ski
         yield Skip(stacked[0], "CS4307", why, "Leave --quantize out; pruning of experts works.")
 
 
-def _shape(name: str, tensor: CodedTensor, target: Target) -> Iterator[tuple[str, str, str]]:
+def _shape(name: str, tensor: CodedTensor, target: Target, parts: Parts) -> Iterator[tuple[str, str, str]]:
     """(code, why, hint) per broken rule of one weight."""
     fmt, (rows, columns) = tensor.scheme.weights, tensor.shape
-    shard = columns // target.tensor_parallel
+    row_parts, column_parts = parts.get((name, 0), 1), parts.get((name, 1), 1)
     if fmt.group and columns % fmt.group:
-        smaller = "w4a16-g32" if fmt.kind == "int" and columns % 32 == 0 else "w4a16-channel or w8a8"
         yield (
             "CS4301",
             f"Groups of {fmt.group} do not divide its {columns} inputs ({columns / fmt.group:g} groups), and vLLM has no last "
             "group of another size.",
-            f"--quantize {smaller}, or remove a share that leaves a multiple of {fmt.group}.",
+            f"{_without_groups(target, columns)}, or remove a share that leaves a multiple of {fmt.group}.",
         )
-    elif fmt.group and shard % fmt.group:
+    elif fmt.group and columns % (fmt.group * column_parts):
         yield (
             "CS4301",
-            f"Split over {target.tensor_parallel} GPUs each would hold {columns / target.tensor_parallel:g} of its {columns} "
-            f"inputs, which are no whole groups of {fmt.group}.",
+            f"Split over {column_parts} GPUs each would hold {columns / column_parts:g} of its {columns} inputs, which are no "
+            f"whole groups of {fmt.group}.",
             "A smaller --tensor-parallel, or a scheme with smaller groups.",
         )
     if fmt.block and (rows % _BLOCK or columns % _BLOCK):
@@ -78,50 +87,104 @@ def _shape(name: str, tensor: CodedTensor, target: Target) -> Iterator[tuple[str
             f"Blocks of {_BLOCK}x{_BLOCK} do not divide its shape {rows}x{columns}.",
             "--quantize fp8, which has one scale per channel.",
         )
+    elif fmt.block and (rows % (_BLOCK * row_parts) or columns % (_BLOCK * column_parts)):
+        yield (
+            "CS4302",
+            f"Split over {max(row_parts, column_parts)} GPUs each would hold {rows / row_parts:g}x{columns / column_parts:g} of "
+            f"its shape {rows}x{columns}, which are no whole blocks of {_BLOCK}x{_BLOCK}.",
+            "A smaller --tensor-parallel, or --quantize fp8, which has one scale per channel.",
+        )
     if fmt.kind == "int" and not tensor.scheme.activations:
         per_int = 32 // fmt.bits
-        if columns % per_int or (not fmt.symmetric and rows % per_int):
+        if columns % (per_int * column_parts) or (not fmt.symmetric and rows % (per_int * row_parts)):
+            held = f"{rows}x{columns}" + (f", split over {target.tensor_parallel} GPUs" if parts else "")
             yield (
                 "CS4303",
-                f"{fmt.bits}-bit codes are packed {per_int} to an integer, which does not divide its shape {rows}x{columns}.",
-                "--quantize w8a8, or remove a share that leaves a multiple of 32.",
+                f"{fmt.bits}-bit codes are packed {per_int} to an integer, which does not divide its shape {held}.",
+                f"{_unpacked(target)}, or remove a share that leaves a multiple of 32.",
             )
-        elif target.device == "cuda" and (columns % _MARLIN_IN or rows % _MARLIN_OUT):
-            yield (
-                "CS2331",
-                f"The fast 4-bit kernel (Marlin) takes inputs in multiples of {_MARLIN_IN} and outputs of {_MARLIN_OUT}; this "
-                f"weight is {rows}x{columns}, so vLLM chooses another one.",
-                "",
-            )
-    elif target.device == "cuda" and (rows % _CUTLASS or columns % _CUTLASS):
-        yield (
-            "CS2331",
-            f"The fast 8-bit kernels (CUTLASS) take sizes in multiples of {_CUTLASS}; this weight is {rows}x{columns}.",
-            "",
-        )
 
 
-def _fused(program: Program, coded: Mapping[str, CodedTensor], target: Target) -> Iterator[Skip]:
-    """vLLM joins linear layers that share an input (query, key and value; gate and up); its CPU kernel looks at the sum."""
-    if target.device != "cpu":
-        return
-    by_input: dict[str, list[str]] = {}
+def _without_groups(target: Target, columns: int) -> str:
+    """Schemes of the target that fit a number of inputs, as an option."""
+
+    def fits(name: str) -> bool:
+        scheme = SCHEMES[name]
+        tile = _CPU_TILE if target.device == "cpu" and not scheme.activations else 1
+        return name in target.schemes and columns % max(scheme.weights.group, tile) == 0
+
+    return f"--quantize {' or '.join(filter(fits, ('w4a16-g32', 'w4a16-channel', 'w8a8', 'fp8')))}"
+
+
+def _unpacked(target: Target) -> str:
+    return f"--quantize {next(name for name in ('w8a8', 'fp8') if name in target.schemes)}"
+
+
+def _joined(program: Program, coded: Mapping[str, CodedTensor]) -> list[list[str]]:
+    """Coded weights that vLLM makes one: those of one module with the same input (query, key and value; gate and up)."""
+    found: dict[tuple[str, str], dict[str, None]] = {}
     for linear in find_linears(program)[0]:
         if linear.tensor in coded:
-            by_input.setdefault(linear.input.name, []).append(linear.tensor)
-    for tensors in by_input.values():
-        if coded[tensors[0]].scheme.activations or coded[tensors[0]].scheme.weights.kind != "int":
-            continue
-        columns, rows = coded[tensors[0]].shape[1], sum(coded[tensor].shape[0] for tensor in tensors)
-        if columns % _CPU_TILE or rows % _CPU_TILE:
-            why = (
-                f"vLLM's CPU kernel for 4-bit weights takes sizes in multiples of {_CPU_TILE}; this layer has {columns} inputs "
-                f"and {rows} outputs" + (f" ({len(tensors)} joined)." if len(tensors) > 1 else ".")
+            module = ".".join(linear.tensor.split(".")[:-2])
+            found.setdefault((linear.input.name, module), {})[linear.tensor] = None
+    return [list(names) for names in found.values()]
+
+
+def _tiles(
+    names: Sequence[str], coded: Mapping[str, CodedTensor], target: Target, parts: Parts
+) -> Iterator[tuple[str, str, str]]:
+    """(code, why, hint) where sizes of what one kernel gets are not those it was written for."""
+    scheme = coded[names[0]].scheme
+    rows = sum(coded[name].shape[0] // parts.get((name, 0), 1) for name in names)
+    columns = coded[names[0]].shape[1] // parts.get((names[0], 1), 1)
+    held = f"{rows}x{columns}" + (f" ({len(names)} joined)" if len(names) > 1 else "")
+    held += f" on each of {target.tensor_parallel} GPUs" if parts else ""
+    packed = scheme.weights.kind == "int" and not scheme.activations
+    if target.device == "cpu":
+        if packed and (rows % _CPU_TILE or columns % _CPU_TILE):
+            yield (
+                "CS4303",
+                f"vLLM's CPU kernel for weight-only codes takes sizes in multiples of {_CPU_TILE}; this layer is {held}.",
+                f"{_unpacked(target)}, or remove a share that leaves a multiple of {_CPU_TILE}.",
             )
-            yield Skip(tensors[0], "CS4303", why, "--quantize w8a8, or remove a share that leaves a multiple of 32.")
+        return
+    if packed:
+        if not any(rows % outputs == 0 and columns % inputs == 0 for outputs, inputs in _MARLIN_TILES):
+            yield (
+                "CS2331",
+                "vLLM's weight-only kernel (Marlin) takes outputs and inputs in multiples of 64 and 128, or of 128 and 64; "
+                f"this layer is {held}, so it is padded with zeros, and its activations on every call.",
+                "",
+            )
+    elif scheme.activations.startswith("int8"):
+        if rows % _CUTLASS or columns % _CUTLASS:
+            yield (
+                "CS2331",
+                f"vLLM's int8 kernel (CUTLASS) takes sizes in multiples of {_CUTLASS}; this layer is {held}, so another one "
+                "(Triton) is used.",
+                "",
+            )
+    else:
+        tile = _CUTLASS_FP4 if scheme.weights.kind == "fp4" else _CUTLASS
+        if rows % tile or columns % tile:
+            yield (
+                "CS2331",
+                f"vLLM's {scheme.weights.kind} kernel (CUTLASS) takes sizes in multiples of {tile}; this layer is {held}, so "
+                "it is padded with zeros, and its activations on every call.",
+                "",
+            )
 
 
-def _parallel(program: Program, coded: Mapping[str, CodedTensor], target: Target) -> Iterator[Skip]:
+def _parts(groups: Sequence[Group], gpus: int) -> Parts:
+    """What tensor parallelism cuts: channels and heads, not the width. Fewer key-value heads than GPUs are repeated whole."""
+    sizes: dict[tuple[str, int], int] = {}
+    for group in groups:
+        for place in group.members if group.kind in ("channels", "heads") else ():
+            sizes[place] = sizes.get(place, 1) * group.size
+    return {place: min(gpus, size) for place, size in sizes.items()}
+
+
+def _parallel(program: Program, groups: Sequence[Group], target: Target) -> Iterator[Skip]:
     """Tensor parallelism splits heads and channels; what a GPU holds must be whole."""
     gpus = target.tensor_parallel
     if gpus == 1:
@@ -131,24 +194,24 @@ def _parallel(program: Program, coded: Mapping[str, CodedTensor], target: Target
         for entry in program.inputs
         if entry.role == "past_key"
     }
+    fewer = "Remove another share, or use fewer GPUs."
     for heads in sorted(key_heads):
         if heads % gpus and gpus % heads:
             why = f"{heads} key-value heads can neither be split over {gpus} GPUs nor be repeated evenly on them."
-            yield Skip("--tensor-parallel", "CS4308", why, "Remove another share of heads, or use fewer GPUs.")
+            yield Skip("--tensor-parallel", "CS4308", why, fewer)
     declared = int(program.config.get("num_attention_heads") or 0)
-    width = _query_width(program)
-    for query in sorted(width):
+    for query in sorted(_query_heads(program)):
         if query % gpus:
-            why = f"{query} query heads (of {declared} in the dense model) cannot be split over {gpus} GPUs."
-            yield Skip("--tensor-parallel", "CS4308", why, "Remove another share of heads, or use fewer GPUs.")
-    for linear in find_linears(program)[0]:
-        rows = program.weights[linear.tensor].shape[1 - linear.axis]
-        if rows % gpus and len(linear.node.users) and linear.tensor in coded:
-            why = f"Its {rows} outputs cannot be split over {gpus} GPUs."
-            yield Skip(linear.tensor, "CS4308", why, "Remove another share, or use fewer GPUs.")
+            dense = "" if query == declared else f" (of {declared} in the dense model)"
+            why = f"{query} query heads{dense} cannot be split over {gpus} GPUs."
+            yield Skip("--tensor-parallel", "CS4308", why, fewer)
+    for group in groups:
+        if group.kind == "channels" and group.size % gpus:
+            why = f"Its {group.size} channels cannot be split over {gpus} GPUs."
+            yield Skip(group.anchor.tensor, "CS4308", why, fewer)
 
 
-def _query_width(program: Program) -> set[int]:
+def _query_heads(program: Program) -> set[int]:
     """Numbers of query heads, over layers: the second size of attention's query."""
     found = set()
     for node in program.graph.nodes:

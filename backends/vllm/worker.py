@@ -117,8 +117,10 @@ class Model:
             return
         import torch
         from vllm.platforms import current_platform
+        from vllm.plugins import load_general_plugins
 
         current_platform.import_kernels()
+        load_general_plugins()  # a plugin may bring a kernel
         if not hasattr(torch.ops._C, _FOUR_BIT_KERNEL):
             raise RequestError(
                 f"this vLLM has no kernel for 4-bit weights ({_FOUR_BIT_KERNEL}) on this processor ({_instruction_set()})"

@@ -160,20 +160,19 @@ def measure_samples(
 
 
 def measure_memory(
-    command: Sequence[str], folder: Path, workload: Workload, *, threads: int, vocabulary: int, device: str
+    worker: Worker, folder: Path, workload: Workload, *, threads: int, vocabulary: int, device: str
 ) -> int:
-    """Peak resident bytes of a fresh process that loads one model and generates once."""
-    with Worker(command) as worker:
-        reply = worker.call(
-            "memory",
-            folder=str(folder),
-            threads=threads,
-            prompt_tokens=workload.prompt,
-            output_tokens=workload.output,
-            batch=workload.levels[0],
-            vocab=vocabulary,
-            device=device,
-        )
+    """Peak resident bytes of a fresh process, ``worker``, that loads one model and generates once."""
+    reply = worker.call(
+        "memory",
+        folder=str(folder),
+        threads=threads,
+        prompt_tokens=workload.prompt,
+        output_tokens=workload.output,
+        batch=workload.levels[0],
+        vocab=vocabulary,
+        device=device,
+    )
     return int(reply["peak_rss_bytes"])
 
 

@@ -1,0 +1,68 @@
+"""Lower programs for vLLM without the command line, and load several of them into one worker."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from compile_sparse.backends.vllm.backend import VllmBackend
+from compile_sparse.compiler.calibration import CalibrationStream
+from compile_sparse.compiler.contract import Lowered, Pass, PassContext
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.stored_size import rounded, torch_dtype
+from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.verify.reference import write_reference
+from compile_sparse.compiler.worker import Worker
+
+__all__ = ["SEQUENCE", "artifact", "baseline", "load", "text"]
+
+SEQUENCE = 64
+QUIET = SilentProgress()
+
+
+def text(vocabulary: int, count: int = 8) -> list[list[int]]:
+    """Windows of random tokens."""
+    draws = np.random.default_rng(1)
+    return [draws.integers(3, vocabulary, SEQUENCE).tolist() for _ in range(count)]
+
+
+def baseline(program: Program, target: Target) -> Program:
+    """The dense program with its weights as they are stored."""
+    return rounded(program, torch_dtype(target.baseline_precision))
+
+
+def artifact(
+    program: Program,
+    passes: Sequence[Pass],
+    out: Path,
+    *,
+    target: Target | None = None,
+    change: Callable[[Program], Program] = lambda program: program,
+) -> tuple[Program, Lowered]:
+    """``out/model`` and ``out/reference.json`` as a compilation makes them.
+
+    ``change`` is applied to what is written, and not to the reference: for artifacts that are wrong on purpose.
+    """
+    goal = target or find_target("vllm-cpu")
+    windows = text(int(program.config["vocab_size"]))
+    calibration = CalibrationStream(tuple(map(tuple, windows)))
+    done = program
+    for step in passes:
+        done = step.run(done, PassContext(target=goal, progress=QUIET, calibration=calibration)).program
+    dtype = torch_dtype(goal.baseline_precision)
+    done = rounded(done, dtype)
+    (out / "model").mkdir(parents=True)
+    lowered = VllmBackend().lower(change(done), goal, out / "model", QUIET)
+    write_reference(done, out, text=windows, seed=0, progress=QUIET, windows=4, dense=rounded(program, dtype))
+    return done, lowered
+
+
+def load(worker: Worker, name: str, folder: Path) -> dict[str, Any]:
+    """Load ``folder/model`` under ``name``."""
+    return worker.call(
+        "load", name=name, folder=str(folder / "model"), threads=1, device="cpu", sequence=SEQUENCE, sequences=4
+    )

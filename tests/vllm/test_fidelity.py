@@ -1,0 +1,225 @@
+"""What vLLM computes from our checkpoints is what the program means; wrong checkpoints that load are noticed.
+
+All models are loaded into one process, as verification does. Without AVX-512 vLLM has no kernel for 4-bit weights: there a
+stand-in computes that one product (``emulated_kernel``), on what vLLM's own loader made of the file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+from compile_sparse.backends.vllm import compressed_tensors
+from compile_sparse.backends.vllm.backend import VllmBackend
+from compile_sparse.compiler.capture import capture_model
+from compile_sparse.compiler.contract import Pass
+from compile_sparse.compiler.errors import EnvironmentFailure
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.report import Fidelity
+from compile_sparse.compiler.runtimes import RuntimeRecord
+from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bound
+from compile_sparse.compiler.verify.verdict import wrong_model
+from compile_sparse.compiler.weights import DerivedTensor
+from compile_sparse.compiler.worker import Worker
+from compile_sparse.passes.prune_channels import PruneChannels
+from compile_sparse.passes.prune_heads import PruneHeads
+from compile_sparse.passes.prune_layers import PruneLayers
+from compile_sparse.passes.quantize import Quantize
+from tests.vllm.conftest import randomised, small_config
+from tests.vllm.emulated_kernel import write_plugin
+from tests.vllm.lowering import artifact, load
+
+QUIET = SilentProgress()
+GLOBAL = PruneChannels(fraction=0.25, allocation="global", compensation="none")
+
+
+@pytest.fixture(scope="module")
+def program() -> Program:
+    return capture_model(randomised(hf.LlamaForCausalLM(small_config())))
+
+
+@pytest.fixture(scope="module")
+def worker(runtime: RuntimeRecord, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
+    command = VllmBackend().worker_command(find_target("vllm-cpu"))
+    plugin = write_plugin(tmp_path_factory.mktemp("plugin"))
+    with Worker([*command, str(plugin)]) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def noise(worker: Worker, program: Program, tmp_path_factory: pytest.TempPathFactory) -> float:
+    """Mean log-probability difference of the dense model, in vLLM's precision on this machine."""
+    folder = tmp_path_factory.mktemp("dense")
+    artifact(program, [], folder)
+    load(worker, "dense", folder)
+    found = check_fidelity(worker, "dense", folder, QUIET, dense=True)
+    assert found.top1_agreement == 1.0
+    # bfloat16 keeps 8 bits: differences far above mean that vLLM computes another model.
+    assert found.mean_abs_logprob_diff is not None
+    assert found.mean_abs_logprob_diff < 0.1
+    return found.mean_abs_logprob_diff
+
+
+def w8a8(runtime: RuntimeRecord, scheme: str = "w8a8") -> Quantize:
+    """int8 that is exact on this processor: 7-bit codes where vLLM's kernel overflows with 8."""
+    return Quantize(scheme=scheme, reduce_range=bool(runtime.facts.get("int8_saturates")))  # type: ignore[arg-type]
+
+
+def judged(worker: Worker, name: str, folder: Path, noise: float) -> Fidelity:
+    load(worker, name, folder)
+    return check_fidelity(worker, name, folder, QUIET, noise=noise)
+
+
+def is_right(found: Fidelity) -> bool:
+    return not wrong_model({"fidelity": found.model_dump()}, fidelity_bound(quantized=True))
+
+
+WEIGHT_ONLY = ["w4a16", "w4a16-g32", "w4a16-channel", "w4a16-asym", "w4a16-g32-asym"]
+
+
+@pytest.mark.parametrize("scheme", WEIGHT_ONLY)
+def test_weight_only_schemes(worker: Worker, noise: float, program: Program, scheme: str, tmp_path: Path) -> None:
+    artifact(program, [Quantize(scheme=scheme)], tmp_path)  # type: ignore[arg-type]
+    found = judged(worker, scheme, tmp_path, noise)
+    assert is_right(found), found
+    assert found.mean_abs_logprob_diff <= max(2 * noise, 1e-3)  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
+def test_eight_bit_schemes_after_pruning(
+    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, scheme: str, tmp_path: Path
+) -> None:
+    passes: list[Pass] = [PruneChannels(fraction=0.25), w8a8(runtime, scheme)]
+    done, lowered = artifact(program, passes, tmp_path)
+    assert lowered.form["config"] == {"intermediate_size": 384}
+    found = judged(worker, scheme, tmp_path, noise)
+    assert is_right(found), found
+    assert found.logprob_bound < 0.3  # type: ignore[operator]
+
+
+NOT_UNIFORM: dict[str, list[Pass]] = {
+    "widths": [GLOBAL],
+    "heads that do not divide the width": [PruneHeads(fraction=0.25, unit="query", compensation="none")],
+    "widths, skipped branches": [
+        GLOBAL,
+        PruneLayers(fraction=0.25, unit="mlp", criterion="block-influence", compensation="none"),
+    ],
+}
+
+
+@pytest.mark.parametrize("kind", NOT_UNIFORM)
+def test_layers_of_different_size(
+    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, kind: str, tmp_path: Path
+) -> None:
+    passes = NOT_UNIFORM[kind]
+    if kind.startswith("heads"):
+        config = small_config(hidden_size=512, num_attention_heads=8, num_hidden_layers=2)
+        program = capture_model(randomised(hf.LlamaForCausalLM(config)))
+    _, lowered = artifact(program, [*passes, w8a8(runtime)], tmp_path)
+    assert lowered.form["plugin"] == "vllm_plugin"
+    found = judged(worker, kind, tmp_path, noise)
+    assert is_right(found), found
+
+
+FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {
+    "mistral": lambda: hf.MistralForCausalLM(_as(hf.MistralConfig, sliding_window=16)),
+    "qwen2": lambda: hf.Qwen2ForCausalLM(_as(hf.Qwen2Config)),
+    "qwen3": lambda: hf.Qwen3ForCausalLM(_as(hf.Qwen3Config)),
+}
+
+
+def _as(config: type[hf.PretrainedConfig], **changes: object) -> hf.PretrainedConfig:
+    sizes = small_config(num_hidden_layers=2).to_dict()
+    kept = {key: sizes[key] for key in ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")}
+    kept |= {key: sizes[key] for key in ("num_attention_heads", "num_key_value_heads", "max_position_embeddings")}
+    return config(**kept, head_dim=64, bos_token_id=1, eos_token_id=2, **changes)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_other_families(worker: Worker, noise: float, family: str, tmp_path: Path) -> None:
+    """Uneven widths, one branch gone; attention with a window, with biases, with normalised heads."""
+    model = capture_model(randomised(FAMILIES[family]()))
+    _, lowered = artifact(model, [GLOBAL], tmp_path)
+    assert lowered.form["plugin"] == "vllm_plugin"
+    found = judged(worker, family, tmp_path, noise)
+    assert is_right(found), found
+
+
+def _swapped_nibbles(codes: torch.Tensor, bits: int, dim: int) -> torch.Tensor:
+    honest = _HONEST(codes, bits, dim).to(torch.int64) & 0xFFFFFFFF
+    wrong = ((honest >> 4) & 0x0F0F0F0F) | ((honest & 0x0F0F0F0F) << 4)
+    return torch.where(wrong >= 2**31, wrong - 2**32, wrong).to(torch.int32)
+
+
+_HONEST = compressed_tensors.pack_codes
+
+
+def test_swapped_nibbles_load_and_are_rejected(
+    worker: Worker, noise: float, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compressed_tensors, "pack_codes", _swapped_nibbles)
+    artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path)
+    found = judged(worker, "swapped nibbles", tmp_path, noise)
+    (gate,) = wrong_model({"fidelity": found.model_dump()}, fidelity_bound(quantized=True))
+    assert not gate["passed"]
+    assert found.mean_abs_logprob_diff > 10 * found.logprob_bound  # type: ignore[operator]
+
+
+def _wrong_axis(program: Program) -> Program:
+    """Scales in the order of groups first: the same numbers and shape, read along the other axis."""
+    changes = {}
+    for name, source in program.weights.items():
+        if name.endswith(".scale"):
+
+            def turned(source: object = source) -> torch.Tensor:
+                value = source.load()  # type: ignore[attr-defined]
+                return value.t().contiguous().view(value.shape)
+
+            changes[name] = DerivedTensor(tuple(source.shape), source.dtype, turned)
+    return replace(program, weights=program.weights.updated(changes))
+
+
+def test_scales_along_the_wrong_axis_load_and_are_rejected(
+    worker: Worker, noise: float, program: Program, tmp_path: Path
+) -> None:
+    artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path, change=_wrong_axis)
+    found = judged(worker, "wrong axis", tmp_path, noise)
+    assert not is_right(found)
+    assert found.mean_abs_logprob_diff > 10 * found.logprob_bound  # type: ignore[operator]
+
+
+def test_overflowing_int8_products_are_noticed(
+    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, tmp_path: Path
+) -> None:
+    """Without 8-bit dot products vLLM's int8 kernel adds in 16 bits: the check after loading has to see it."""
+    _, lowered = artifact(program, [Quantize(scheme="w8a8")], tmp_path)
+    found = judged(worker, "eight bits", tmp_path, noise)
+    if runtime.facts.get("int8_saturates"):
+        assert "overflows" in lowered.unrunnable
+        assert not is_right(found)
+    else:
+        assert lowered.unrunnable == ""
+        assert is_right(found), found
+
+
+def test_a_model_that_needs_the_plugin_says_so_without_it(runtime: RuntimeRecord, program: Program, tmp_path: Path) -> None:
+    artifact(program, [GLOBAL], tmp_path)
+    command = list(VllmBackend().worker_command(find_target("vllm-cpu")))[:-1]  # the last word is the plugin's folder
+    with Worker(command) as bare, pytest.raises(EnvironmentFailure) as caught:
+        load(bare, "without", tmp_path)
+    assert "CompileSparseLlamaForCausalLM" in caught.value.why
+    assert "add this model's folder vllm_plugin to PYTHONPATH" in caught.value.why
+
+
+def test_a_folder_that_is_no_model(worker: Worker, tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    with pytest.raises(EnvironmentFailure, match="CS5204") as caught:
+        load(worker, "nothing", tmp_path)
+    assert "no config.json" in caught.value.why
