@@ -70,19 +70,22 @@ def measure(
     memory: dict[str, int] = {}
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
     if decoder:
-        with progress.task("memory", total=len(folders)) as task:
-            # Memory does not depend on the neighbours: both at once, because starting a runtime may take a while. The workers
-            # are ended before the threads are waited for, so that an interruption need not wait.
-            with ThreadPoolExecutor(len(folders)) as pool, ExitStack() as stack:
-                workers = {name: stack.enter_context(Worker(command)) for name in folders}
-                options: dict[str, Any] = {"threads": threads, "vocabulary": vocabulary, "device": target.device}
-                waiting = {
-                    name: pool.submit(measure_memory, workers[name], folder, workload, **options)
-                    for name, folder in folders.items()
-                }
-                for name, found in waiting.items():
-                    memory[name] = found.result()
-                    task.advance()
+        # Memory does not depend on the neighbours: both at once, because starting a runtime may take a while. The workers are
+        # ended before the threads are waited for, so that an interruption need not wait.
+        with (
+            progress.task("memory", total=len(folders)) as task,
+            ThreadPoolExecutor(len(folders)) as pool,
+            ExitStack() as stack,
+        ):
+            workers = {name: stack.enter_context(Worker(command)) for name in folders}
+            options: dict[str, Any] = {"threads": threads, "vocabulary": vocabulary, "device": target.device}
+            waiting = {
+                name: pool.submit(measure_memory, workers[name], folder, workload, **options)
+                for name, folder in folders.items()
+            }
+            for name, found in waiting.items():
+                memory[name] = found.result()
+                task.advance()
     with Worker(command) as worker:
         for name, folder in folders.items():
             worker.call(

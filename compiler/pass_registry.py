@@ -20,6 +20,7 @@ _STAGE_OF_NAME = {
     "mask": "masks",
     "recover": "recovery",
     "quantize": "quantization",
+    "quantize-cache": "quantization",
 }
 
 

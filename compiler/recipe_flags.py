@@ -30,6 +30,7 @@ def merge_options(
     low_rank: float | None = None,
     quantize: str | None = None,
     quantizer: str | None = None,
+    kv_cache: str | None = None,
     calibration: str | Path | None = None,
     calibration_samples: int | None = None,
     sequence_length: int | None = None,
@@ -62,6 +63,8 @@ def merge_options(
         passes.put("mask", where="--sparsity", pattern=sparsity)
     if quantize is not None:
         passes.put("quantize", where="--quantize", scheme=quantize)
+    if kv_cache is not None:
+        passes.put("quantize-cache", where="--kv-cache", format=kv_cache)
     if criterion is not None:
         passes.modify(criterion, "criterion", ("prune-", "low-rank", "mask"), "--prune, --low-rank or --sparsity")
     if allocation is not None:

@@ -65,6 +65,9 @@ class Target(BaseModel):
     refused_schemes: Mapping[str, str] = Field(
         default_factory=dict, description="scheme -> why it is not one of them, a sentence"
     )
+    cache_formats: Mapping[str, str] = Field(
+        default_factory=dict, description="format of a quantized key-value cache -> how this runtime executes it"
+    )
     activation_scales: Literal["tensor", "token"] = Field(
         default="tensor", description="what one run-time scale of int8 activations covers"
     )

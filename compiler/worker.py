@@ -293,7 +293,7 @@ class Worker:
             if ended:
                 return None
             ended = self._process is not None and self._process.poll() is not None
-            if left <= 0:
+            if left <= 0 and not ended:
                 break
         self._kill()
         raise EnvironmentFailure(

@@ -71,6 +71,7 @@ def write_checkpoint(
     per_layer: bool = False,
     shard_bytes: int = SHARD_BYTES,
     encode: Callable[[str, TensorSource], Mapping[str, TensorSource]] | None = None,
+    beside: Callable[[Tensors], Mapping[str, TensorSource]] | None = None,
     dtype: torch.dtype | None = None,
 ) -> Checkpoint:
     """Write config, weights and the source's tokenizer files into the empty folder ``out``.
@@ -82,6 +83,7 @@ def write_checkpoint(
         per_layer: describe layers that differ by ``per_layer_config``, for runtimes that read it; transformers does not.
         shard_bytes: largest weight file.
         encode: what stands for a tensor in the file (name, tensor -> tensors by name), for formats with coded weights.
+        beside: further tensors by name in the file.
         dtype: what the config calls the model's type; by default the widest floating-point type stored.
 
     Raises:
@@ -102,6 +104,7 @@ def write_checkpoint(
     stored = (
         {new: made for name, source in plain.items() for new, made in encode(name, source).items()} if encode else plain
     )
+    stored |= beside(tensors) if beside else {}
     files = _write_config(architecture, solution, dtype or _widest(tensors), out)
     with progress.task("write weights", total=len(stored)) as task:
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)

@@ -7,7 +7,7 @@ in the architecture (children of a ``ModuleList``) is renumbered by position.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import Refusal
@@ -43,11 +43,13 @@ class Tensors:
         before: shapes of the architecture as captured, without removed blocks and under the new numbers. Names without a
             source are tensors of a branch that is left out, or tensors that outputs never depended on.
         stacks: where blocks were removed.
+        renamed: stored name in the program -> name here, for every tensor.
     """
 
     sources: Mapping[str, TensorSource]
     before: Shapes
     stacks: tuple[Stack, ...]
+    renamed: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -122,6 +124,7 @@ def read_tensors(program: Program, before: Shapes) -> Tensors:
         sources={renumbered[name]: program.weights[stored] for name, stored in names.items()},
         before={new: shape for name, shape in before.items() if (new := _renumbered(name, stacks)) is not None},
         stacks=tuple(stacks),
+        renamed={stored: renumbered[name] for name, stored in names.items()},
     )
 
 

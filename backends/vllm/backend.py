@@ -67,19 +67,25 @@ class VllmBackend:
             Refusal: CS42xx or CS43xx.
         """
         from compile_sparse.backends.vllm.checkpoint import PLUGIN_PREFIX, write
-        from compile_sparse.backends.vllm.coded import decoded
         from compile_sparse.backends.vllm.contract import violations
 
         for skip in _unknown(program):
             raise Refusal(skip.code, "vLLM does not know this model.", where=skip.where, why=skip.why, hint=skip.hint)
         written = write(program, target, out, progress)
-        notes = [skip for skip in violations(*decoded(program), target) if not skip.refuses]
+        stored = written.form
+        notes = [skip for skip in violations(stored.view, stored.coded, target) if not skip.refuses]
         form: dict[str, Any] = {"config": dict(written.changes) or "as the source"}
         files, limits = dict(written.files), []
-        if written.scheme is not None:
+        if stored.scheme is not None:
             form["quantization"] = "compressed-tensors"
+        if stored.own_method:
+            kind = "factors" if stored.factored else "2:4 values and positions"
+            form["weights"] = f"{kind}, experimental"
+        if stored.scales:
+            form["key-value cache"] = "fp8 (e4m3), one scale per layer"
         if written.plugin:
-            form["layers"] = f"{written.per_layer} differ from the global config"
+            if written.per_layer:
+                form["layers"] = f"{written.per_layer} differ from the global config"
             form["plugin"] = PLUGIN_FOLDER
             files |= {f"{PLUGIN_FOLDER}/{name}": digest for name, digest in copy_plugin(out / PLUGIN_FOLDER).items()}
             limits.append(
@@ -92,7 +98,7 @@ class VllmBackend:
             form=form,
             limits=limits,
             skips=[*notes, *_slow(program, target)],
-            unrunnable=_unrunnable(written.scheme, target),
+            unrunnable=_unrunnable(stored.scheme, target, fp8_cache=bool(stored.scales)),
         )
 
     def worker_command(self, target: Target) -> Sequence[str]:
@@ -170,13 +176,19 @@ def _slow(program: Program, target: Target) -> list[Skip]:
     return []
 
 
-def _unrunnable(scheme: Scheme | None, target: Target) -> str:
+def _unrunnable(scheme: Scheme | None, target: Target, *, fp8_cache: bool = False) -> str:
     """Why the registered vLLM cannot run what was written, although it may elsewhere."""
     try:
         record = find_runtime(_RUNTIME)
     except EnvironmentFailure:
         return ""
-    if record is None or target.device != "cpu" or scheme is None:
+    if record is None or target.device != "cpu":
+        return ""
+    if fp8_cache and _processor() not in ("avx512", "amx"):
+        return (
+            f"vLLM's 8-bit key-value cache needs a processor with AVX-512; this one has {_processor() or 'none known'}."
+        )
+    if scheme is None:
         return ""
     version, kernels = record.versions.get("vllm", ""), record.facts.get("kernels") or (_FOUR_BIT_KERNEL,)
     if not scheme.activations and _FOUR_BIT_KERNEL not in kernels:

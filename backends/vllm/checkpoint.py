@@ -4,28 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from compile_sparse.backends.huggingface.architecture import architecture_of
 from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
 from compile_sparse.backends.huggingface.solver import Solution
-from compile_sparse.backends.vllm.coded import CodedTensor, decoded
-from compile_sparse.backends.vllm.compressed_tensors import WEIGHT, encoded, quantization_config
 from compile_sparse.backends.vllm.contract import violations
+from compile_sparse.backends.vllm.storage import Storage, StorageWriter, storage_of
 from compile_sparse.compiler.durable import write_durably
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.file_digests import digest_file
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.schemes import Scheme
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.stored_size import torch_dtype
 from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import TensorSource
 
 __all__ = ["PLUGIN_CLASSES", "PLUGIN_PREFIX", "Written", "plan", "write"]
 
@@ -51,26 +45,26 @@ class Written:
         changes: config fields that differ from the model's.
         per_layer: number of layers that differ from the global config.
         plugin: whether vLLM needs our plugin to load it.
-        scheme: of the coded weights, None without.
+        form: how the weights are stored.
     """
 
     files: Mapping[str, str]
-    changes: Mapping[str, Any] = field(default_factory=dict)
-    per_layer: int = 0
-    plugin: bool = False
-    scheme: Scheme | None = None
+    changes: Mapping[str, Any]
+    per_layer: int
+    plugin: bool
+    form: Storage
 
 
 def plan(program: Program, target: Target) -> list[Skip]:
     """What ``write`` would refuse, or what vLLM would run slowly. Reads no weights."""
     try:
-        view, coded = decoded(program)
-        found = violations(view, coded, target)
+        form = storage_of(program)
+        found = violations(form.view, form.coded, target)
         if any(skip.refuses for skip in found):
             return found
-        _one_scheme(coded)
-        solution = plan_checkpoint(view, per_layer=True)
-        _architecture(view.config, solution)
+        form.require_one_method(target)
+        solution = plan_checkpoint(form.view, per_layer=True)
+        _architecture(form.view.config, solution)
     except Refusal as error:
         return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
     return found
@@ -82,55 +76,32 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
     Raises:
         Refusal: CS42xx the model's class cannot express the program; CS43xx vLLM cannot run it.
     """
-    view, coded = decoded(program)
-    for skip in violations(view, coded, target):
+    form = storage_of(program)
+    for skip in violations(form.view, form.coded, target):
         if skip.refuses:
             raise Refusal(skip.code, "vLLM cannot run this.", where=skip.where, why=skip.why, hint=skip.hint)
-    scheme = _one_scheme(coded)
+    form.require_one_method(target)
     stored = torch_dtype(target.baseline_precision)
-    names: list[str] = []
-
-    def encode(name: str, source: TensorSource) -> Mapping[str, TensorSource]:
-        if not isinstance(source, CodedTensor):
-            return {name: source}
-        names.append(name)
-        return encoded(name, source, stored)
-
-    written = write_checkpoint(view, out, progress, per_layer=True, encode=encode, dtype=stored)
-    if len(names) != len(coded):
-        raise Refusal(
-            "CS4304",
-            "A quantized weight cannot be stored in a checkpoint.",
-            where=next(iter(coded)),
-            why=f"transformers stores {len(coded) - len(names)} of {len(coded)} quantized weights in another form than it "
-            "computes with, and codes cannot be converted.",
-            hint="Leave --quantize out, or compile for ort-cpu.",
-        )
+    writer = StorageWriter(form, stored)
+    written = write_checkpoint(
+        form.view, out, progress, per_layer=True, encode=writer.encode, beside=writer.beside, dtype=stored
+    )
+    writer.require_all()
     config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
     plain = str(config["architectures"][0])
-    plugin = bool(written.per_layer) or _derives_wrong_head_size(config)
-    if plugin:
+    different = bool(written.per_layer) or _derives_wrong_head_size(config)
+    plugin = different or form.own_method
+    if different or (
+        plugin and plain in PLUGIN_CLASSES
+    ):  # under our names vLLM says what to do when the plugin is missing
         config["architectures"] = [_plugin_class(plain), PLUGIN_HINT]
         config.setdefault("per_layer_config", {})
         config["allow_global_per_layer_attribute_access"] = True
-    if scheme is not None:
-        config["quantization_config"] = quantization_config(scheme, _ignored(view, names))
+    if method := writer.quantization_config():
+        config["quantization_config"] = method
     write_durably(out / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     files = {**written.files, CONFIG_FILE: digest_file(out / CONFIG_FILE)[0]}
-    return Written(files, written.changes, len(written.per_layer), plugin, scheme)
-
-
-def _one_scheme(coded: Mapping[str, CodedTensor]) -> Scheme | None:
-    schemes = list(dict.fromkeys(tensor.scheme for tensor in coded.values()))
-    if len(schemes) > 1:
-        raise Refusal(
-            "CS4304",
-            "The model mixes quantization schemes.",
-            where="quantize",
-            why=f"{len(schemes)} different ones; vLLM's fused layers need one, and mixtures are not written by this version.",
-            hint="Quantize all linear layers alike.",
-        )
-    return schemes[0] if schemes else None
+    return Written(files, written.changes, len(written.per_layer), plugin, form)
 
 
 def _architecture(config: Mapping[str, Any], solution: Solution) -> str:
@@ -158,19 +129,3 @@ def _derives_wrong_head_size(config: Mapping[str, Any]) -> bool:
         and bool(size)
         and int(size) * int(heads) != config["hidden_size"]
     )
-
-
-def _ignored(program: Program, names: list[str]) -> list[str]:
-    """Linear layers of the class that are not coded, by module name."""
-    architecture = architecture_of(program.config)
-    model = architecture.on_meta(architecture.parsed(architecture.config))
-    coded = {name.removesuffix(WEIGHT) for name in names}
-    linears = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
-    # After removing layers the last numbers of the source model are free: naming them is harmless, and not helpful.
-    present = {".".join(name.split(".")[:3]) for name in coded}
-    return [name for name in linears if name not in coded and not _removed(name, present)]
-
-
-def _removed(name: str, present: set[str]) -> bool:
-    parts = name.split(".")
-    return len(parts) > 3 and ".".join(parts[:3]) not in present

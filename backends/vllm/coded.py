@@ -12,6 +12,7 @@ from torch import fx
 from compile_sparse.compiler.editing import add_weight, op_name, schema_arguments, swept
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.linears import FORMS
+from compile_sparse.compiler.ops.quantization import NVFP4_GROUP
 from compile_sparse.compiler.program import CODES, Binding, Program
 from compile_sparse.compiler.schemes import Scheme, WeightFormat
 from compile_sparse.compiler.weights import AbsentTensor, TensorSource
@@ -92,7 +93,7 @@ def _coded(program: Program, node: fx.Node) -> CodedTensor:
     name = op_name(node)
     if name == "dequantize_nvfp4":
         parts["global_scale"] = _stored(program, given["global_scale"])
-        weights = WeightFormat("fp4", 4, group=shape[1] // int(given["scale"].meta["val"].shape[1]))
+        weights = WeightFormat("fp4", 4, group=NVFP4_GROUP)
     elif name == "dequantize_block":
         weights = WeightFormat("fp8", 8, block=given["block"])
     else:

@@ -22,24 +22,30 @@ _INT32_BITS = 32
 
 
 def quantization_config(
-    scheme: Scheme, ignore: Sequence[str], kv_cache: Mapping[str, Any] | None = None
+    scheme: Scheme | None, ignore: Sequence[str], kv_cache: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """``quantization_config`` of a model whose linear layers all follow ``scheme``, except those in ``ignore``."""
+    """``quantization_config`` of a model whose linear layers all follow ``scheme``, except those in ``ignore``.
+
+    Args:
+        scheme: None when only the cache is quantized.
+        ignore: linear layers that are not quantized, by module name.
+        kv_cache: of a quantized key-value cache.
+    """
     config: dict[str, Any] = {
         "quant_method": "compressed-tensors",
-        "format": _format(scheme),
+        "format": _format(scheme) if scheme else "dense",
         "quantization_status": "compressed",
         "ignore": list(ignore),
-        "config_groups": {
-            "group_0": {
-                "targets": ["Linear"],
-                "weights": _weights(scheme.weights),
-                "input_activations": _activations(scheme),
-                "output_activations": None,
-                "format": _format(scheme),
-            }
-        },
+        "config_groups": {},
     }
+    if scheme is not None:
+        config["config_groups"]["group_0"] = {
+            "targets": ["Linear"],
+            "weights": _weights(scheme.weights),
+            "input_activations": _activations(scheme),
+            "output_activations": None,
+            "format": _format(scheme),
+        }
     return {**config, "kv_cache_scheme": dict(kv_cache)} if kv_cache else config
 
 

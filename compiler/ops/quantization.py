@@ -20,6 +20,7 @@ __all__ = [
     "FP4_MAX",
     "FP4_VALUES",
     "FP8_MAX",
+    "NVFP4_GROUP",
     "dequantize_activation",
     "dequantize_block",
     "dequantize_nvfp4",
@@ -35,6 +36,9 @@ FP8_MAX = 448.0
 FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of e2m1 codes 0 to 7; codes 8 to 15 are their negatives."""
+NVFP4_GROUP = 16
+_ACTIVATION_FORMATS = ("int8", "int8-static", "fp8", "fp8-static", "fp8-group", "fp4")
+_TOPS = {"int8": 127.0, "fp8": FP8_MAX}
 
 
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
@@ -112,12 +116,12 @@ def dequantize_nvfp4(codes: torch.Tensor, scale: torch.Tensor, global_scale: tor
 
     Args:
         codes: int8, 0 to 15.
-        scale: float8 ``[N, K / 16]``.
+        scale: float8 ``[N, ceil(K / 16)]``.
         global_scale: float32 ``[1]``, a divisor.
     """
     values = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)
-    group = codes.shape[1] // scale.shape[1]
-    return values[codes.long()] * scale.to(torch.float32).repeat_interleave(group, 1) / global_scale
+    spread = scale.to(torch.float32).repeat_interleave(NVFP4_GROUP, 1)[:, : codes.shape[1]]
+    return values[codes.long()] * spread / global_scale
 
 
 @dequantize_nvfp4.register_fake
@@ -139,19 +143,18 @@ def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = Non
     Raises:
         ValueError: an unknown format, or a static one without its scale.
     """
+    if format not in _ACTIVATION_FORMATS:
+        raise ValueError(f"there is no activation format {format!r}")
     value = x.to(torch.float32)
     kind, _, granularity = format.partition("-")
-    if (granularity == "static" or kind == "fp4") and scale is None:
-        raise ValueError(f"{format} needs a scale")
-    if format == "fp4":
-        return _fp4_groups(value, scale).to(x.dtype)  # type: ignore[arg-type]
-    top = {"int8": 127.0, "fp8": FP8_MAX}[kind]
-    if granularity == "group":
-        rows = _grouped(value, 128)
-        return _ungrouped(_coded(rows, _row_scale(rows, top), kind), value).to(x.dtype)
-    if granularity not in ("", "static"):
-        raise ValueError(f"there is no activation format {format!r}")
-    return _coded(value, _row_scale(value, top) if scale is None else scale, kind).to(x.dtype)
+    if kind == "fp4" or granularity == "static":
+        if scale is None:
+            raise ValueError(f"{format} needs a scale")
+        coded = _fp4_groups(value, scale) if kind == "fp4" else _coded(value, scale, kind)
+        return coded.to(x.dtype)
+    rows = _grouped(value, 128) if granularity == "group" else value
+    coded = _coded(rows, _row_scale(rows, _TOPS[kind]), kind)
+    return (_ungrouped(coded, value) if granularity == "group" else coded).to(x.dtype)
 
 
 @fake_quantize.register_fake
@@ -180,7 +183,7 @@ def _ungrouped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def _fp4_groups(value: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    rows = _grouped(value, 16)
+    rows = _grouped(value, NVFP4_GROUP)
     scale = to_fp8(rows.abs().amax(-1, keepdim=True) / FP4_MAX * global_scale).to(torch.float32) / global_scale
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     table = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)

@@ -6,6 +6,7 @@ stand-in computes that one product (``emulated_kernel``), on what vLLM's own loa
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+from safetensors import safe_open
 
 from compile_sparse.backends.vllm import compressed_tensors
 from compile_sparse.backends.vllm.backend import VllmBackend
@@ -28,6 +30,8 @@ from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bou
 from compile_sparse.compiler.verify.verdict import wrong_model
 from compile_sparse.compiler.weights import DerivedTensor
 from compile_sparse.compiler.worker import Worker
+from compile_sparse.passes.low_rank import LowRank
+from compile_sparse.passes.mask import Mask
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_layers import PruneLayers
@@ -126,6 +130,31 @@ def test_layers_of_different_size(
     assert lowered.form["plugin"] == "vllm_plugin"
     found = judged(worker, kind, tmp_path, noise)
     assert is_right(found), found
+
+
+def test_low_rank_layers(worker: Worker, noise: float, program: Program, tmp_path: Path) -> None:
+    """Experimental: two factors per layer through our plugin; some projections of a fused layer stay whole."""
+    ranked = LowRank(fraction=0.3, criterion="loss", allocation="global", compensation="none")
+    done, lowered = artifact(program, [ranked], tmp_path)
+    assert lowered.form["weights"] == "factors, experimental"
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["architectures"][0] == "CompileSparseLlamaForCausalLM"
+    ranks = config["quantization_config"]["ranks"]
+    stored = {name: source.shape[0] for name, source in done.weights.items() if name.endswith(".inner.weight")}
+    assert ranks == {name.removesuffix(".inner.weight"): rank for name, rank in stored.items()}
+    assert is_right(judged(worker, "low rank", tmp_path, noise))
+
+
+def test_two_of_four(worker: Worker, noise: float, program: Program, tmp_path: Path) -> None:
+    """Experimental: values and positions in the file, dense products in vLLM."""
+    _, lowered = artifact(program, [Mask(pattern="2:4")], tmp_path)
+    assert lowered.form["weights"] == "2:4 values and positions, experimental"
+    assert is_right(judged(worker, "2:4", tmp_path, noise))
+    with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
+        values = file.get_slice("model.layers.0.mlp.up_proj.weight_values")
+        places = file.get_slice("model.layers.0.mlp.up_proj.weight_indices")
+        assert (values.get_shape(), values.get_dtype()) == ([512, 128], "BF16")
+        assert (places.get_shape(), places.get_dtype()) == ([512, 32], "U8")
 
 
 FAMILIES: dict[str, Callable[[], hf.PreTrainedModel]] = {

@@ -1,0 +1,75 @@
+"""Scales of a quantized key-value cache: which attention each belongs to, and the tensors that tell vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import fx
+
+from compile_sparse.compiler.editing import op_name, schema_arguments
+from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.linears import FORMS
+from compile_sparse.compiler.program import CODES, Program
+from compile_sparse.compiler.weights import TensorSource
+
+__all__ = ["CACHE_SCHEME", "cache_scales"]
+
+CACHE_SCHEME: Mapping[str, Any] = {
+    "num_bits": 8,
+    "type": "float",
+    "strategy": "tensor",
+    "symmetric": True,
+    "dynamic": False,
+}
+_NAMES = {"present_key": "k_scale", "present_value": "v_scale"}
+
+
+def cache_scales(program: Program) -> dict[str, tuple[str, TensorSource]]:
+    """``weight of a projection -> (k_scale or v_scale, scale)`` for every coded cache; empty when none is.
+
+    A scale lies beside the projections of its attention: ``model.layers.0.self_attn.k_scale``.
+
+    Raises:
+        Refusal: CS4304 when only some are coded: vLLM has one cache format for all layers.
+    """
+    found: dict[str, tuple[str, TensorSource]] = {}
+    plain = 0
+    for node, output in zip(program.output_nodes, program.outputs, strict=True):
+        if output.role not in _NAMES:
+            continue
+        parts = node.args[0] if op_name(node) == "cat" else ()
+        coded = parts[1] if isinstance(parts, (list, tuple)) and len(parts) == 2 else None
+        if not isinstance(coded, fx.Node) or op_name(coded) != "fake_quantize":
+            plain += 1
+            continue
+        scale = schema_arguments(coded)["scale"]
+        weight = _projection(program, coded.args[0])
+        found[weight] = (_NAMES[output.role], program.weights[program.tensor_of(scale)])
+    if found and plain:
+        raise Refusal(
+            "CS4304",
+            "Only a part of the key-value cache is quantized.",
+            where="quantize-cache",
+            why=f"{plain} of {plain + len(found)} caches are not; vLLM keeps all layers' caches in one format.",
+            hint="Leave --kv-cache out.",
+        )
+    return found
+
+
+def _projection(program: Program, node: Any) -> str:
+    """Name of the weight that a key or value was projected with: the nearest linear layer above."""
+    while isinstance(node, fx.Node):
+        form = FORMS.get(op_name(node))
+        if form is not None:
+            weight = node.args[form[1]]
+            name = program.tensor_of(weight if weight.op == "placeholder" else weight.args[0])
+            return str(name).removesuffix(CODES)
+        node = next((used for used in node.all_input_nodes if used.op == "call_function"), None)
+    raise Refusal(
+        "CS4304",
+        "The scale of a key-value cache has no place in a checkpoint.",
+        where="quantize-cache",
+        why="What is cached does not come from a linear layer.",
+        hint="Leave --kv-cache out.",
+    )
