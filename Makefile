@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: venv test lint format schema architectures demo clean
+.PHONY: venv vllm test test-server lint format schema architectures demo clean
 
 venv: $(STAMP)
 
@@ -18,8 +18,15 @@ lint: venv
 	$(BIN)/mypy
 	PYTHONPATH=.typing $(BIN)/lint-imports
 
-test: venv lint
-	$(BIN)/python -m pytest
+# vLLM has an environment of its own, in the user's cache; once there, this takes no time.
+vllm: venv
+	$(BIN)/compile-sparse runtime install vllm
+
+test: venv lint vllm
+	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest
+
+test-server: venv vllm
+	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -m server tests/vllm
 
 format: venv
 	$(BIN)/ruff check --fix .

@@ -131,7 +131,7 @@ def compile_job(
             staging.complete("lowered", stage)
         measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
         if verify and not job.probe.available:
-            why = job.probe.why_not
+            why = f"{job.probe.why_not} {job.probe.hint}".strip()
         elif verify and stage["unrunnable"]:
             why = stage["unrunnable"]
         elif verify:

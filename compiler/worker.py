@@ -33,6 +33,8 @@ __all__ = ["Worker"]
 PROTOCOL = 1
 SHUTDOWN_SECONDS = 5.0
 STDERR_TAIL_BYTES = 2000
+MESSAGE_CHARACTERS = 1000
+"""Of an error a runtime reports: the reason comes first, then perhaps every architecture it knows."""
 GIB = 2**30
 MEMORY_VARIABLE = "COMPILE_SPARSE_WORKER_GIB"
 MEMORY_SHARE = 0.95
@@ -250,7 +252,10 @@ class Worker:
         hint = "If this is the artifact's fault, please report it with the model's config.json."
         if NO_MEMORY.search(why):
             hint = "Use a smaller --workload (shorter, or fewer requests at once), or a machine with more memory."
-        if re.search(r"\babove\b", why):  # runtimes with processes of their own log the cause, and report that they did
+        cause_is_logged = re.search(r"\babove\b", why)
+        if len(why) > MESSAGE_CHARACTERS:
+            why = f"{why[:MESSAGE_CHARACTERS]} ..."
+        if cause_is_logged:  # runtimes with processes of their own log the cause, and report that they did
             why += f" Its last output: {self._tail()}"
         return EnvironmentFailure(
             "CS5204",

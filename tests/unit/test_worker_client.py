@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from compile_sparse.compiler import worker as module
@@ -327,3 +328,184 @@ serve(work)
 """
     with Worker(command(script)) as worker:
         assert worker.call("work", timeout=1.2) == {}
+
+
+FILL = """
+def fill():
+    kept = bytearray(200 << 20)
+    for page in range(0, len(kept), 4096):
+        kept[page] = 1
+    return kept
+"""
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "def work(request):\n    kept = fill()\n    time.sleep(600)\nserve(work)",
+        "def work(request):\n    kept = fill()\n    while True:\n        send({'event': 'progress', 'done': 1, 'total': 2})\n"
+        "        time.sleep(0.05)\nserve(work)",
+        "def work(request):\n    if os.fork() == 0:\n        kept = fill()\n    time.sleep(600)\nserve(work)",
+    ],
+    ids=["silent", "reporting", "its child"],
+)
+def test_a_worker_that_takes_too_much_memory_is_stopped(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPILE_SPARSE_WORKER_GIB", "0.1")
+    monkeypatch.setattr(module, "CHILDREN_SECONDS", 0.1)
+    start = time.monotonic()
+    error, group = failure(FILL + script, timeout=60)
+    assert time.monotonic() - start < 30
+    assert error.code == "CS5208"
+    assert "0.1 GiB" in error.why
+    assert "COMPILE_SPARSE_WORKER_GIB" in error.hint
+    assert gone(group)
+
+
+def test_files_a_worker_has_mapped_are_not_its_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Weights are mapped; the system drops those pages when memory is short."""
+    monkeypatch.setenv("COMPILE_SPARSE_WORKER_GIB", "0.05")
+    (tmp_path / "weights").write_bytes(bytes(200 << 20))
+    script = f"""
+import mmap
+def work(request):
+    with open({str(tmp_path / "weights")!r}, "rb") as file:
+        pages = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    total = sum(pages[page] for page in range(0, len(pages), 4096))
+    time.sleep(1.2)
+    answer(request, {{"total": total}})
+serve(work)
+"""
+    with Worker(command(script)) as worker:
+        assert worker.call("work", timeout=60) == {"total": 0}
+        assert psutil.Process(pid_of(worker)).memory_info().rss > 0.05 * 2**30
+
+
+def test_without_a_variable_the_limit_follows_the_machine_and_its_container(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delenv("COMPILE_SPARSE_WORKER_GIB", raising=False)
+    limit = tmp_path / "memory.max"
+    monkeypatch.setattr(module, "CONTAINER_LIMIT", limit)
+    whole = int(0.95 * psutil.virtual_memory().total)
+    assert module._memory_limit() == whole
+    limit.write_text("max\n")
+    assert module._memory_limit() == whole
+    limit.write_text(f"{1 << 30}\n")
+    assert module._memory_limit() == int(0.95 * (1 << 30))
+    monkeypatch.setenv("COMPILE_SPARSE_WORKER_GIB", "2.5")
+    assert module._memory_limit() == int(2.5 * (1 << 30))
+
+
+@pytest.mark.parametrize("text", ["much", "0", "-1", "nan"])
+def test_a_limit_that_is_no_amount_is_refused_before_anything_starts(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COMPILE_SPARSE_WORKER_GIB", text)
+    with pytest.raises(EnvironmentFailure) as caught, Worker(["/nowhere/python"]):
+        raise AssertionError("it must not start")
+    assert caught.value.code == "CS5208"
+    assert repr(text) in caught.value.why
+
+
+LEAVES_A_CHILD = """
+def work(request):
+    if os.fork() == 0:
+        time.sleep(600)  # like an engine's process: it holds the stdout of the worker open
+    print("engine lost", file=sys.stderr, flush=True)
+    os._exit(3)
+"""
+
+
+def test_the_end_of_a_worker_is_noticed_although_its_child_holds_the_pipe() -> None:
+    start = time.monotonic()
+    error, group = failure(LEAVES_A_CHILD + "serve(work)", timeout=60)
+    assert time.monotonic() - start < 20
+    assert error.code == "CS5202"
+    assert "exited with code 3" in error.why
+    assert "engine lost" in error.why
+    assert gone(group)
+
+
+def test_a_worker_that_ends_itself_after_shutdown_leaves_no_child() -> None:
+    """As the vLLM worker does; its engine's processes would live on."""
+    script = """
+child = os.fork()
+if child == 0:
+    time.sleep(600)
+serve(lambda request: answer(request, {"child": child}))
+os._exit(0)
+"""
+    with Worker(command(script)) as worker:
+        group, child = pid_of(worker), worker.call("work")["child"]
+        assert psutil.pid_exists(child)
+    assert gone(group)
+
+
+def test_the_last_answer_of_a_worker_that_ends_at_once_arrives() -> None:
+    script = (
+        "def work(request):\n    time.sleep(0.7)\n    answer(request, {'last': True})\n    os._exit(0)\nserve(work)"
+    )
+    with Worker(command(script)) as worker:
+        assert worker.call("work", timeout=20) == {"last": True}
+
+
+def test_a_worker_that_closes_its_output_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "SHUTDOWN_SECONDS", 0.3)
+    error, group = failure("def work(request):\n    os.close(1)\n    time.sleep(600)\nserve(work)", timeout=60)
+    assert error.code == "CS5202"
+    assert "closed its output" in error.why
+    assert gone(group)
+
+
+@pytest.mark.parametrize(
+    ("kind", "message", "shown", "hint"),
+    [
+        # What vLLM 0.32 says in each case (the first shortened).
+        (
+            "ValidationError",
+            "The checkpoint has model type `strange` but Transformers does not recognize this architecture.",
+            "`strange`",
+            "config.json",
+        ),
+        ("OutOfMemoryError", "CUDA out of memory. Tried to allocate 2.00 GiB.", "2.00 GiB", "smaller --workload"),
+        ("ValueError", "No available memory for the cache blocks.", "cache blocks", "smaller --workload"),
+        (
+            "RuntimeError",
+            "Engine core initialization failed. See root cause above.",
+            "no kernel for head size 7",
+            "config",
+        ),
+    ],
+)
+def test_what_a_runtime_reports_reaches_people(kind: str, message: str, shown: str, hint: str) -> None:
+    script = f"""
+def work(request):
+    print("no kernel for head size 7", file=sys.stderr, flush=True)
+    send({{"id": request["id"], "ok": False, "error": {{"type": {kind!r}, "message": {message!r}}}}})
+serve(work)
+"""
+    error, _ = failure(script)
+    assert error.code == "CS5204"
+    assert error.why.startswith(f"{kind}: {message}")
+    assert shown in error.why
+    assert hint in error.hint
+
+
+def test_a_message_that_lists_everything_is_cut() -> None:
+    message = "Model architectures ['Strange'] are not supported. Supported: " + "SomeForCausalLM, " * 1000
+    script = f"""
+def work(request):
+    send({{"id": request["id"], "ok": False, "error": {{"type": "ValueError", "message": {message!r}}}}})
+serve(work)
+"""
+    error, _ = failure(script)
+    assert "['Strange'] are not supported" in error.why
+    assert len(error.why) < 1100
+
+
+def test_what_chooses_a_gpu_is_passed_on_and_hub_settings_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "HF_HOME", "HF_ENDPOINT", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.setenv(name, "set")
+    with Worker(command("serve(lambda request: answer(request, dict(os.environ)))")) as worker:
+        seen = worker.call("work")
+    assert {name for name, value in seen.items() if value == "set"} == {"CUDA_HOME", "NVIDIA_VISIBLE_DEVICES"}

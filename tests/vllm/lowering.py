@@ -7,18 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 
 from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.contract import Lowered, Pass, PassContext
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.runtimes import find_runtime
 from compile_sparse.compiler.stored_size import rounded, torch_dtype
-from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.targets import Target, find_target, load_targets
 from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.worker import Worker
 
-__all__ = ["SEQUENCE", "artifact", "baseline", "load", "text"]
+__all__ = ["SEQUENCE", "artifact", "here", "load", "text"]
 
 SEQUENCE = 64
 QUIET = SilentProgress()
@@ -30,9 +32,16 @@ def text(vocabulary: int, count: int = 8) -> list[list[int]]:
     return [draws.integers(3, vocabulary, SEQUENCE).tolist() for _ in range(count)]
 
 
-def baseline(program: Program, target: Target) -> Program:
-    """The dense program with its weights as they are stored."""
-    return rounded(program, torch_dtype(target.baseline_precision))
+def here() -> Target:
+    """The target of the registered vLLM: its processor, or the GPU it found."""
+    record = find_runtime("vllm")
+    if record is None or record.device == "cpu":
+        return find_target("vllm-cpu")
+    capability = record.facts.get("capability")
+    fitting = [t for t in load_targets().values() if t.backend == "vllm" and t.compute_capability == capability]
+    if not fitting:
+        pytest.skip(f"there is no vLLM target for compute capability {capability}")
+    return fitting[0]
 
 
 def artifact(
@@ -47,7 +56,7 @@ def artifact(
 
     ``change`` is applied to what is written, and not to the reference: for artifacts that are wrong on purpose.
     """
-    goal = target or find_target("vllm-cpu")
+    goal = target or here()
     windows = text(int(program.config["vocab_size"]))
     calibration = CalibrationStream(tuple(map(tuple, windows)))
     done = program
@@ -64,5 +73,5 @@ def artifact(
 def load(worker: Worker, name: str, folder: Path) -> dict[str, Any]:
     """Load ``folder/model`` under ``name``."""
     return worker.call(
-        "load", name=name, folder=str(folder / "model"), threads=1, device="cpu", sequence=SEQUENCE, sequences=4
+        "load", name=name, folder=str(folder / "model"), threads=1, device=here().device, sequence=SEQUENCE, sequences=4
     )

@@ -1,4 +1,4 @@
-"""The command line with the vllm-cpu target and the real vLLM, on a tiny random model."""
+"""The command line with a vLLM target and the real vLLM, on a tiny random model."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from safetensors import safe_open
 
 from compile_sparse.compiler.cli.main import run
 from compile_sparse.compiler.runtimes import RuntimeRecord
+from tests.vllm.lowering import here
 
 SMALL = ("--workload", "prompt=16,output=8,rounds=3")
 
@@ -58,7 +59,7 @@ def compiled(
     recipe.write_text(
         f"passes:\n  - prune-channels: {{fraction: 0.25}}\n  - quantize: {{scheme: w8a8, reduce_range: {reduce}}}\n"
     )
-    words = [llama, "--target", "vllm-cpu", "--recipe", recipe, "--calibration", text, "--eval", f"random={text}"]
+    words = [llama, "--target", here().name, "--recipe", recipe, "--calibration", text, "--eval", f"random={text}"]
     out = work / "artifact"
     found = shell("compile", *words, *SMALL, "--concurrency", "1,3", "--gate", "artifact_bytes<=0.7x", "--out", out)
     assert found.code == 0, found.data
@@ -123,11 +124,11 @@ def test_what_this_processor_cannot_run_is_written_and_unverified(
 ) -> None:
     """4-bit weights: measured where vLLM has the kernel, written and called unverified where it has not."""
     out = tmp_path / "artifact"
-    found = shell("compile", llama, "--target", "vllm-cpu", "--quantize", "w4a16", *SMALL, "--out", out)
+    found = shell("compile", llama, "--target", here().name, "--quantize", "w4a16", *SMALL, "--out", out)
     assert found.code == 0, found.data
     config = json.loads((out / "model" / "config.json").read_text())
     assert config["quantization_config"]["config_groups"]["group_0"]["weights"]["group_size"] == 128
-    if "cpu_gemm_wna16" in runtime.facts["kernels"]:
+    if runtime.device == "cuda" or "cpu_gemm_wna16" in runtime.facts["kernels"]:
         assert found.data["verdict"] in ("slower", "smaller-only", "faster")
         assert found.data["fidelity"]["mean_abs_logprob_diff"] <= found.data["fidelity"]["logprob_bound"]
     else:

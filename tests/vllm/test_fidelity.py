@@ -25,7 +25,6 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.report import Fidelity
 from compile_sparse.compiler.runtimes import RuntimeRecord
-from compile_sparse.compiler.targets import find_target
 from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bound
 from compile_sparse.compiler.verify.verdict import wrong_model
 from compile_sparse.compiler.weights import DerivedTensor
@@ -38,7 +37,7 @@ from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize import Quantize
 from tests.vllm.conftest import randomised, small_config
 from tests.vllm.emulated_kernel import write_plugin
-from tests.vllm.lowering import artifact, load
+from tests.vllm.lowering import artifact, here, load
 
 QUIET = SilentProgress()
 GLOBAL = PruneChannels(fraction=0.25, allocation="global", compensation="none")
@@ -51,7 +50,7 @@ def program() -> Program:
 
 @pytest.fixture(scope="module")
 def worker(runtime: RuntimeRecord, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worker]:
-    command = VllmBackend().worker_command(find_target("vllm-cpu"))
+    command = VllmBackend().worker_command(here())
     plugin = write_plugin(tmp_path_factory.mktemp("plugin"))
     with Worker([*command, str(plugin)]) as started:
         yield started
@@ -101,7 +100,7 @@ def test_eight_bit_schemes_after_pruning(
     worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, scheme: str, tmp_path: Path
 ) -> None:
     passes: list[Pass] = [PruneChannels(fraction=0.25), w8a8(runtime, scheme)]
-    done, lowered = artifact(program, passes, tmp_path)
+    _, lowered = artifact(program, passes, tmp_path)
     assert lowered.form["config"] == {"intermediate_size": 384}
     found = judged(worker, scheme, tmp_path, noise)
     assert is_right(found), found
@@ -238,9 +237,11 @@ def test_overflowing_int8_products_are_noticed(
         assert is_right(found), found
 
 
-def test_a_model_that_needs_the_plugin_says_so_without_it(runtime: RuntimeRecord, program: Program, tmp_path: Path) -> None:
+def test_a_model_that_needs_the_plugin_says_so_without_it(
+    runtime: RuntimeRecord, program: Program, tmp_path: Path
+) -> None:
     artifact(program, [GLOBAL], tmp_path)
-    command = list(VllmBackend().worker_command(find_target("vllm-cpu")))[:-1]  # the last word is the plugin's folder
+    command = list(VllmBackend().worker_command(here()))[:-1]  # the last word is the plugin's folder
     with Worker(command) as bare, pytest.raises(EnvironmentFailure) as caught:
         load(bare, "without", tmp_path)
     assert "CompileSparseLlamaForCausalLM" in caught.value.why
