@@ -116,7 +116,10 @@ def _check_scales(node: fx.Node, broken: Any) -> None:
     codes, scale, axis, group = (a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[:4])
     channels, depth = codes.shape[1 - axis], codes.shape[axis]
     wanted = (channels, -(-depth // group)) if group else (channels,)
-    if tuple(scale.shape) != wanted or codes.dtype != torch.int8:
+    zero = node.args[5].meta["val"] if len(node.args) > 5 and isinstance(node.args[5], fx.Node) else None
+    if zero is not None and tuple(zero.shape) != wanted:
+        raise broken(6, node.name, f"zero points {tuple(zero.shape)}, expected {wanted}")
+    if tuple(scale.shape) != wanted or codes.dtype not in (torch.int8, torch.float8_e4m3fn):
         raise broken(6, node.name, f"scales {tuple(scale.shape)} for {codes.dtype} codes, expected {wanted}")
 
 

@@ -86,10 +86,11 @@ def quantize_fp8_blocks(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, t
 
 
 def quantize_nvfp4(rows: torch.Tensor, group: int, global_scale: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(codes int8 [N, K] of e2m1, scale float8_e4m3fn [N, K / group])`` below a divisor for the tensor (arXiv:2509.25149).
+    """``(codes int8 [N, K] of e2m1, scale float8_e4m3fn [N, ceil(K / group)])`` below a divisor for the tensor
+    (arXiv:2509.25149).
 
     Args:
-        rows: K is a multiple of ``group``.
+        rows: a short last group is quantized on its own.
         group: 16.
         global_scale: float32 ``[1]``, ``448 * 6 / max|W|``.
     """

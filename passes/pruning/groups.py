@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from compile_sparse.compiler.axes.algebra import Axis, factors, find, leaves, segments
@@ -11,6 +12,7 @@ from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group, Kind
 from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.targets import Target
 
 __all__ = ["Prunable", "eligible_groups", "nearest_size", "prunable_groups"]
 
@@ -70,7 +72,7 @@ def prunable_groups(
     Returns:
         What can be pruned, the skips, and sentences about sizes that are not what was asked for.
     """
-    # Tensor parallelism splits channels and heads: every GPU's part is aligned, and holds whole positions.
+    # Tensor parallelism splits channels and heads: every GPU's part is aligned, and as many positions as any other's.
     gpus = context.target.tensor_parallel
     alignment = context.target.alignment * gpus
     found: list[Prunable] = []
@@ -78,12 +80,13 @@ def prunable_groups(
     notes: dict[str, None] = {}
     for group in groups:
         inner = _inner_sizes(analysis, group)
-        step = math.lcm(_step(inner, alignment), gpus)
+        whole = _step(_outer_sizes(analysis, group), gpus)
+        step = math.lcm(_step(inner, alignment), whole)
         kept = nearest_size(group.size, fraction, step)
         if kept is None:
-            skips.append(_unaligned(group, fraction, inner, alignment))
+            skips.append(_unaligned(group, fraction, inner, step, context.target))
             continue
-        wide = math.lcm(_step(inner, math.lcm(alignment, context.contraction_multiple * gpus)), gpus)
+        wide = math.lcm(_step(inner, math.lcm(alignment, context.contraction_multiple * gpus)), whole)
         wider = nearest_size(group.size, fraction, wide)
         wanted = group.size * (1.0 - fraction)
         if wider is not None and abs(wider - wanted) <= max(FAR * group.size, abs(kept - wanted)):
@@ -118,19 +121,32 @@ def _step(inner: Sequence[int], multiple: int) -> int:
 def _inner_sizes(analysis: Analysis, group: Group) -> list[int]:
     """Elements of each contracted dimension that go with one position: heads bring their whole head size."""
     sizes: set[int] = set()
-    for contact in group.consumers:
-        label = analysis.labels[contact.operand]
-        axis = label[contact.dim]
-        if not isinstance(axis, Axis):
-            continue
-        for part in segments(axis):
-            if group.leaf in leaves(part):
-                size = find(part).size
-                others = [factor for factor in factors(part) if group.leaf in leaves(factor)]
-                own = find(others[0]).size if others else group.size
-                if isinstance(size, int) and isinstance(own, int):
-                    sizes.add(size // own)
+    for part in _contracted(analysis, group):
+        size = find(part).size
+        others = [factor for factor in factors(part) if group.leaf in leaves(factor)]
+        own = find(others[0]).size if others else group.size
+        if isinstance(size, int) and isinstance(own, int):
+            sizes.add(size // own)
     return sorted(sizes) or [0]
+
+
+def _outer_sizes(analysis: Analysis, group: Group) -> list[int]:
+    """How many times the positions occur in each contracted dimension: query heads, once in every key-value head."""
+    counts: set[int] = set()
+    for part in _contracted(analysis, group):
+        outer = list(itertools.takewhile(lambda factor: group.leaf not in leaves(factor), factors(part)))
+        sizes = [size for factor in outer if isinstance(size := find(factor).size, int)]
+        if len(sizes) == len(outer):
+            counts.add(math.prod(sizes))
+    return sorted(counts) or [1]
+
+
+def _contracted(analysis: Analysis, group: Group) -> Iterator[Axis]:
+    """Contracted dimensions the positions lie in, and of concatenations the parts."""
+    for contact in group.consumers:
+        axis = analysis.labels[contact.operand][contact.dim]
+        if isinstance(axis, Axis):
+            yield from (part for part in segments(axis) if group.leaf in leaves(part))
 
 
 def _parameters_per_position(analysis: Analysis, group: Group) -> float:
@@ -152,13 +168,15 @@ def _crosses(analysis: Analysis, group: Group, taken: set[Axis]) -> bool:
     return False
 
 
-def _unaligned(group: Group, fraction: float, inner: Sequence[int], alignment: int) -> Skip:
-    step = _step(inner, alignment)
+def _unaligned(group: Group, fraction: float, inner: Sequence[int], step: int, target: Target) -> Skip:
+    gpus = target.tensor_parallel
     elements = f" ({inner[0]} elements each)" if inner[0] > 1 else ""
     wanted = f"{fraction:g} of {group.size} positions{elements} leaves {group.size * (1.0 - fraction):g}"
     if step > 1:
-        wanted += f"; the target's alignment is {alignment}, so sizes are multiples of {step}"
+        split = f" on each of {gpus} GPUs" if gpus > 1 else ""
+        wanted += f"; the target's alignment is {target.alignment}{split}, so sizes are multiples of {step}"
     if step < group.size:
         return Skip(str(group.anchor), "CS2105", f"{wanted}; the nearest is 0.", "Remove less.")
     why = f"{wanted}, and no multiple of {step} is below {group.size}."
-    return Skip(str(group.anchor), "CS2105", why, "Choose a target with a smaller alignment.")
+    hint = "Choose a target with a smaller alignment" + (", or fewer GPUs." if gpus > 1 else ".")
+    return Skip(str(group.anchor), "CS2105", why, hint)

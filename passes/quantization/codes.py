@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from compile_sparse.compiler.schemes import WeightFormat
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, RoundedTensor, TensorSource
 from compile_sparse.passes.round_to_nearest import (
     quantize_channels,
     quantize_fp8_blocks,
@@ -41,7 +43,8 @@ def code_sources(
     shapes = _shapes(channels, depth, fmt)
     shapes["codes"] = (tuple(source.shape), shapes["codes"][1])
     if isinstance(source, AbsentTensor):
-        return {key: AbsentTensor(shape, dtype, source.name) for key, (shape, dtype) in shapes.items()}
+        absent = {key: AbsentTensor(shape, dtype, source.name) for key, (shape, dtype) in shapes.items()}
+        return _with_stored_scale(absent, stored)
 
     def compute() -> dict[str, torch.Tensor]:
         value = source.load().to(torch.float32)
@@ -49,7 +52,15 @@ def code_sources(
         made = dict(zip(shapes, _coded(rows, fmt, stored, global_scale), strict=True))
         return made if axis == 1 else {**made, "codes": made["codes"].t().contiguous()}
 
-    return {key: DerivedTensor(shape, dtype, _Part(key, compute)) for key, (shape, dtype) in shapes.items()}
+    made = {key: DerivedTensor(shape, dtype, _Part(key, compute)) for key, (shape, dtype) in shapes.items()}
+    return _with_stored_scale(made, stored)
+
+
+def _with_stored_scale(made: Mapping[str, TensorSource], stored: torch.dtype) -> dict[str, TensorSource]:
+    """What the scales are stored in counts for the size; their values are representable in it already."""
+    scale = made["scale"]
+    shorter = stored != torch.float32 and scale.dtype == torch.float32
+    return {**made, "scale": RoundedTensor(scale, stored)} if shorter else dict(made)
 
 
 class _Part:

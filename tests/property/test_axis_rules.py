@@ -240,6 +240,34 @@ CASES: dict[str, Case] = {
     "transposed_scales": Case(
         lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 0, 0), [(6, 5), (5,)], [5, 6], integers={0: 7}
     ),
+    "short_group_scales": Case(
+        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 2), [(5, 7), (5, 4)], [5], integers={0: 7}
+    ),
+    "channel_zero_points": Case(
+        lambda q, s, z: _own.dequantize_weight(q.to(torch.int8), s, 1, 0, 4, z.to(torch.int8)),
+        [(5, 6), (5,), (5,)],
+        [5, 6],
+        integers={0: 7, 2: 7},
+    ),
+    "group_zero_points": Case(
+        lambda q, s, z: _own.dequantize_weight(q.to(torch.int8), s, 1, 2, 4, z.to(torch.int8)),
+        [(5, 6), (5, 3), (5, 3)],
+        [5, 3],
+        integers={0: 7, 2: 7},
+    ),
+    "transposed_zero_points": Case(
+        lambda q, s, z: _own.dequantize_weight(q.to(torch.int8), s, 0, 2, 4, z.to(torch.int8)),
+        [(6, 5), (5, 3), (5, 3)],
+        [5, 3],
+        integers={0: 7, 2: 7},
+    ),
+    "coded_tokens": Case(lambda x: _own.fake_quantize(x, "int8"), [(3, 6)], [3, 6], "reduces"),
+    "coded_float_tokens": Case(lambda x: _own.fake_quantize(x, "fp8"), [(2, 3, 6)], [2, 3, 6], "reduces"),
+    "coded_with_a_fixed_range": Case(
+        lambda x, s: _own.fake_quantize(x, "int8-static", s.abs() + 0.01), [(3, 6), (1,)], [3, 6]
+    ),
+    "coded_groups": Case(lambda x: _own.fake_quantize(x, "fp8-group"), [(3, 256)], [3]),
+    "coded_small_groups": Case(lambda x, s: _own.fake_quantize(x, "fp4", s.abs() + 100), [(3, 32), (1,)], [3]),
     "cached_attention": Case(
         _cached,
         [(2, 3, 24), (2, 3, 12), (2, 3, 8), (2, 2, 5, 6), (2, 2, 5, 4), (9, 3), (9, 3)],
