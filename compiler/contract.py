@@ -100,6 +100,7 @@ class Probe:
         available: it can load and run artifacts on this machine.
         runtime, version, device: what was found; version is empty when nothing was.
         why_not, hint: the reason and the remedy when unavailable.
+        processor: what else decides which artifacts run, such as the instruction set; part of the identity of a compilation.
     """
 
     available: bool
@@ -108,6 +109,7 @@ class Probe:
     device: str = ""
     why_not: str = ""
     hint: str = ""
+    processor: str = ""
 
 
 @dataclass(frozen=True)

@@ -94,6 +94,7 @@ class Job:
                 "code": code_identity(),
                 "libraries": library_versions(),
                 "runtime": self.probe.version,
+                "processor": self.probe.processor,
             }
         )
 

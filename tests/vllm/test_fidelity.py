@@ -238,14 +238,19 @@ def test_overflowing_int8_products_are_noticed(
 
 
 def test_a_model_that_needs_the_plugin_says_so_without_it(
-    runtime: RuntimeRecord, program: Program, tmp_path: Path
+    worker: Worker, noise: float, program: Program, tmp_path: Path
 ) -> None:
-    artifact(program, [GLOBAL], tmp_path)
+    _, lowered = artifact(program, [GLOBAL], tmp_path)
+    # What a stranger's artifact brings is not run by us, with or without our own plugin on the path.
+    code = tmp_path / "model" / lowered.form["plugin"] / "compile_sparse_vllm" / "__init__.py"
+    code.write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n" + code.read_text())
     command = list(VllmBackend().worker_command(here()))[:-1]  # the last word is the plugin's folder
     with Worker(command) as bare, pytest.raises(EnvironmentFailure) as caught:
         load(bare, "without", tmp_path)
     assert "CompileSparseLlamaForCausalLM" in caught.value.why
     assert "add this model's folder vllm_plugin to PYTHONPATH" in caught.value.why
+    assert judged(worker, "with a stranger's plugin", tmp_path, noise).top1_agreement == 1.0
+    assert not (tmp_path / "canary").exists()
 
 
 def test_a_folder_that_is_no_model(worker: Worker, tmp_path: Path) -> None:

@@ -13,7 +13,12 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from compile_sparse.compiler.capture import capture_model
+from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.runtimes import find_runtime
+from compile_sparse.passes.prune_channels import PruneChannels
+from tests.vllm.conftest import randomised, small_config
+from tests.vllm.lowering import artifact
 from tests.vllm.serving import ServingFailure, members, serve, stream
 
 TEMPLATE = "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}assistant: "
@@ -130,6 +135,28 @@ def test_a_checkpoint_without_tokenizer_is_asked_with_token_ids(interpreter: str
         answer = stream(server, "/v1/completions", prompt=prompt, max_tokens=COUNT, ignore_eos=True, detokenize=False)
     assert answer.tokens == greedy(model, prompt)
     assert len(answer.chunks) > 1
+
+
+@pytest.mark.server
+def test_an_artifact_with_its_plugin_is_served(interpreter: str, tmp_path: Path) -> None:
+    """Layers of different size: what is served is the program, and the artifact's own plugin folder is all it needs."""
+    program = capture_model(randomised(LlamaForCausalLM(small_config())))
+    pruned, lowered = artifact(
+        program, [PruneChannels(fraction=0.25, allocation="global", compensation="none")], tmp_path
+    )
+    folder = tmp_path / "model"
+    plugin = {"PYTHONPATH": str(folder / lowered.form["plugin"])}
+    prompt = [5, 40, 50, 60]
+    arguments = ["--kv-cache-memory-bytes", "16000000"]
+    with serve(interpreter, folder, log=tmp_path / "log", environment=plugin, arguments=arguments) as server:
+        answer = stream(server, "/v1/completions", prompt=prompt, max_tokens=COUNT, ignore_eos=True, detokenize=False)
+    executor, expected = Executor(pruned), list(prompt)
+    for _ in range(COUNT):
+        best = executor.run(decoder_inputs(pruned, torch.tensor([expected])))["logits"][0, -1].topk(2)
+        assert float(best.values[0] - best.values[1]) > 1e-3, "a near tie would decide"
+        expected.append(int(best.indices[0]))
+    assert answer.tokens == expected[len(prompt) :]
+    assert members(server.group) == []
 
 
 def test_a_server_that_ignores_the_interrupt_is_ended_with_its_children(
