@@ -85,9 +85,10 @@ def write(source: Path, work: Path, only: str) -> dict[str, Path]:
         changed, _ = run_passes(program, passes, context)
         out = work / f"form{index}"
         out.mkdir()
-        lowered = VllmBackend().lower(rounded(changed, torch.bfloat16), TARGET, out, SilentProgress())
-        say(f"{name}: {folder_bytes(out) / 1e6:.0f} MB. {lowered.unrunnable}")
-        if not lowered.unrunnable:
+        VllmBackend().lower(rounded(changed, torch.bfloat16), TARGET, out, SilentProgress())
+        reason = VllmBackend().cannot_run(out, TARGET)
+        say(f"{name}: {folder_bytes(out) / 1e6:.0f} MB. {reason}")
+        if not reason:
             folders[name] = out
     return folders
 

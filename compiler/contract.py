@@ -121,14 +121,12 @@ class Lowered:
         form: the runtime form chosen, in a few words per aspect (attention, linear formats, ...).
         limits: what the runtime must respect (padding side, batching of chunked prefill, ...), as sentences.
         skips: what could not use the fast form, with reasons.
-        unrunnable: why the runtime that is here cannot run it, although others of its kind can; empty when it can.
     """
 
     files: Mapping[str, str]
     form: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
     skips: Sequence[Skip] = ()
-    unrunnable: str = ""
 
 
 class Backend(Protocol):
@@ -153,6 +151,10 @@ class Backend(Protocol):
 
     def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
         """Write what the runtime loads into the empty folder ``out``."""
+        ...
+
+    def cannot_run(self, model: Path, target: Target) -> str:
+        """Why the runtime that is here cannot run the lowered folder ``model``, although others of its kind can; else empty."""
         ...
 
     def worker_command(self, target: Target) -> Sequence[str]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 
 from compile_sparse.compiler.contract import Backend
 from compile_sparse.compiler.progress import Progress
@@ -29,9 +30,11 @@ from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 from compile_sparse.compiler.worker import Worker
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["Measured", "folder_bytes", "measure"]
+__all__ = ["Measured", "cannot_measure", "folder_bytes", "measure"]
 
 LOAD_TIMEOUT_SECONDS = 1800
+LARGE_SHARE = 4
+"""Models that are this many times as large as free memory allows are not run beside each other."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +46,15 @@ class Measured:
     baseline_fidelity: Fidelity
     performance: Performance
     quality: Quality | None
+
+
+def cannot_measure(backend: Backend, model: Path, target: Target) -> str:
+    """Why ``model`` cannot be measured here although the runtime is there, or an empty string."""
+    if target.tensor_parallel > 1:
+        return (
+            f"A model split over {target.tensor_parallel} GPUs is not measured by this version; its sizes were checked."
+        )
+    return backend.cannot_run(model, target)
 
 
 def folder_bytes(folder: Path) -> int:
@@ -68,13 +80,15 @@ def measure(
     folders = {BASELINE: baseline / "model", COMPILED: artifact / "model"}
     decoder = (artifact / DECODER_FILE).is_file()
     memory: dict[str, int] = {}
+    exact = target.baseline_precision == "fp32" and target.device == "cpu"
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
     if decoder:
-        # Memory does not depend on the neighbours: both at once, because starting a runtime may take a while. The workers are
-        # ended before the threads are waited for, so that an interruption need not wait.
+        # Both at once where memory is plenty, because starting a runtime may take a while. The workers are ended before the
+        # threads are waited for, so that an interruption need not wait.
+        large = LARGE_SHARE * sum(map(folder_bytes, folders.values())) > psutil.virtual_memory().available
         with (
             progress.task("memory", total=len(folders)) as task,
-            ThreadPoolExecutor(len(folders)) as pool,
+            ThreadPoolExecutor(1 if large else len(folders)) as pool,
             ExitStack() as stack,
         ):
             workers = {name: stack.enter_context(Worker(command)) for name in folders}
@@ -110,7 +124,8 @@ def measure(
                 threads=threads,
                 vocabulary=vocabulary,
                 seed=seed,
-                weight_bytes={name: folder_bytes(folder) for name, folder in folders.items()},
+                # A runtime in 16 bits may compute in another type than it reads from disk, and a GPU has its own bandwidth.
+                weight_bytes={name: folder_bytes(folder) for name, folder in folders.items()} if exact else {},
                 peak_rss_bytes=memory,
                 progress=progress,
             )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import difflib
 import os
-import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import entry_points
@@ -248,7 +247,7 @@ def _require_private(path: Path, *, empty_is_fine: bool = False) -> None:
         return
     if status.st_uid != os.getuid():
         why = f"Its owner is {status.st_uid}, this process runs as {os.getuid()}."
-    elif stat.S_ISDIR(status.st_mode) and status.st_mode & 0o022 and not (empty_is_fine and not any(path.iterdir())):
+    elif status.st_mode & 0o022 and not (empty_is_fine and path.is_dir() and not any(path.iterdir())):
         why = "Other users may write to it."
     else:
         return

@@ -61,6 +61,7 @@ class Target(BaseModel):
     baseline_precision: Literal["fp32", "fp16", "bf16"] = Field(description="precision of the dense baseline")
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
     compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")
+    gpu: str = Field(default="", description="a word of the GPU's name as its driver tells it, such as 'A100'")
     schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
     refused_schemes: Mapping[str, str] = Field(
         default_factory=dict, description="scheme -> why it is not one of them, a sentence"

@@ -15,7 +15,7 @@ from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.job import TextReader, baseline_key, fitting, runtime_threads
-from compile_sparse.compiler.measure import folder_bytes, measure
+from compile_sparse.compiler.measure import cannot_measure, folder_bytes, measure
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
@@ -70,6 +70,10 @@ def verify_artifact(
             where=probe.runtime,
             why=probe.why_not,
             hint=probe.hint,
+        )
+    if reason := cannot_measure(backend, artifact.model, target):
+        raise EnvironmentFailure(
+            "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
         )
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
     recipe = _recipe(manifest.recipe, eval, workload, concurrency)

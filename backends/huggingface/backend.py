@@ -68,6 +68,10 @@ class HuggingFaceBackend:
         form = {"config": dict(written.changes) or "as the source"}
         return Lowered(files=written.files, form=form, limits=limits)
 
+    def cannot_run(self, model: Path, target: Target) -> str:
+        """Every folder runs wherever the runtime does."""
+        return ""
+
     def worker_command(self, target: Target) -> Sequence[str]:
         """The measuring process; it imports torch and transformers only."""
         # -P keeps this folder's modules from shadowing the worker's imports.

@@ -100,7 +100,8 @@ def write_checkpoint(
     if solution is None:
         raise _refusal(architecture, tensors, attempt, differ=bool(tensors.uneven) and not per_layer)
     model = architecture.on_meta(architecture.parsed(solution.config))
-    plain = {name: stored_form(source) for name, source in on_disk(model, tensors.sources).items()}
+    # Before the conversions of transformers, whose results no longer tell how their parts are stored.
+    plain = on_disk(model, {name: stored_form(source) for name, source in tensors.sources.items()})
     stored = (
         {new: made for name, source in plain.items() for new, made in encode(name, source).items()} if encode else plain
     )

@@ -52,6 +52,10 @@ class NullBackend:
             files={listing.name: digest_file(listing)[0], weights.name: digest}, form={"weights": "as stored"}
         )
 
+    def cannot_run(self, model: Path, target: Target) -> str:
+        """Every folder runs wherever the runtime does."""
+        return ""
+
     def worker_command(self, target: Target) -> Sequence[str]:
         """There is nothing to start.
 

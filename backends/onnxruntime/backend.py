@@ -66,6 +66,10 @@ class OnnxRuntimeBackend:
 
         return write_folder(program, target, out, progress)
 
+    def cannot_run(self, model: Path, target: Target) -> str:
+        """Every folder runs wherever the runtime does."""
+        return ""
+
     def worker_command(self, target: Target) -> Sequence[str]:
         """The measuring process; it imports numpy and onnxruntime only."""
         # -P keeps this folder's modules from shadowing the worker's imports.

@@ -22,18 +22,19 @@ CACHE_SCHEME: Mapping[str, Any] = {
     "symmetric": True,
     "dynamic": False,
 }
+_ATTENTION = "self_attn"
 _NAMES = {"present_key": "k_scale", "present_value": "v_scale"}
 
 
-def cache_scales(program: Program) -> dict[str, tuple[str, TensorSource]]:
-    """``weight of a projection -> (k_scale or v_scale, scale)`` for every coded cache; empty when none is.
+def cache_scales(program: Program) -> dict[tuple[str, str], TensorSource]:
+    """``(weight of a projection, k_scale or v_scale) -> scale`` for every coded cache; empty when none is.
 
-    A scale lies beside the projections of its attention: ``model.layers.0.self_attn.k_scale``.
+    A scale lies beside the projections of its attention: ``model.layers.0.self_attn.k_scale``. One weight may make both.
 
     Raises:
-        Refusal: CS4304 when only some are coded: vLLM has one cache format for all layers.
+        Refusal: CS4304 when only some are coded (vLLM has one cache format for all layers), or where vLLM would not find them.
     """
-    found: dict[str, tuple[str, TensorSource]] = {}
+    found: dict[tuple[str, str], TensorSource] = {}
     plain = 0
     for node, output in zip(program.output_nodes, program.outputs, strict=True):
         if output.role not in _NAMES:
@@ -45,7 +46,16 @@ def cache_scales(program: Program) -> dict[str, tuple[str, TensorSource]]:
             continue
         scale = schema_arguments(coded)["scale"]
         weight = _projection(program, coded.args[0])
-        found[weight] = (_NAMES[output.role], program.weights[program.tensor_of(scale)])
+        found[weight, _NAMES[output.role]] = program.weights[program.tensor_of(scale)]
+        attention = weight.rsplit(".", 2)[0]
+        if not attention.endswith(f".{_ATTENTION}"):
+            raise Refusal(
+                "CS4304",
+                "vLLM would not read the scales of this model's key-value cache.",
+                where=attention,
+                why=f"It looks for them in modules called {_ATTENTION}, and this model's attention is called otherwise.",
+                hint="Leave --kv-cache out.",
+            )
     if found and plain:
         raise Refusal(
             "CS4304",

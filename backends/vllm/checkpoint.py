@@ -45,6 +45,7 @@ class Written:
         changes: config fields that differ from the model's.
         per_layer: number of layers that differ from the global config.
         plugin: whether vLLM needs our plugin to load it.
+        hinted: whether its architecture is one of ours, so that vLLM says what to do without the plugin.
         form: how the weights are stored.
     """
 
@@ -52,6 +53,7 @@ class Written:
     changes: Mapping[str, Any]
     per_layer: int
     plugin: bool
+    hinted: bool
     form: Storage
 
 
@@ -91,9 +93,9 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
     plain = str(config["architectures"][0])
     different = bool(written.per_layer) or _derives_wrong_head_size(config)
     plugin = different or form.own_method
-    if different or (
-        plugin and plain in PLUGIN_CLASSES
-    ):  # under our names vLLM says what to do when the plugin is missing
+    # A format of our own does not need our classes. Under their names vLLM says what to do when the plugin is missing.
+    hinted = different or (plugin and plain in PLUGIN_CLASSES)
+    if hinted:
         config["architectures"] = [_plugin_class(plain), PLUGIN_HINT]
         config.setdefault("per_layer_config", {})
         config["allow_global_per_layer_attribute_access"] = True
@@ -101,7 +103,7 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
         config["quantization_config"] = method
     write_durably(out / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     files = {**written.files, CONFIG_FILE: digest_file(out / CONFIG_FILE)[0]}
-    return Written(files, written.changes, len(written.per_layer), plugin, form)
+    return Written(files, written.changes, len(written.per_layer), plugin, hinted, form)
 
 
 def _architecture(config: Mapping[str, Any], solution: Solution) -> str:

@@ -35,14 +35,14 @@ class Storage:
     Attributes:
         view: without quantize nodes, factors multiplied out: every weight has the place the model's class gives it.
         coded, factored, sparse: weights that are stored otherwise, by tensor name.
-        scales: of a quantized key-value cache, by the weight of the projection beside which they lie.
+        scales: of a quantized key-value cache, by the weight of the projection beside which they lie and their kind.
     """
 
     view: Program
     coded: Mapping[str, CodedTensor] = field(default_factory=dict)
     factored: Mapping[str, FactoredTensor] = field(default_factory=dict)
     sparse: Mapping[str, SparseTensor] = field(default_factory=dict)
-    scales: Mapping[str, tuple[str, TensorSource]] = field(default_factory=dict)
+    scales: Mapping[tuple[str, str], TensorSource] = field(default_factory=dict)
 
     @property
     def own_method(self) -> bool:
@@ -98,10 +98,12 @@ def storage_of(program: Program) -> Storage:
     """
     view, coded = decoded(program)
     view, factored = multiplied(view)
-    sparse = {} if coded or factored else compressible(view)
+    scales = cache_scales(program)
+    # vLLM takes one format per checkpoint: beside codes or scales zeros are stored as they are.
+    sparse = {} if coded or factored or scales else compressible(view)
     if sparse:
         view = replace(view, weights=view.weights.updated(dict(sparse)))
-    return Storage(view, coded, factored, sparse, cache_scales(program))
+    return Storage(view, coded, factored, sparse, scales)
 
 
 class StorageWriter:
@@ -134,9 +136,13 @@ class StorageWriter:
 
     def beside(self, tensors: Tensors) -> Mapping[str, TensorSource]:
         """Scales of the cache, beside the projections of their attention."""
-        scales = self._form.scales
-        made = {name: scales[old] for old, name in tensors.renamed.items() if old in scales}
-        return {f"{name.rsplit('.', 2)[0]}.{kind}": scale for name, (kind, scale) in made.items()}
+        made = {
+            f"{tensors.renamed[weight].rsplit('.', 2)[0]}.{kind}": scale
+            for (weight, kind), scale in self._form.scales.items()
+        }
+        if len(made) != len(self._form.scales):
+            raise RuntimeError(f"{len(self._form.scales)} scales of the cache have {len(made)} names")
+        return made
 
     def require_all(self) -> None:
         """Raise CS4304 when a tensor did not reach the file in its own form."""

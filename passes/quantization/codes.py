@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 
@@ -18,7 +19,7 @@ from compile_sparse.passes.round_to_nearest import (
     scale_shape,
 )
 
-__all__ = ["code_sources"]
+__all__ = ["CodeMemory", "code_sources"]
 
 Described = tuple[tuple[int, ...], torch.dtype]
 
@@ -28,6 +29,7 @@ def code_sources(
     axis: int,
     fmt: WeightFormat,
     stored: torch.dtype,
+    memory: CodeMemory,
     global_scale: TensorSource | None = None,
 ) -> dict[str, TensorSource]:
     """``codes``, ``scale`` and, where the format has one, ``zero_point``.
@@ -37,6 +39,7 @@ def code_sources(
         axis: its contraction dimension.
         fmt: how to code it.
         stored: type the scales will be stored in.
+        memory: shared by the weights of a model.
         global_scale: NVFP4's divisor.
     """
     depth, channels = source.shape[axis], source.shape[1 - axis]
@@ -52,7 +55,9 @@ def code_sources(
         made = dict(zip(shapes, _coded(rows, fmt, stored, global_scale), strict=True))
         return made if axis == 1 else {**made, "codes": made["codes"].t().contiguous()}
 
-    made = {key: DerivedTensor(shape, dtype, _Part(key, compute)) for key, (shape, dtype) in shapes.items()}
+    made = {
+        key: DerivedTensor(shape, dtype, partial(memory.part, key, compute)) for key, (shape, dtype) in shapes.items()
+    }
     return _with_stored_scale(made, stored)
 
 
@@ -63,15 +68,20 @@ def _with_stored_scale(made: Mapping[str, TensorSource], stored: torch.dtype) ->
     return {**made, "scale": RoundedTensor(scale, stored)} if shorter else dict(made)
 
 
-class _Part:
-    """One of the tensors that are computed together."""
+class CodeMemory:
+    """What was computed last. The tensors of one weight are asked for one after the other: it is coded once, and memory is one
+    weight's.
+    """
 
-    def __init__(self, key: str, compute) -> None:  # type: ignore[no-untyped-def]
-        self._key, self._compute = key, compute
+    def __init__(self) -> None:
+        self._last: tuple[object, dict[str, torch.Tensor]] | None = None
 
-    def __call__(self) -> torch.Tensor:
-        made: torch.Tensor = self._compute()[self._key]
-        return made
+    def part(self, key: str, compute: Callable[[], dict[str, torch.Tensor]]) -> torch.Tensor:
+        """One of the tensors ``compute`` makes."""
+        if self._last is None or self._last[0] is not compute:
+            self._last = None  # freed before the next ones are made
+            self._last = (compute, compute())
+        return self._last[1][key]
 
 
 def _shapes(channels: int, depth: int, fmt: WeightFormat) -> dict[str, Described]:

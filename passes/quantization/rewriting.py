@@ -16,7 +16,7 @@ from compile_sparse.compiler.ops.quantization import FP4_MAX, FP8_MAX
 from compile_sparse.compiler.program import CODES, Binding, Program
 from compile_sparse.compiler.schemes import Scheme, WeightFormat
 from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, ResidentTensor, TensorSource
-from compile_sparse.passes.quantization.codes import code_sources
+from compile_sparse.passes.quantization.codes import CodeMemory, code_sources
 
 __all__ = ["Rewriter"]
 
@@ -50,6 +50,7 @@ class Rewriter:
     ) -> None:
         self.program, self.scheme = program, scheme
         self._ranges, self._per_tensor, self._stored = ranges, per_tensor, stored
+        self._memory = CodeMemory()
         self._together: dict[str, tuple[str, ...]] = {}
         by_input: dict[fx.Node, list[str]] = {}
         for linear in linears:
@@ -85,7 +86,7 @@ class Rewriter:
             return self.weights[key]
         source = self.program.weights[linear.tensor]
         divisor = self._global_scale(linear) if fmt.kind == "fp4" else None
-        made = code_sources(source, linear.axis, fmt, self._stored, divisor)
+        made = code_sources(source, linear.axis, fmt, self._stored, self._memory, divisor)
         stem = linear.weight.name
         codes = self._placeholder(f"{stem}_codes", linear.tensor + CODES, "parameter", made["codes"])
         scale = self._placeholder(f"{stem}_scale", linear.tensor + ".scale", "buffer", made["scale"])

@@ -25,6 +25,7 @@ from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.report import Fidelity
 from compile_sparse.compiler.runtimes import RuntimeRecord
+from compile_sparse.compiler.schemes import SCHEMES
 from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bound
 from compile_sparse.compiler.verify.verdict import wrong_model
 from compile_sparse.compiler.weights import DerivedTensor
@@ -70,9 +71,17 @@ def noise(worker: Worker, program: Program, tmp_path_factory: pytest.TempPathFac
     return found.mean_abs_logprob_diff
 
 
-def w8a8(runtime: RuntimeRecord, scheme: str = "w8a8") -> Quantize:
-    """int8 that is exact on this processor: 7-bit codes where vLLM's kernel overflows with 8."""
-    return Quantize(scheme=scheme, reduce_range=bool(runtime.facts.get("int8_saturates")))  # type: ignore[arg-type]
+def eight_bit(runtime: RuntimeRecord, scheme: str = "") -> Quantize:
+    """8-bit weights and activations that are exact here: 7-bit codes where vLLM's int8 kernel overflows with 8."""
+    chosen = scheme or ("w8a8" if "w8a8" in here().schemes else "fp8")
+    reduced = chosen.startswith("w8a8") and bool(runtime.facts.get("int8_saturates"))
+    return Quantize(scheme=chosen, reduce_range=reduced)  # type: ignore[arg-type]
+
+
+def skip_unless_run(scheme: str) -> None:
+    """The target of the registered vLLM decides which schemes exist."""
+    if scheme not in here().schemes:
+        pytest.skip(f"{here().name} does not run {scheme}")
 
 
 def judged(worker: Worker, name: str, folder: Path, noise: float) -> Fidelity:
@@ -84,22 +93,25 @@ def is_right(found: Fidelity) -> bool:
     return not wrong_model({"fidelity": found.model_dump()}, fidelity_bound(quantized=True))
 
 
-WEIGHT_ONLY = ["w4a16", "w4a16-g32", "w4a16-channel", "w4a16-asym", "w4a16-g32-asym"]
+WEIGHT_ONLY = [name for name, scheme in SCHEMES.items() if not scheme.activations]
+ACTIVATIONS = [name for name, scheme in SCHEMES.items() if scheme.activations]
 
 
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_weight_only_schemes(worker: Worker, noise: float, program: Program, scheme: str, tmp_path: Path) -> None:
+    skip_unless_run(scheme)
     artifact(program, [Quantize(scheme=scheme)], tmp_path)  # type: ignore[arg-type]
     found = judged(worker, scheme, tmp_path, noise)
     assert is_right(found), found
     assert found.mean_abs_logprob_diff <= max(2 * noise, 1e-3)  # type: ignore[operator]
 
 
-@pytest.mark.parametrize("scheme", ["w8a8", "w8a8-static"])
-def test_eight_bit_schemes_after_pruning(
+@pytest.mark.parametrize("scheme", ACTIVATIONS)
+def test_coded_activations_after_pruning(
     worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, scheme: str, tmp_path: Path
 ) -> None:
-    passes: list[Pass] = [PruneChannels(fraction=0.25), w8a8(runtime, scheme)]
+    skip_unless_run(scheme)
+    passes: list[Pass] = [PruneChannels(fraction=0.25), eight_bit(runtime, scheme)]
     _, lowered = artifact(program, passes, tmp_path)
     assert lowered.form["config"] == {"intermediate_size": 384}
     found = judged(worker, scheme, tmp_path, noise)
@@ -125,7 +137,7 @@ def test_layers_of_different_size(
     if kind.startswith("heads"):
         config = small_config(hidden_size=512, num_attention_heads=8, num_hidden_layers=2)
         program = capture_model(randomised(hf.LlamaForCausalLM(config)))
-    _, lowered = artifact(program, [*passes, w8a8(runtime)], tmp_path)
+    _, lowered = artifact(program, [*passes, eight_bit(runtime)], tmp_path)
     assert lowered.form["plugin"] == "vllm_plugin"
     found = judged(worker, kind, tmp_path, noise)
     assert is_right(found), found
@@ -227,14 +239,39 @@ def test_overflowing_int8_products_are_noticed(
     worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, tmp_path: Path
 ) -> None:
     """Without 8-bit dot products vLLM's int8 kernel adds in 16 bits: the check after loading has to see it."""
-    _, lowered = artifact(program, [Quantize(scheme="w8a8")], tmp_path)
+    if "w8a8" not in here().schemes:
+        pytest.skip(f"{here().name} has no w8a8")
+    artifact(program, [Quantize(scheme="w8a8")], tmp_path)
+    said = VllmBackend().cannot_run(tmp_path / "model", here())
     found = judged(worker, "eight bits", tmp_path, noise)
     if runtime.facts.get("int8_saturates"):
-        assert "overflows" in lowered.unrunnable
+        assert "overflows" in said
         assert not is_right(found)
     else:
-        assert lowered.unrunnable == ""
+        assert said == ""
         assert is_right(found), found
+
+
+def test_speed_of_everything_in_turns(
+    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, tmp_path: Path
+) -> None:
+    """Dense, pruned and quantized, 4 bits, layers of different size: every form generates, and is timed in the same rounds."""
+    passes: dict[str, list[Pass]] = {
+        "pruned": [PruneChannels(fraction=0.25), eight_bit(runtime)],
+        "four bits": [Quantize(scheme="w4a16")],
+        "uneven": [GLOBAL],
+    }
+    for name, steps in passes.items():
+        artifact(program, steps, tmp_path / name)
+        load(worker, name, tmp_path / name)
+    request = {"prompt_tokens": 16, "output_tokens": 6, "batch": 2, "rounds": 2, "warmup": 1, "vocab": 320}
+    rounds = worker.call("benchmark", names=["dense", *passes], **request)["rounds"]
+    for name, times in rounds.items():
+        assert len(times) == 2, name
+        for measured in times:
+            assert measured["prefill_s"] > 0
+            assert measured["decode_s"] >= 6 * min(measured["token_s"]) * 0.99
+            assert len(measured["ttft_s"]) == len(measured["token_s"]) == 2
 
 
 def test_a_model_that_needs_the_plugin_says_so_without_it(

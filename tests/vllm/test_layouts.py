@@ -20,7 +20,7 @@ from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.runtimes import find_runtime
+from compile_sparse.compiler.runtimes import RuntimeRecord
 from compile_sparse.compiler.schemes import SCHEMES
 from compile_sparse.compiler.stored_size import rounded
 from compile_sparse.compiler.targets import find_target
@@ -104,12 +104,9 @@ MUTANTS: dict[str, tuple[str, str, Callable[[Any], Any]]] = {
 
 
 @pytest.fixture(scope="module")
-def interpreter() -> str:
+def interpreter(runtime: RuntimeRecord) -> str:
     """The registered interpreter, which has transformers and compressed-tensors as vLLM wants them."""
-    record = find_runtime("vllm")
-    if record is None or record.problem:
-        pytest.skip(record.problem if record else "no vllm runtime is registered: compile-sparse runtime add vllm")
-    return str(record.python)
+    return str(runtime.python)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.runtimes import find_runtime
+from compile_sparse.compiler.runtimes import RuntimeRecord
 from compile_sparse.passes.prune_channels import PruneChannels
 from tests.vllm.conftest import randomised, small_config
 from tests.vllm.lowering import artifact
@@ -48,12 +48,9 @@ HTTPServer(("127.0.0.1", port), Handler).serve_forever()
 
 
 @pytest.fixture(scope="module")
-def interpreter() -> str:
+def interpreter(runtime: RuntimeRecord) -> str:
     """The registered interpreter that has vLLM."""
-    record = find_runtime("vllm")
-    if record is None or record.problem:
-        pytest.skip(record.problem if record else "no vllm runtime is registered: compile-sparse runtime add vllm")
-    return str(record.python)
+    return str(runtime.python)
 
 
 def make_checkpoint(folder: Path) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:

@@ -10,6 +10,7 @@ vLLM and torch only, neither each other nor the rest of compile-sparse.
 from __future__ import annotations
 
 from importlib import import_module
+from logging import getLogger
 
 __all__ = ["register"]
 
@@ -32,8 +33,13 @@ def register() -> None:
     versions must not be mixed.
     """
     from vllm import ModelRegistry
-    from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
 
+    try:
+        from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, register_quantization_config
+    except ImportError as error:
+        # Every process of every vLLM in the environment runs this: a vLLM of another shape must go on serving other models.
+        getLogger(__name__).warning("The compile-sparse plugin does not fit this vLLM and stays off: %s", error)
+        return
     known = ModelRegistry.get_supported_archs()
     for name in _ARCHITECTURES:
         if name not in known:
