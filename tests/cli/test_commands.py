@@ -47,6 +47,7 @@ def test_every_option_arrives(api, shell):
             "--eval",
             "pl=p",
         ),
+        *("--kv-cache", "fp8", "--concurrency", "1,8", "--tensor-parallel", "2"),
         *("--workload", "prompt=8", "--gate", "decode_tok_s>=1.2x", "--gate", "ppl[en]<=1.1x", "--out", "O"),
         *("--no-verify", "--seed", "3", "--force", "--allow-useless", "--verify-each"),
     )
@@ -63,6 +64,9 @@ def test_every_option_arrives(api, shell):
         "low_rank": 0.3,
         "quantize": "w8a8",
         "quantizer": "gptq",
+        "kv_cache": "fp8",
+        "concurrency": "1,8",
+        "tensor_parallel": 2,
         "calibration": "c",
         "calibration_samples": 4,
         "sequence_length": 32,
@@ -152,14 +156,21 @@ def test_explain_of_what_compile_would_refuse_exits_4(api, shell):
 
 def test_verify(api, shell):
     code, out, _ = shell(
-        "verify", "A", "--eval", "en=e", "--workload", "batch=2", "--gate", "parameters<=1x", "--model", "M"
+        *("verify", "A", "--eval", "en=e", "--workload", "batch=2", "--concurrency", "2,4"),
+        *("--gate", "parameters<=1x", "--model", "M"),
     )
     assert code == 0
     assert out.splitlines()[-1] == "out/report.json"
     ((_, (artifact,), options),) = api.calls
     assert str(artifact) == "A"
     options.pop("progress")
-    assert options == {"eval": {"en": "e"}, "workload": "batch=2", "gates": ("parameters<=1x",), "model": "M"}
+    assert options == {
+        "eval": {"en": "e"},
+        "workload": "batch=2",
+        "concurrency": "2,4",
+        "gates": ("parameters<=1x",),
+        "model": "M",
+    }
 
 
 def test_doctor(api, shell):

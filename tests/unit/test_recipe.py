@@ -346,3 +346,15 @@ def test_committed_schema_is_current_and_accepts_what_we_accept():
         jsonschema.validate(yaml.safe_load(text), schema)
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate({"pases": []}, schema)
+
+
+def test_requests_at_once_and_gpus_are_parts_of_the_workload() -> None:
+    merged = merge_options(None, concurrency="1,8,8", tensor_parallel=4)
+    assert merged.workload.levels == (1, 8)
+    assert merged.workload.tensor_parallel == 4
+    assert merge_options(None, workload="batch=3").workload.levels == (3,)
+    assert merge_options(None, concurrency=[2]).workload.levels == (2,)
+    with pytest.raises(UsageError, match="CS1105"):
+        merge_options(None, concurrency="1,0")
+    with pytest.raises(UsageError, match="CS1105"):
+        merge_options(None, concurrency="many")
