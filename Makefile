@@ -22,8 +22,9 @@ lint: venv
 vllm: venv
 	$(BIN)/compile-sparse runtime install vllm
 
+# Two processes, whole files each: models are captured once per file, and every test runs in one thread.
 test: venv lint vllm
-	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest
+	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-server: venv vllm
 	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -m server tests/vllm

@@ -2,7 +2,7 @@
 
 An environment is built where it stays (its scripts carry their path), and the record is written last: no record, no runtime.
 An interrupted installation goes on where it stopped, because ``pip`` skips what is there. Sources of packages are the user's:
-``pip`` reads its own configuration.
+``pip`` reads its own configuration (``uv``, the fallback, only its own).
 """
 
 from __future__ import annotations
