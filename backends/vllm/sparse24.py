@@ -11,9 +11,11 @@ from compile_sparse.compiler.linears import find_linears
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.weights import DerivedTensor, TensorSource
 
-__all__ = ["SparseTensor", "compressible"]
+__all__ = ["SPARSE_RUN", "SparseTensor", "compressible"]
 
 PATTERN = "2:4"
+SPARSE_RUN = 8
+"""Inputs whose positions fill a byte."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def compressible(program: Program) -> dict[str, SparseTensor]:
     for tensors in by_input.values():
         masks = [program.masks.get(tensor) for tensor in tensors]
         if all(m is not None and m.pattern == PATTERN and m.axis == 1 for m in masks) and all(
-            program.weights[tensor].shape[1] % 8 == 0 for tensor in tensors
+            program.weights[tensor].shape[1] % SPARSE_RUN == 0 for tensor in tensors
         ):
             found |= {tensor: SparseTensor(program.weights[tensor]) for tensor in sorted(tensors)}
     return found

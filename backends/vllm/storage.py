@@ -14,7 +14,7 @@ from compile_sparse.backends.vllm.cache_scales import CACHE_SCHEME, cache_scales
 from compile_sparse.backends.vllm.coded import CodedTensor, decoded
 from compile_sparse.backends.vllm.compressed_tensors import WEIGHT, encoded, quantization_config
 from compile_sparse.backends.vllm.factored import FactoredTensor, multiplied
-from compile_sparse.backends.vllm.sparse24 import SparseTensor, compressible
+from compile_sparse.backends.vllm.sparse24 import SPARSE_RUN, SparseTensor, compressible
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.schemes import Scheme
@@ -80,7 +80,18 @@ class Storage:
                 why="Factors are stored in a format of our vLLM plugin, and vLLM takes one format per checkpoint.",
                 hint="Leave one of them out, or compile for ort-cpu, which takes both.",
             )
-        if self.factored and target.tensor_parallel > 1:
+        gpus = target.tensor_parallel
+        uneven = next((name for name, tensor in self.sparse.items() if tensor.shape[1] % (SPARSE_RUN * gpus)), None)
+        if uneven:
+            raise Refusal(
+                "CS4308",
+                "2:4 weights cannot be split over these GPUs.",
+                where=uneven,
+                why=f"Positions are stored {SPARSE_RUN // 2} to a byte, for {SPARSE_RUN} inputs; its "
+                f"{self.sparse[uneven].shape[1]} inputs are no multiple of {SPARSE_RUN * gpus}.",
+                hint="Use fewer GPUs, or leave --sparsity out.",
+            )
+        if self.factored and gpus > 1:
             raise Refusal(
                 "CS4308",
                 "Low-rank layers cannot be split over GPUs.",

@@ -97,3 +97,11 @@ def test_experts_are_stored_in_the_targets_precision(captured: Captured, tmp_pat
     _, tensors = written(captured("mixtral"), [], tmp_path)
     assert any("experts" in name for name in tensors)
     assert {value.dtype for value in tensors.values()} == {torch.bfloat16}
+
+
+def test_sparse_weights_that_gpus_cannot_share_are_refused(captured: Captured, tmp_path: Path) -> None:
+    program = Mask(pattern="2:4").run(captured("llama"), PassContext(TARGET, SilentProgress())).program
+    goal = TARGET.model_copy(update={"device": "cuda", "tensor_parallel": 4})
+    with pytest.raises(Refusal, match="CS4308") as caught:  # 88 channels: 22 inputs of the down projection per GPU
+        write(rounded(program, torch.bfloat16), goal, tmp_path, SilentProgress())
+    assert "88 inputs are no multiple of 32" in caught.value.why
