@@ -76,8 +76,8 @@ def _instruction_set() -> str:
 def _cpu_dtype() -> str:
     """bfloat16, vLLM's usual precision, where the processor has kernels for it.
 
-    Without AVX-512 or its like vLLM falls back to torch's scalar bfloat16 products, several times slower than float32: nobody
-    would serve that, so it would be a false baseline.
+    Without AVX-512 or its like vLLM falls back to torch's bfloat16 products, several times slower than float32 for prompts:
+    nobody would serve that, so it would be a false baseline.
     """
     return "bfloat16" if _instruction_set() in ("AMX", "AVX-512", "Arm bf16") else "float32"
 
