@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compile_sparse.backends.vllm.plugin_files import copy_plugin
+from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER, copy_plugin
 from compile_sparse.backends.vllm.processor import cannot_run, other_hardware, registered, slow
 from compile_sparse.compiler.cache import cache_key
 from compile_sparse.compiler.contract import Lowered, Probe
@@ -29,7 +29,6 @@ __all__ = ["VllmBackend"]
 
 _RUNTIME = "vllm"
 _HINT = "compile-sparse runtime install vllm"
-PLUGIN_FOLDER = "vllm_plugin"
 
 
 class VllmBackend:
@@ -70,13 +69,11 @@ class VllmBackend:
             Refusal: CS42xx or CS43xx.
         """
         from compile_sparse.backends.vllm.checkpoint import write
-        from compile_sparse.backends.vllm.contract import violations
 
         for skip in _unknown(program):
             raise Refusal(skip.code, "vLLM does not know this model.", where=skip.where, why=skip.why, hint=skip.hint)
         written = write(program, target, out, progress)
         stored = written.form
-        notes = [skip for skip in violations(stored.view, stored.coded, target) if not skip.refuses]
         form: dict[str, Any] = {"config": dict(written.changes) or "as the source"}
         files, limits = dict(written.files), []
         if stored.scheme is not None:
@@ -97,12 +94,7 @@ class VllmBackend:
                 "model's folder, on PYTHONPATH (or install compile-sparse in vLLM's environment). Without it vLLM says that it "
                 f"does not know the {unknown}."
             )
-        return Lowered(
-            files=files,
-            form=form,
-            limits=limits,
-            skips=[*notes, *slow(program, target)],
-        )
+        return Lowered(files=files, form=form, limits=limits, skips=[*written.notes, *slow(program, target)])
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """A kernel that the registered vLLM lacks on its processor, or has and computes wrongly."""

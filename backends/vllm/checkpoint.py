@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from typing import Any
 from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
 from compile_sparse.backends.huggingface.solver import Solution
 from compile_sparse.backends.vllm.contract import violations
+from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER
 from compile_sparse.backends.vllm.storage import Storage, StorageWriter, storage_of
 from compile_sparse.compiler.durable import write_durably
 from compile_sparse.compiler.errors import Refusal
@@ -21,16 +22,15 @@ from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.stored_size import torch_dtype
 from compile_sparse.compiler.targets import Target
 
-__all__ = ["PLUGIN_CLASSES", "PLUGIN_PREFIX", "Written", "plan", "write"]
+__all__ = ["PLUGIN_CLASSES", "Written", "plan", "write"]
 
 CONFIG_FILE = "config.json"
-PLUGIN_PREFIX = "CompileSparse"
 PLUGIN_CLASSES = {
-    name: PLUGIN_PREFIX + name
+    name: f"CompileSparse{name}"
     for name in ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM")
 }
 """Classes of which our vLLM plugin has a form whose layers may differ."""
-PLUGIN_HINT = "install compile-sparse in vLLM's environment, or add this model's folder vllm_plugin to PYTHONPATH"
+PLUGIN_HINT = f"install compile-sparse in vLLM's environment, or add this model's folder {PLUGIN_FOLDER} to PYTHONPATH"
 """Second architecture of a model that needs the plugin: vLLM takes the first one it knows, and prints both when it knows none."""
 _DERIVES_HEAD_SIZE = {"Qwen2ForCausalLM"}
 """Classes for which vLLM computes ``head_dim`` as ``hidden_size / num_attention_heads``, whatever the config says."""
@@ -47,6 +47,7 @@ class Written:
         plugin: whether vLLM needs our plugin to load it.
         hinted: whether its architecture is one of ours, so that vLLM says what to do without the plugin.
         form: how the weights are stored.
+        notes: what vLLM will run slowly.
     """
 
     files: Mapping[str, str]
@@ -55,6 +56,7 @@ class Written:
     plugin: bool
     hinted: bool
     form: Storage
+    notes: Sequence[Skip]
 
 
 def plan(program: Program, target: Target) -> list[Skip]:
@@ -79,7 +81,8 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
         Refusal: CS42xx the model's class cannot express the program; CS43xx vLLM cannot run it.
     """
     form = storage_of(program)
-    for skip in violations(form.view, form.coded, target):
+    notes = violations(form.view, form.coded, target)
+    for skip in notes:
         if skip.refuses:
             raise Refusal(skip.code, "vLLM cannot run this.", where=skip.where, why=skip.why, hint=skip.hint)
     form.require_one_method(target)
@@ -103,7 +106,7 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
         config["quantization_config"] = method
     write_durably(out / CONFIG_FILE, (json.dumps(config, indent=2, ensure_ascii=False) + "\n").encode())
     files = {**written.files, CONFIG_FILE: digest_file(out / CONFIG_FILE)[0]}
-    return Written(files, written.changes, len(written.per_layer), plugin, hinted, form)
+    return Written(files, written.changes, len(written.per_layer), plugin, hinted, form, notes)
 
 
 def _architecture(config: Mapping[str, Any], solution: Solution) -> str:

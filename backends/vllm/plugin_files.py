@@ -12,8 +12,10 @@ from pathlib import Path
 from compile_sparse.compiler.file_digests import digest_file
 from compile_sparse.compiler.version import TOOL_VERSION
 
-__all__ = ["PLUGIN_PACKAGE", "copy_plugin"]
+__all__ = ["PLUGIN_FOLDER", "PLUGIN_PACKAGE", "copy_plugin"]
 
+PLUGIN_FOLDER = "vllm_plugin"
+"""Where the copy lies in a model's folder."""
 PLUGIN_PACKAGE = "compile_sparse_vllm"
 """Name of the plugin's copy; not that of the installed package, which the copy must not shadow."""
 

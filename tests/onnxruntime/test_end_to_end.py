@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import torch
 import transformers as hf
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
@@ -29,6 +28,7 @@ from compile_sparse.compiler.cli.main import run
 from compile_sparse.compiler.contract import Lowered
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.weights import ResidentTensor
+from tests.random_weights import randomised
 
 SMALL = ("--workload", "prompt=8,output=4,rounds=3")
 CONTEXT = 128
@@ -75,19 +75,6 @@ def surroundings(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for module in (compilation, plan, verification):
             patch.setattr(module, "capture", remembered)
         yield
-
-
-def randomised(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
-    """Weights large enough that every layer shows in the output."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if value.dim() == 1:
-                value.add_(0.1 * noise)
-            else:
-                value.copy_(noise * (0.5 if "embed" in name else value.shape[-1] ** -0.5))
-    return model.eval()
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -16,6 +16,7 @@ import torch
 import transformers as hf
 
 from compile_sparse.compiler.runtimes import RuntimeRecord, find_runtime, runtimes_folder
+from tests.random_weights import randomised
 
 _RUNTIMES = runtimes_folder()  # before any test moves the cache
 NEEDED = "no vLLM is registered: run 'compile-sparse runtime install vllm'"
@@ -56,19 +57,6 @@ def small_config(**changes: Any) -> hf.LlamaConfig:
         "eos_token_id": 2,
     }
     return hf.LlamaConfig(**{**sizes, **changes})
-
-
-def randomised(model: hf.PreTrainedModel) -> hf.PreTrainedModel:
-    """Random weights of unit gain, and norms that are not ones: every coupling shows in the output."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for name, value in model.named_parameters():
-            noise = torch.randn(value.shape, generator=generator)
-            if value.dim() == 1:
-                value.add_(0.1 * noise)
-            else:
-                value.copy_(noise * (0.5 if "embed" in name else value.shape[-1] ** -0.5))
-    return model.eval()
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,8 @@ from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize import Quantize
-from tests.vllm.conftest import randomised, small_config
+from tests.random_weights import randomised
+from tests.vllm.conftest import small_config
 from tests.vllm.emulated_kernel import write_plugin
 from tests.vllm.lowering import artifact, here, load
 

@@ -17,7 +17,8 @@ from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.runtimes import RuntimeRecord
 from compile_sparse.passes.prune_channels import PruneChannels
-from tests.vllm.conftest import randomised, small_config
+from tests.random_weights import randomised
+from tests.vllm.conftest import small_config
 from tests.vllm.lowering import artifact
 from tests.vllm.serving import ServingFailure, members, serve, stream
 
