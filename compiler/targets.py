@@ -18,7 +18,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 
-__all__ = ["FactoredProducts", "SparsePattern", "Target", "find_target", "load_targets", "split_over"]
+__all__ = [
+    "Build",
+    "FactoredProducts",
+    "Hardware",
+    "SparsePattern",
+    "Target",
+    "find_target",
+    "load_targets",
+    "split_over",
+]
+
+
+Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class SparsePattern(BaseModel):
@@ -31,6 +43,45 @@ class SparsePattern(BaseModel):
     why: str = Field(description="the mechanism, one sentence")
     measured: str = Field(default="", description="figures with the setting they were measured in")
     instead: str = Field(default="", description="what to use on this target")
+    least_inner: int = Field(default=0, ge=0, description="contraction size (K) below which it does not pay")
+    least_outer: int = Field(default=0, ge=0, description="output size (N) below which it does not pay")
+    inner_multiple: int = Field(default=1, ge=1, description="K must be a multiple of this for a sparse kernel")
+    outer_multiple: int = Field(default=1, ge=1, description="N must be a multiple of this for a sparse kernel")
+    formats: tuple[str, ...] = Field(
+        default=(), description="number formats of products that have sparse kernels, such as fp16; empty: not said"
+    )
+    int8_outputs: bool = Field(
+        default=False, description="whether an int8 product must give int8 for its sparse kernel to be the faster one"
+    )
+
+
+class Hardware(BaseModel):
+    """What a vendor's datasheet says of the hardware; peaks, never measurements."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_gb: float = Field(gt=0, description="memory, 1e9 bytes")
+    bandwidth_gb_s: float = Field(gt=0, description="of that memory, 1e9 bytes per second")
+    dense_tflops: Mapping[str, float] = Field(
+        description="format of the products (fp16, int8, fp8, fp4) -> 1e12 operations per second without sparsity"
+    )
+    source: str = Field(description="title of the datasheet, with its date or number")
+
+
+class Build(BaseModel):
+    """What a runtime that builds engines builds them for: set by options, never in target files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int = Field(ge=1, description="requests or samples at once that kernels are chosen for")
+    largest_batch: int = Field(ge=1, description="most requests or samples at once")
+    prompt: int = Field(ge=1, description="prompt length in tokens that kernels are chosen for")
+    max_length: int = Field(ge=1, description="prompt and output tokens that fit the key-value cache")
+    engine: Literal["auto", "none", "rtx-aot"] = Field(
+        default="auto",
+        description="auto: TensorRT on the target's GPU, elsewhere a check that the graph builds; none: the graph only; "
+        "rtx-aot: a TensorRT-RTX engine built ahead of time, without a GPU",
+    )
 
 
 class FactoredProducts(BaseModel):
@@ -58,9 +109,15 @@ class Target(BaseModel):
     backend: str = Field(description="entry-point name of the backend")
     device: str = Field(description="cpu, cuda, ... as the runtime calls it")
     summary: str = Field(description="one sentence for 'targets'")
-    baseline_precision: Literal["fp32", "fp16", "bf16"] = Field(description="precision of the dense baseline")
+    baseline_precision: Precision = Field(description="precision of the dense baseline")
+    precisions: tuple[Precision, ...] = Field(
+        default=(), description="what --precision may choose instead; empty: the baseline's only"
+    )
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
     compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")
+    hardware: Hardware | None = Field(default=None, description="peaks from the vendor's datasheet")
+    builds_engines: bool = Field(default=False, description="whether artifacts are built for the workload's shapes")
+    build: Build | None = Field(default=None, description="those shapes; set by options")
     gpu: str = Field(default="", description="a word of the GPU's name as its driver tells it, such as 'A100'")
     schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
     refused_schemes: Mapping[str, str] = Field(
