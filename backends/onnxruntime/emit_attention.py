@@ -1,18 +1,18 @@
-"""Attention: the grouped-query kernel for raised attention, the opset's own operator for the rest."""
+"""The grouped-query kernel for raised attention."""
 
 from __future__ import annotations
 
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Unsupported, emits
-from compile_sparse.backends.onnxruntime.graph_writer import MICROSOFT, element_type
+from compile_sparse.backends.onnx.element_types import element_type
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
 from compile_sparse.compiler.raising import AttentionShape
 from compile_sparse.compiler.raising.matching import arguments
 
-__all__ = ["GROUPED", "STANDARD", "refuse_attention"]
+__all__ = ["GROUPED", "refuse_attention"]
 
 GROUPED = "GroupQueryAttention"
-STANDARD = "Attention"
 
 
 def refuse_attention(shape: AttentionShape) -> str:
@@ -64,17 +64,3 @@ def _lengths(emission: Emission, mask: fx.Node) -> list[str]:
         total = graph.call("Squeeze", [graph.call("Shape", [name], start=1, end=2)])
         emission.shared[key] = [rows, graph.call("Cast", [total], hint="total_length", to=element_type("int32"))]
     return list(emission.shared[key])
-
-
-@emits("aten::scaled_dot_product_attention")
-def _attention(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
-    if given["dropout_p"]:
-        raise Unsupported("attention with dropout")
-    inputs = [emission.value(given[k]) for k in ("query", "key", "value")]
-    if given["attn_mask"] is not None:
-        inputs.append(emission.value(given["attn_mask"]))
-    emission.count(STANDARD)
-    return emission.graph.call(
-        STANDARD, inputs, hint=node.name, scale=float(given["scale"]), is_causal=int(bool(given["is_causal"]))
-    )

@@ -1,12 +1,12 @@
-"""Layer norm, RMS norm, and both with the residual addition before them."""
+"""RMS norm, and both norms with the residual addition before them."""
 
 from __future__ import annotations
 
-import numpy as np
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Unsupported, emits
-from compile_sparse.backends.onnxruntime.graph_writer import MICROSOFT
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnx.emit_norms import gain_of, layer_norm
+from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
 from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op, same_dimension
 
 __all__: list[str] = []
@@ -39,29 +39,10 @@ def _residual_rms_norm(emission: Emission, node: fx.Node) -> list[str]:
 
 @emits("aten::layer_norm")
 def _layer_norm(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
-    shape = list(given["normalized_shape"])
-    if not all(isinstance(size, int) for size in shape):
-        raise Unsupported("normalising a dynamic dimension")
-    gain = _gain(emission, given["weight"], shape)
-    fused = _with_residual(emission, node, gain)
-    if fused is not None:
-        return fused
-    inputs = [emission.value(given["input"]), gain]
-    if given["bias"] is not None:
-        inputs.append(emission.value(given["bias"]))
-    emission.count("LayerNormalization")
-    return emission.graph.call("LayerNormalization", inputs, hint=node.name, axis=-len(shape), epsilon=given["eps"])
+    return _with_residual(emission, node) or layer_norm(emission, node)
 
 
-def _gain(emission: Emission, weight: fx.Node | None, shape: list[int]) -> str:
-    if weight is not None:
-        return emission.value(weight)
-    name = "compile_sparse.ones." + "x".join(map(str, shape))
-    return emission.graph.weight(name, shape, "float32", lambda: np.ones(shape, np.float32))
-
-
-def _with_residual(emission: Emission, node: fx.Node, gain: str) -> str | None:
+def _with_residual(emission: Emission, node: fx.Node) -> str | None:
     """``layer_norm(x + r)``: one kernel gives the norm and the sum. The sum's own node then has no reader left and is dropped.
 
     Only a sum that no earlier node read may be taken over, because its new producer stands here.
@@ -72,6 +53,10 @@ def _with_residual(emission: Emission, node: fx.Node, gain: str) -> str | None:
         return None
     if any(user < node for user in total.users):
         return None
+    shape = list(given["normalized_shape"])
+    if not isinstance(shape[0], int):
+        return None
+    gain = gain_of(emission, given["weight"], shape, emission.dtype(node))
     left, right = (emission.value(argument) for argument in total.args[:2])
     names = emission.graph.call_many(
         "SkipLayerNormalization",

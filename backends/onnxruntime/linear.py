@@ -8,8 +8,6 @@ integers, one scale per group       float                                   MatM
 integers, one scale per channel     8-bit, one dynamic scale per tensor     MatMulIntegerToFloat
 anything else                                                               plain operators, and a CS2310 skip
 =================================== ======================================= ===================================
-
-``linear`` contracts axis 1 of its weight, ``addmm`` / ``mm`` / ``matmul`` axis 0.
 """
 
 from __future__ import annotations
@@ -21,8 +19,9 @@ import numpy as np
 import torch
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Unsupported, emits
-from compile_sparse.backends.onnxruntime.graph_writer import MICROSOFT
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnx.linear import emits_products, float_product
+from compile_sparse.backends.onnxruntime.dialect import DIALECT, MICROSOFT
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape, pad_scales
 from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op
 from compile_sparse.compiler.skip import Skip
@@ -52,67 +51,12 @@ class _Codes:
         return int(dimensions(self.q)[1 - self.axis])
 
 
-@emits("aten::linear")
-def _linear(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
-    return _contract(emission, node, given["input"], given["weight"], given["bias"], axis=1)
-
-
-@emits("aten::addmm")
-def _addmm(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
-    if given["beta"] != 1 or given["alpha"] != 1:
-        raise Unsupported("addmm with factors")
-    return _contract(emission, node, given["mat1"], given["mat2"], given["self"], axis=0)
-
-
-@emits("aten::mm", "aten::bmm", "aten::matmul")
-def _matmul(emission: Emission, node: fx.Node) -> str:
-    return _contract(emission, node, node.args[0], node.args[1], None, axis=0)  # type: ignore[arg-type]
-
-
-@emits("aten::einsum")
-def _einsum(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
-    operands = [emission.tensor(tensor, emission.dtype(node)) for tensor in given["tensors"]]
-    return emission.graph.call("Einsum", operands, hint=node.name, equation=given["equation"])
-
-
 def _contract(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
     if is_op(weight, "compile_sparse::dequantize_weight"):
         packed = _quantized(emission, node, x, weight, bias, axis)
         if packed is not None:
             return packed
-    emission.count("MatMul")
-    product = emission.graph.call("MatMul", [emission.value(x), _inner_first(emission, weight, axis)], hint=node.name)
-    return product if bias is None else emission.graph.call("Add", [product, emission.value(bias)], hint=node.name)
-
-
-def _inner_first(emission: Emission, weight: fx.Node, axis: int) -> str:
-    """The float weight as ``[K, N]``."""
-    if axis == 0:
-        return emission.value(weight)
-    shared = any(not is_op(user, "aten::linear") for user in _readers(emission, weight))
-    if weight.op != "placeholder" or shared:
-        # A tied embedding is stored once; the runtime folds the transposition when it loads.
-        return emission.graph.call("Transpose", [emission.value(weight)], perm=[1, 0])
-    rows, columns = (int(size) for size in dimensions(weight))
-
-    def transposed(values: torch.Tensor) -> np.ndarray:
-        return np.ascontiguousarray(values.numpy().T)
-
-    return emission.stored(weight, ".transposed", (columns, rows), change=transposed)
-
-
-def _readers(emission: Emission, weight: fx.Node) -> list[fx.Node]:
-    """Readers of the stored tensor, which may be bound to more than one placeholder."""
-    tensor = emission.program.tensor_of(weight)
-    return [
-        user
-        for node in emission.program.graph.nodes
-        if node is weight or (node.op == "placeholder" and emission.program.tensor_of(node) == tensor)
-        for user in node.users
-    ]
+    return float_product(emission, node, x, weight, bias, axis)
 
 
 def _quantized(
@@ -190,3 +134,6 @@ def _integer_product(emission: Emission, node: fx.Node, x: fx.Node, codes: _Code
         inputs += ["", emission.value(bias)]
     emission.count("MatMulIntegerToFloat, dynamic activations")
     return emission.graph.call("MatMulIntegerToFloat", inputs, hint=node.name, domain=MICROSOFT)
+
+
+emits_products(DIALECT, _contract)

@@ -10,25 +10,17 @@ from typing import Any
 import torch
 
 # Importing an emitter module registers its operators.
-from compile_sparse.backends.onnxruntime import (  # noqa: F401
-    emit_activations,
-    emit_arithmetic,
-    emit_convolution,
-    emit_creation,
-    emit_norms,
-    emit_pooling,
-    emit_reductions,
-    emit_shapes,
-    emit_sizes,
-    linear,
-)
-from compile_sparse.backends.onnxruntime.emission import Emission
-from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, STANDARD, refuse_attention
-from compile_sparse.backends.onnxruntime.external_data import ExternalData, Sink
+from compile_sparse.backends.onnx import standard  # noqa: F401
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnx.emit_attention import STANDARD_ATTENTION
+from compile_sparse.backends.onnx.external_data import ExternalData, Sink
+from compile_sparse.backends.onnx.graph_writer import GraphWriter
+from compile_sparse.backends.onnx.interface import add_inputs, add_outputs
+from compile_sparse.backends.onnx.protobuf import write_model
+from compile_sparse.backends.onnxruntime import emit_norms, linear  # noqa: F401
+from compile_sparse.backends.onnxruntime.dialect import DIALECT
+from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_attention
 from compile_sparse.backends.onnxruntime.genai import write_genai
-from compile_sparse.backends.onnxruntime.graph_writer import GraphWriter
-from compile_sparse.backends.onnxruntime.interface import add_inputs, add_outputs
-from compile_sparse.backends.onnxruntime.protobuf import write_model
 from compile_sparse.compiler.contract import Lowered
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.program import Program
@@ -56,7 +48,7 @@ def emit(program: Program, sink: Sink, on_weight: Any = lambda: None) -> Emissio
         raise Refusal(
             wrong.code, "This backend writes float32 models.", where=wrong.where, why=wrong.why, hint=wrong.hint
         )
-    emission = Emission(program, GraphWriter(sink), on_weight)
+    emission = Emission(program, GraphWriter(sink), on_weight, DIALECT)
     symbols = add_inputs(emission)
     emission.run()
     if emission.unsupported:
@@ -82,7 +74,7 @@ def rehearse(program: Program) -> list[Skip]:
         program, skips = raise_patterns(program, refuse_attention=refuse_attention)
     except ModelError:  # captured without weights, and the rotary angles need one
         skips = []
-    emission = Emission(program, GraphWriter(Sink()))
+    emission = Emission(program, GraphWriter(Sink()), dialect=DIALECT)
     add_inputs(emission)
     emission.run()
     return [*skips, *emission.unsupported, *emission.skips]
@@ -98,7 +90,7 @@ def write_graph(program: Program, out: Path, progress: Progress) -> tuple[Emissi
     try:
         with progress.task("write weights", total=len(program.weights)) as task, ExternalData(data) as sink:
             emission = emit(program, sink, task.advance)
-        digests = {DATA_FILE: sink.sha256, MODEL_FILE: write_model(emission.graph, model, DATA_FILE)}
+        digests = {DATA_FILE: sink.sha256, MODEL_FILE: write_model(emission.graph, model, DATA_FILE, DIALECT)}
     except BaseException:
         data.unlink(missing_ok=True)
         model.unlink(missing_ok=True)
@@ -110,7 +102,7 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
     """Raise ``program`` and write everything the runtimes load into ``out``."""
     raised, skips = raise_patterns(program, refuse_attention=refuse_attention)
     emission, files = write_graph(raised, out, progress)
-    grouped = bool(emission.forms.get(GROUPED)) and not emission.forms.get(STANDARD)
+    grouped = bool(emission.forms.get(GROUPED)) and not emission.forms.get(STANDARD_ATTENTION)
     limits = _limits(emission) if program.kind == "decoder" else []
     inputs = [value.name for value in emission.graph.inputs]
     if program.kind == "decoder":

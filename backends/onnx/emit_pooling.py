@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Emitter, Unsupported, emits
-from compile_sparse.backends.onnxruntime.emit_convolution import each
+from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
+from compile_sparse.backends.onnx.emit_convolution import each
 from compile_sparse.compiler.raising.matching import arguments, dimensions
 
 __all__: list[str] = []

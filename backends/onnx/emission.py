@@ -1,7 +1,6 @@
 """Walks a program and emits one or a few ONNX nodes per operator.
 
-Emitters register by qualified operator name and live in ``emit_*.py`` by family. A *lazy* emitter runs only when another one asks
-for its value: a weight that a linear packs itself is never written in float.
+Emitters register by qualified operator name in a dialect (``dialect.py``) and live in ``emit_*.py`` by family.
 """
 
 from __future__ import annotations
@@ -13,36 +12,20 @@ import numpy as np
 import torch
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.graph_writer import GraphWriter, element_type, numpy_type
+from compile_sparse.backends.onnx.dialect import STANDARD, Dialect, Emitted, Emitter, Unsupported, emits
+from compile_sparse.backends.onnx.element_types import element_type, kind_of, raw_values
+from compile_sparse.backends.onnx.graph_writer import GraphWriter
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.raising.matching import dimensions, qualified_name
 from compile_sparse.compiler.skip import Skip
 
-__all__ = ["Emission", "Unsupported", "emits"]
+__all__ = ["Emission", "Emitter", "Unsupported", "emits"]
 
-Emitted = str | Sequence[str]
-Emitter = Callable[["Emission", fx.Node], Emitted]
-
-_EMITTERS: dict[str, Emitter] = {}
-_LAZY: set[str] = set()
-_WRITABLE = (torch.float32, torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool)
-
-
-class Unsupported(Exception):
-    """Raised by an emitter for arguments it cannot express; the message is a sentence without a full stop."""
-
-
-def emits(*names: str, lazy: bool = False) -> Callable[[Emitter], Emitter]:
-    """Register an emitter for qualified operator names such as ``aten::add``."""
-
-    def register(emitter: Emitter) -> Emitter:
-        for name in names:
-            _EMITTERS[name] = emitter
-            if lazy:
-                _LAZY.add(name)
-        return emitter
-
-    return register
+# float64 is not: runtimes have few kernels for it.
+_WRITABLE = (
+    *(torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool),
+)
 
 
 class Emission:
@@ -56,8 +39,14 @@ class Emission:
         skips: operators that could not use their fast form.
     """
 
-    def __init__(self, program: Program, graph: GraphWriter, on_weight: Callable[[], None] = lambda: None) -> None:
-        self.program, self.graph = program, graph
+    def __init__(
+        self,
+        program: Program,
+        graph: GraphWriter,
+        on_weight: Callable[[], None] = lambda: None,
+        dialect: Dialect = STANDARD,
+    ) -> None:
+        self.program, self.graph, self.dialect = program, graph, dialect
         self.forms: dict[str, int] = {}
         self.unsupported: list[Skip] = []
         self.skips: list[Skip] = []
@@ -68,7 +57,7 @@ class Emission:
     def run(self) -> None:
         """Emit every node; operators without an emitter are collected instead of stopping at the first."""
         for node in self.program.graph.nodes:
-            if node.op != "call_function" or node in self._names or qualified_name(node) in _LAZY:
+            if node.op != "call_function" or node in self._names or self.dialect.is_lazy(qualified_name(node)):
                 continue
             try:
                 self._emit(node)
@@ -79,10 +68,14 @@ class Emission:
                 self._names[node] = [""] * 64 if isinstance(node.meta.get("val"), (list, tuple)) else ""
 
     def _emit(self, node: fx.Node) -> None:
-        emitter = _EMITTERS.get(qualified_name(node))
+        emitter = self.dialect.find(qualified_name(node))
         if emitter is None:
             raise Unsupported("no emitter is registered for it")
-        emitted = emitter(self, node)
+        outer, self.graph.source = self.graph.source, _module_of(node)
+        try:
+            emitted = emitter(self, node)
+        finally:
+            self.graph.source = outer
         self._names.setdefault(node, emitted)
 
     def bind(self, node: fx.Node, name: Emitted) -> None:
@@ -107,7 +100,7 @@ class Emission:
         """A node, size or Python number as a tensor, cast to ``dtype`` when that differs."""
         if not isinstance(operand, fx.Node):
             kind = dtype or (torch.float32 if isinstance(operand, float) else torch.int64)
-            return self.graph.constant(_clipped(operand, kind), str(numpy_type(kind)))
+            return self.graph.constant(_clipped(operand, kind), kind_of(kind))
         name = self.value(operand)
         have = self.dtype(operand)
         if not isinstance(operand.meta["val"], torch.Tensor):
@@ -153,21 +146,21 @@ class Emission:
         """A weight as an initializer; ``change`` lays its values out for the kernel.
 
         Raises:
-            Unsupported: the weight's dtype has no place in a CPU graph.
+            Unsupported: the weight's dtype has no place in a graph.
         """
         tensor = self.program.tensor_of(placeholder)
         if tensor is None:
             raise Unsupported(f"{placeholder.name} is neither an input nor a weight")
         source = self.program.weights[tensor]
         if source.dtype not in _WRITABLE:
-            raise Unsupported(f"weight {tensor} has dtype {source.dtype}; this backend writes float32 models")
+            raise Unsupported(f"weight {tensor} has dtype {source.dtype}")
 
         def make() -> np.ndarray:
             self._on_weight()
             values = source.load().detach()
-            return values.contiguous().numpy() if change is None else change(values)
+            return raw_values(values) if change is None else change(values)
 
-        kind = dtype or str(numpy_type(source.dtype))
+        kind = dtype or kind_of(source.dtype)
         return self.graph.weight(tensor + suffix, source.shape if shape is None else shape, kind, make)
 
     def count(self, form: str) -> None:
@@ -183,8 +176,14 @@ def _clipped(value: Any, dtype: torch.dtype) -> Any:
     return value
 
 
-def _source_of(node: fx.Node) -> str:
-    """Node name with the module it came from."""
+def _module_of(node: fx.Node) -> str:
+    """Path of the innermost module a node came from; empty when it is not known."""
     stack: Mapping[str, Any] = node.meta.get("nn_module_stack") or {}
     path = [entry[0] for entry in stack.values() if isinstance(entry, tuple)]
-    return f"{node.name} ({path[-1]})" if path and path[-1] else node.name
+    return str(path[-1]) if path else ""
+
+
+def _source_of(node: fx.Node) -> str:
+    """Node name with the module it came from."""
+    module = _module_of(node)
+    return f"{node.name} ({module})" if module else node.name

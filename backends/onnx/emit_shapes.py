@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Unsupported, emits
+from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
 from compile_sparse.compiler.raising.matching import arguments, dimensions, same_dimension
 
 __all__: list[str] = []

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
+import torch
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Unsupported, emits
+from compile_sparse.backends.onnx.element_types import kind_of, raw_values
+from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
 from compile_sparse.compiler.raising.matching import arguments, dimensions
 
 __all__ = ["each"]
@@ -105,7 +106,7 @@ def _group_norm(emission: Emission, node: fx.Node) -> str:
     given = arguments(node)
     source, groups, graph = given["input"], given["num_groups"], emission.graph
     folded = graph.call("Reshape", [emission.value(source), graph.constant([0, groups, -1])])
-    plain = [_filled(emission, groups, value) for value in (1.0, 0.0)]
+    plain = [_filled(emission, groups, value, emission.dtype(source)) for value in (1.0, 0.0)]
     normal = graph.call("InstanceNormalization", [folded, *plain], epsilon=given["eps"])
     shape = graph.call("Shape", [emission.value(source)])
     result = graph.call("Reshape", [normal, shape], hint=node.name)
@@ -126,11 +127,14 @@ def _channels(given: dict[str, Any]) -> int:
 
 def _scale_and_shift(emission: Emission, given: dict[str, Any], size: int) -> list[str]:
     return [
-        _filled(emission, size, plain) if given[name] is None else emission.value(given[name])
+        _filled(emission, size, plain, emission.dtype(given["input"]))
+        if given[name] is None
+        else emission.value(given[name])
         for name, plain in (("weight", 1.0), ("bias", 0.0))
     ]
 
 
-def _filled(emission: Emission, size: int, value: float) -> str:
-    name = f"compile_sparse.{value:g}.{size}"
-    return emission.graph.weight(name, [size], "float32", lambda: np.full(size, value, np.float32))
+def _filled(emission: Emission, size: int, value: float, dtype: torch.dtype) -> str:
+    kind, shape = kind_of(dtype), [size]
+    name = f"compile_sparse.{value:g}.{size}.{kind}"
+    return emission.graph.weight(name, shape, kind, lambda: raw_values(torch.full(shape, value, dtype=dtype)))

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
-from compile_sparse.backends.onnxruntime.emission import Emission
-from compile_sparse.backends.onnxruntime.graph_writer import NodeRecord, ValueRecord, element_type
+from compile_sparse.backends.onnx.element_types import element_type
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnx.graph_writer import NodeRecord, ValueRecord
 from compile_sparse.compiler.program import Input, Program
 
 __all__ = ["add_inputs", "add_outputs"]

@@ -7,50 +7,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from typing import Any
 
 import numpy as np
 import torch
 
-from compile_sparse.backends.onnxruntime.external_data import Extent, Sink
+from compile_sparse.backends.onnx.element_types import PACKED, element_type, kind_of, raw_values, storage_type
+from compile_sparse.backends.onnx.external_data import Extent, Sink
 
-__all__ = ["MICROSOFT", "GraphWriter", "NodeRecord", "TensorRecord", "ValueRecord", "element_type", "numpy_type"]
+__all__ = ["GraphWriter", "NodeRecord", "TensorRecord", "ValueRecord"]
 
-MICROSOFT = "com.microsoft"
-
-# ONNX TensorProto.DataType numbers; part of the file format, so they never change.
-_ELEMENT_TYPES = {
-    "float32": 1,
-    "uint8": 2,
-    "int8": 3,
-    "int32": 6,
-    "int64": 7,
-    "bool": 9,
-    "float16": 10,
-    "float64": 11,
-}
 _INLINE_BYTES = 1024
-
-
-def element_type(dtype: torch.dtype | np.dtype[Any] | str) -> int:
-    """ONNX element type of a torch or numpy dtype; KeyError for one the writer does not know."""
-    return _ELEMENT_TYPES[str(dtype).removeprefix("torch.")]
-
-
-def numpy_type(dtype: torch.dtype) -> np.dtype[Any]:
-    """The numpy dtype of the same name."""
-    return np.dtype(str(dtype).removeprefix("torch."))
 
 
 @dataclass
 class NodeRecord:
-    """One operator call; an empty input or output name means it is absent."""
+    """One operator call; an empty input or output name means it is absent. ``source``: the module it came from, or empty."""
 
     op: str
     inputs: list[str]
     outputs: list[str]
     domain: str
     attributes: dict[str, Any]
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -75,13 +55,14 @@ class ValueRecord:
 
 @dataclass
 class GraphWriter:
-    """The graph under construction."""
+    """The graph under construction. New nodes are said to come from the module ``source``."""
 
     sink: Sink
     nodes: list[NodeRecord] = field(default_factory=list)
     tensors: dict[str, TensorRecord] = field(default_factory=dict)
     inputs: list[ValueRecord] = field(default_factory=list)
     outputs: list[ValueRecord] = field(default_factory=list)
+    source: str = ""
     _used: set[str] = field(default_factory=set)
     _constants: dict[tuple[int, tuple[int, ...], bytes], str] = field(default_factory=dict)
 
@@ -115,13 +96,15 @@ class GraphWriter:
         """Append a node; ``outputs`` is their number, or which of them are wanted (the others get an empty name)."""
         wanted = [True] * outputs if isinstance(outputs, int) else list(outputs)
         names = [self.fresh(hint or op) if want else "" for want in wanted]
-        self.nodes.append(NodeRecord(op, list(inputs), names, domain, attributes))
+        self.nodes.append(NodeRecord(op, list(inputs), names, domain, attributes, self.source))
         return names
 
     def constant(self, values: Any, dtype: str = "int64") -> str:
         """A small constant; equal ones share a name."""
-        array = np.asarray(values, dtype=dtype)
-        key = (element_type(array.dtype), array.shape, array.tobytes())
+        # numpy has no bfloat16.
+        short = dtype == "bfloat16"
+        array = raw_values(torch.tensor(values, dtype=torch.bfloat16)) if short else np.asarray(values, dtype=dtype)
+        key = (element_type(dtype), array.shape, array.tobytes())
         if key not in self._constants:
             name = self.fresh(f"constant_{len(self._constants)}")
             self.tensors[name] = TensorRecord(name, key[0], array.shape, key[2], None)
@@ -133,16 +116,19 @@ class GraphWriter:
     ) -> str:
         """Store a tensor under ``name`` once; ``make`` runs only when values are really written.
 
+        ``make`` gives the elements as ``storage_type`` holds them; of a packed kind the bytes, in any shape.
+
         Raises:
             RuntimeError: ``make`` gave another shape or dtype than declared (a defect of an emitter).
         """
         if name in self.tensors:
             return name
         self._used.add(name)
-        kind, inline, extent = np.dtype(dtype), None, None
+        kind, inline, extent = kind_of(dtype), None, None
         if self.sink.stores:
             values = make()
-            if values.shape != tuple(shape) or values.dtype != kind:
+            fits = values.size == -(-prod(shape) // 2) if kind in PACKED else values.shape == tuple(shape)
+            if not fits or values.dtype != storage_type(kind):
                 raise RuntimeError(f"{name} is {values.shape} {values.dtype}, declared {tuple(shape)} {kind}")
             if values.nbytes < _INLINE_BYTES:
                 inline = np.ascontiguousarray(values).tobytes()

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Unsupported, emits
+from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
 from compile_sparse.compiler.raising.matching import arguments
 
 __all__: list[str] = []

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_sparse.backends.onnxruntime.emission import Emission, Emitter, Unsupported, emits
+from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
 from compile_sparse.compiler.raising.matching import arguments
 
 __all__: list[str] = []

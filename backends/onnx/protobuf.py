@@ -6,23 +6,23 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from compile_sparse.backends.onnxruntime.graph_writer import MICROSOFT, GraphWriter, TensorRecord
+from compile_sparse.backends.onnx.dialect import Dialect
+from compile_sparse.backends.onnx.graph_writer import GraphWriter, NodeRecord, TensorRecord
 
-__all__ = ["write_model"]
-
-# Opset 23 is the first with Attention; IR 11 is what it was released with.
-_OPSET = 23
-_IR_VERSION = 11
+__all__ = ["node_name", "write_model"]
 
 
-def write_model(graph: GraphWriter, path: Path, data_file: str) -> str:
-    """Write ``path``, whose large tensors are in ``data_file`` next to it; returns the SHA-256 of what was written."""
+def write_model(graph: GraphWriter, path: Path, data_file: str, dialect: Dialect) -> str:
+    """Write ``path``, whose large tensors are in ``data_file`` next to it; returns the SHA-256 of what was written.
+
+    A node is called after the module it came from, so that a runtime's message about it can be understood.
+    """
     import onnx
 
     made = onnx.helper.make_graph(
         [
             onnx.helper.make_node(
-                node.op, node.inputs, node.outputs, name=f"{node.op}_{index}", domain=node.domain, **node.attributes
+                node.op, node.inputs, node.outputs, name=node_name(node, index), domain=node.domain, **node.attributes
             )
             for index, node in enumerate(graph.nodes)
         ],
@@ -31,12 +31,18 @@ def write_model(graph: GraphWriter, path: Path, data_file: str) -> str:
         [onnx.helper.make_tensor_value_info(v.name, v.element, list(v.shape)) for v in graph.outputs],
         [_tensor(record, data_file) for record in graph.tensors.values()],
     )
-    opsets = [onnx.helper.make_opsetid("", _OPSET), onnx.helper.make_opsetid(MICROSOFT, 1)]
+    domains = sorted({node.domain for node in graph.nodes} - {""})
+    opsets = [onnx.helper.make_opsetid("", dialect.opset), *(onnx.helper.make_opsetid(domain, 1) for domain in domains)]
     model = onnx.helper.make_model(made, opset_imports=opsets, producer_name="compile-sparse")
-    model.ir_version = _IR_VERSION
+    model.ir_version = dialect.ir_version
     raw = model.SerializeToString()
     path.write_bytes(raw)
     return hashlib.sha256(raw).hexdigest()
+
+
+def node_name(node: NodeRecord, index: int) -> str:
+    """``model.layers.0.mlp.gate_proj/MatMul_12``; without a known module ``/MatMul_12``."""
+    return f"{node.source}/{node.op}_{index}"
 
 
 def _tensor(record: TensorRecord, data_file: str) -> Any:

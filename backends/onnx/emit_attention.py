@@ -1,0 +1,26 @@
+"""Attention without a cache: the opset's own operator."""
+
+from __future__ import annotations
+
+from torch import fx
+
+from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
+from compile_sparse.compiler.raising.matching import arguments
+
+__all__ = ["STANDARD_ATTENTION"]
+
+STANDARD_ATTENTION = "Attention"
+
+
+@emits("aten::scaled_dot_product_attention")
+def _attention(emission: Emission, node: fx.Node) -> str:
+    given = arguments(node)
+    if given["dropout_p"]:
+        raise Unsupported("attention with dropout")
+    inputs = [emission.value(given[k]) for k in ("query", "key", "value")]
+    if given["attn_mask"] is not None:
+        inputs.append(emission.value(given["attn_mask"]))
+    emission.count(STANDARD_ATTENTION)
+    return emission.graph.call(
+        STANDARD_ATTENTION, inputs, hint=node.name, scale=float(given["scale"]), is_causal=int(bool(given["is_causal"]))
+    )
