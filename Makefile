@@ -2,6 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
+STUBS := .stubs/.made
 
 .PHONY: venv vllm test test-server lint format schema architectures demo clean
 
@@ -9,10 +10,15 @@ venv: $(STAMP)
 
 $(STAMP): pyproject.toml requirements/constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[ort,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c requirements/constraints.txt -e '.[ort,tensorrt-rtx,dev]'
 	touch $(STAMP)
 
-lint: venv
+# Types of TensorRT's bindings, which ship none: read off the installed module. Not committed, because they are the vendor's.
+$(STUBS): $(STAMP) tests/tensorrt/vendor_stubs.py
+	$(BIN)/python -m tests.tensorrt.vendor_stubs .stubs
+	touch $@
+
+lint: venv $(STUBS)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
@@ -43,4 +49,4 @@ demo: venv
 	$(BIN)/python examples/tiny_llama.py
 
 clean:
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf build dist .stubs .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

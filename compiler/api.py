@@ -1,4 +1,4 @@
-"""The public Python API. The command line is a thin layer over these four functions."""
+"""The public Python API. The command line is a thin layer over these functions."""
 
 from __future__ import annotations
 
@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import Any
 
 from compile_sparse.compiler.backend_registry import find_backend
+from compile_sparse.compiler.capture import open_folder
 from compile_sparse.compiler.compilation import CompileResult, compile_job
 from compile_sparse.compiler.errors import CompileSparseError
 from compile_sparse.compiler.job import prepare
 from compile_sparse.compiler.plan import plan_job
+from compile_sparse.compiler.probing import probe_model
+from compile_sparse.compiler.probing.probe import device_for
+from compile_sparse.compiler.probing.table_file import refuse_occupied, write_table
 from compile_sparse.compiler.progress import Progress, SilentProgress
 from compile_sparse.compiler.recipe import Recipe, load_recipe
 from compile_sparse.compiler.recipe_flags import merge_options
-from compile_sparse.compiler.targets import load_targets
+from compile_sparse.compiler.targets import find_target, load_targets
 from compile_sparse.compiler.verification import verify_artifact
+from compile_sparse.compiler.workload import parse_workload
 
-__all__ = ["CompileResult", "compile", "doctor", "explain", "load_recipe", "verify"]
+__all__ = ["CompileResult", "compile", "doctor", "explain", "load_recipe", "probe", "verify"]
 
 
 def compile(
@@ -102,6 +107,50 @@ def verify(
         model=model,
         progress=progress or SilentProgress(),
     )
+
+
+def probe(
+    model: str | Path,
+    *,
+    target: str,
+    workload: str | None = None,
+    concurrency: str | Sequence[int] | None = None,
+    out: str | Path | None = None,
+    any_gpu: bool = False,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure what fewer bits and 2:4 zeros buy on each product of ``model``, with torch on the GPU at hand.
+
+    Args:
+        model: a Hugging Face folder, or a hub id where a hub is reachable; its weights are not read.
+        target: whose GPU it must be.
+        workload: ``prompt=128,batch=1,rounds=5``: rows of the products, and how often they are measured.
+        concurrency: numbers of requests that decode at once.
+        out: JSON file to write.
+        any_gpu: measure another GPU than the target's; the result says so.
+        force: replace an existing file.
+        progress: where long work reports.
+
+    Returns:
+        See ``probing.probe.probe_model``.
+
+    Raises:
+        UsageError: CS1044 no NVIDIA GPU, CS1045 the file exists, and those of models and workloads.
+        EnvironmentFailure: CS5401 no GPU here, CS5402 another GPU.
+    """
+    found = find_target(target)
+    work = parse_workload(workload or {})
+    if concurrency is not None:
+        work = parse_workload({"concurrency": concurrency}, work)
+    file = None if out is None else Path(out)
+    if file is not None:
+        refuse_occupied(file, force=force)
+    device = device_for(found, any_gpu=any_gpu)
+    result = probe_model(open_folder(model), found, work, device, progress or SilentProgress())
+    if file is not None:
+        write_table(file, result)
+    return result
 
 
 def doctor() -> list[dict[str, Any]]:

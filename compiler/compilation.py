@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from compile_sparse.compiler.baseline import get_baseline
+from compile_sparse.compiler.building import baseline_target
 from compile_sparse.compiler.capture import capture
+from compile_sparse.compiler.contract import StandIn
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.job import Job, baseline_key, runtime_threads
 from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
-from compile_sparse.compiler.measure import Measured, cannot_measure, folder_bytes, measure
+from compile_sparse.compiler.measure import Measured, cannot_measure, folder_bytes, measure, measure_answers
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.report import (
@@ -111,6 +113,7 @@ class _Build:
             "form": dict(lowered.form),
             "limits": list(lowered.limits),
             "digests": {f"model/{name}": digest for name, digest in lowered.files.items()},
+            "sparsity": lowered.sparsity,
         }
 
 
@@ -129,31 +132,8 @@ def compile_job(
             stage = build.lower(staging)
             staging.complete("lowered", stage)
         measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
-        if verify and not job.probe.available:
-            why = f"{job.probe.why_not} {job.probe.hint}".strip()
-        elif verify and (reason := cannot_measure(job.backend, staging.folder / "model", job.target)):
-            why = reason
-        elif verify:
-            baseline = get_baseline(
-                baseline_key(job.source_digest, job.target, job.probe.version),
-                lambda: build.baseline,
-                job.backend,
-                job.target,
-                progress,
-            )
-            measured = measure(
-                job.backend,
-                job.target,
-                baseline=baseline,
-                artifact=staging.folder,
-                workload=job.workload,
-                threads=runtime_threads(job.workload.threads),
-                vocabulary=job.vocabulary,
-                slices=job.slices,
-                seed=job.recipe.seed,
-                progress=progress,
-            )
-            baseline_bytes = folder_bytes(baseline / "model")
+        if verify:
+            measured, baseline_bytes, why = _verified(build, staging.folder, progress)
         sizes = ModelSection(
             kind=stage["kind"],
             parameters=Change(baseline=stage["dense_parameters"], compiled=stage["parameters"]),
@@ -168,6 +148,7 @@ def compile_job(
                 verdict_why=why,
                 model=sizes,
                 passes=passes,
+                sparsity=stage.get("sparsity"),
                 notes=tuple(stage["limits"]),
                 runtime=RuntimeSection(
                     name=job.probe.runtime, version=job.probe.version, device=job.probe.device or job.target.device
@@ -196,6 +177,33 @@ def compile_job(
     return finished(report, out)
 
 
+def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measured | None, int | None, str]:
+    """What was measured of the artifact, bytes of the baseline, and why nothing was measured in the target's runtime."""
+    job = build.job
+    if not job.probe.available:
+        why = f"{job.probe.why_not} {job.probe.hint}".strip()
+        stand_in = job.backend.stand_in_command(job.target) if isinstance(job.backend, StandIn) else ()
+        if not stand_in:
+            return None, None, why
+    elif why := cannot_measure(job.backend, artifact / "model", job.target):
+        return None, None, why
+    dense_target = baseline_target(job.target, runs_here=job.probe.available)
+    baseline = get_baseline(
+        baseline_key(job.source_digest, dense_target, job.probe.version),
+        lambda: build.baseline,
+        job.backend,
+        dense_target,
+        progress,
+    )
+    size = folder_bytes(baseline / "model")
+    threads = runtime_threads(job.workload.threads)
+    found: dict[str, Any] = {"workload": job.workload, "slices": job.slices, "seed": job.recipe.seed}
+    found |= {"baseline": baseline, "artifact": artifact, "threads": threads, "progress": progress}
+    if why:
+        return measure_answers(stand_in, **found), size, why
+    return measure(job.backend, job.target, vocabulary=job.vocabulary, **found), size, ""
+
+
 def _change(baseline: int | None, compiled: int) -> Change | None:
     return None if baseline is None else Change(baseline=baseline, compiled=compiled)
 
@@ -206,12 +214,13 @@ def judged(report: Report, measured: Measured | None, gates: tuple[str, ...]) ->
     if measured is not None:
         report = report.model_copy(
             update={
-                "runtime": measured.runtime,
+                "runtime": measured.runtime or report.runtime,
                 "fidelity": measured.fidelity,
                 "performance": measured.performance,
                 "quality": measured.quality,
             }
         )
+    if measured is not None and measured.performance is not None:
         verdict, why = decide(report.model_dump(mode="json"), fidelity_bound=fidelity_bound(quantized))
         dense = measured.baseline_fidelity.top1_agreement or 0.0
         noise = measured.baseline_fidelity.mean_abs_logprob_diff or 0.0

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compile_sparse.compiler.skip import Skip
     from compile_sparse.compiler.targets import Target
 
-__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe", "ZeroingPass"]
+__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe", "StandIn", "ZeroingPass"]
 
 
 @dataclass(frozen=True)
@@ -121,12 +121,14 @@ class Lowered:
         form: the runtime form chosen, in a few words per aspect (attention, linear formats, ...).
         limits: what the runtime must respect (padding side, batching of chunked prefill, ...), as sentences.
         skips: what could not use the fast form, with reasons.
+        sparsity: ``sparsity`` of the report, as plain data, where zeros were made in a pattern that the runtime may skip.
     """
 
     files: Mapping[str, str]
     form: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
     skips: Sequence[Skip] = ()
+    sparsity: Mapping[str, Any] | None = None
 
 
 class Backend(Protocol):
@@ -159,4 +161,13 @@ class Backend(Protocol):
 
     def worker_command(self, target: Target) -> Sequence[str]:
         """Command line of the measuring process (JSON lines on stdin and stdout)."""
+        ...
+
+
+@runtime_checkable
+class StandIn(Protocol):
+    """A backend whose lowered folders another runtime can run where the target's is missing: for its answers, never its speed."""
+
+    def stand_in_command(self, target: Target) -> Sequence[str]:
+        """Command line of that runtime's measuring process, or nothing when it is missing too."""
         ...

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from compile_sparse.compiler.backend_registry import find_backend
+from compile_sparse.compiler.building import chosen_target
 from compile_sparse.compiler.cache import cache_key
 from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
@@ -23,12 +24,12 @@ from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipe import Recipe
 from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target, find_target, split_over
+from compile_sparse.compiler.targets import Target, find_target
 from compile_sparse.compiler.token_windows import load_tokenizer, read_windows
 from compile_sparse.compiler.version import code_identity, library_versions
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["Job", "TextReader", "baseline_key", "fitting", "prepare", "runtime_threads"]
+__all__ = ["Job", "TextReader", "baseline_key", "fitting", "longest_window", "prepare", "runtime_threads"]
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
@@ -171,12 +172,17 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     Raises:
         UsageError, ModelError, Refusal: whatever is wrong with the model, target, recipe or data files.
     """
-    target = split_over(find_target(target_name), recipe.workload.tensor_parallel)
-    backend = find_backend(target)
+    find_target(target_name)  # a wrong name is said before the model is opened
     passes = recipe.build_passes()
     folder = open_folder(model)
     text = TextReader(folder.config.to_dict(), folder.path)
-    context = context_length(folder.config.to_dict()) if is_causal(folder.model_class) else None
+    longest = context_length(folder.config.to_dict())
+    context = longest if is_causal(folder.model_class) else None
+    workload = fitting(recipe.workload, context)
+    target = chosen_target(
+        target_name, recipe.building, workload, context=longest, longest_window=longest_window(recipe, longest)
+    )
+    backend = find_backend(target)
     useless = tuple(
         Skip(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
         for step in passes
@@ -192,9 +198,15 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
         passes=passes,
         calibration=text.calibration(recipe),
         slices=text.slices(recipe),
-        workload=fitting(recipe.workload, context),
+        workload=workload,
         useless=useless,
     )
+
+
+def longest_window(recipe: Recipe, context: int | None) -> int:
+    """Tokens of the longest text the artifact will be checked on."""
+    wanted = recipe.evaluation.sequence_length or DEFAULT_WINDOW_TOKENS
+    return min(wanted, context or wanted)
 
 
 def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:

@@ -30,21 +30,23 @@ from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 from compile_sparse.compiler.worker import Worker
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["Measured", "cannot_measure", "folder_bytes", "measure"]
+__all__ = ["BESIDE", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers"]
 
 LOAD_TIMEOUT_SECONDS = 1800
+BESIDE = "checkpoint"
+"""Folder of a model folder that holds the same model in another form: not what the runtime loads, so its bytes do not count."""
 LARGE_SHARE = 4
 """Models that are this many times as large as free memory allows are not run beside each other."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything one verification found."""
+    """Everything one verification found. ``runtime`` and ``performance`` are None where another runtime stood in."""
 
-    runtime: RuntimeSection
+    runtime: RuntimeSection | None
     fidelity: Fidelity
     baseline_fidelity: Fidelity
-    performance: Performance
+    performance: Performance | None
     quality: Quality | None
 
 
@@ -58,8 +60,9 @@ def cannot_measure(backend: Backend, model: Path, target: Target) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of all files in a model folder."""
-    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    """Bytes of what a runtime loads from a model folder."""
+    files = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != BESIDE)
+    return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def measure(
@@ -81,7 +84,6 @@ def measure(
     decoder = (artifact / DECODER_FILE).is_file()
     memory: dict[str, int] = {}
     exact = target.baseline_precision == "fp32" and target.device == "cpu"
-    longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
     if decoder:
         # Both at once where memory is plenty, because starting a runtime may take a while. The workers are ended before the
         # threads are waited for, so that an interruption need not wait.
@@ -101,22 +103,8 @@ def measure(
                 memory[name] = found.result()
                 task.advance()
     with Worker(command) as worker:
-        for name, folder in folders.items():
-            worker.call(
-                "load",
-                name=name,
-                folder=str(folder),
-                threads=threads,
-                device=target.device,
-                sequence=max(longest, workload.prompt + workload.output),
-                sequences=max(workload.levels),
-                timeout=LOAD_TIMEOUT_SECONDS,
-            )
-        # Where rounding in the runtime's precision is visible, the dense model shows how much, on the same windows.
-        dense = has_dense_traces(artifact)
-        baseline_fidelity = check_fidelity(worker, BASELINE, artifact if dense else baseline, progress, dense=dense)
-        noise = baseline_fidelity.mean_abs_logprob_diff if dense else None
-        fidelity = check_fidelity(worker, COMPILED, artifact, progress, noise=noise)
+        _load(worker, folders, workload, slices, threads=threads, device=target.device)
+        baseline_fidelity, fidelity = _check_both(worker, baseline, artifact, progress)
         if decoder:
             performance = measure_decoder(
                 worker,
@@ -137,6 +125,69 @@ def measure(
             quality = measure_agreement(worker, feeds, progress=progress)
         runtime = RuntimeSection(**{k: str(v) for k, v in worker.runtime.items()})
     return Measured(runtime, fidelity, baseline_fidelity, performance, quality)
+
+
+def measure_answers(
+    command: Sequence[str],
+    *,
+    baseline: Path,
+    artifact: Path,
+    workload: Workload,
+    slices: Mapping[str, Sequence[Sequence[int]]],
+    threads: int,
+    seed: int,
+    progress: Progress,
+) -> Measured:
+    """What ``measure`` finds of answers, not of speed, in a runtime that stands in for the target's (on a processor)."""
+    folders = {BASELINE: baseline / "model", COMPILED: artifact / "model"}
+    with Worker(command) as worker:
+        _load(worker, folders, workload, slices, threads=threads, device="cpu")
+        baseline_fidelity, fidelity = _check_both(worker, baseline, artifact, progress)
+        if not (artifact / DECODER_FILE).is_file():
+            quality = measure_agreement(worker, _reference_feeds(artifact / SAMPLE_FILE), progress=progress)
+        else:
+            quality = measure_perplexity(worker, slices, seed=seed, progress=progress) if slices else None
+        ran_in = f"{worker.runtime.get('name', '')} {worker.runtime.get('version', '')}"
+    return Measured(
+        runtime=None,
+        fidelity=fidelity.model_copy(update={"runtime": ran_in}),
+        baseline_fidelity=baseline_fidelity,
+        performance=None,
+        quality=quality,
+    )
+
+
+def _load(
+    worker: Worker,
+    folders: Mapping[str, Path],
+    workload: Workload,
+    slices: Mapping[str, Sequence[Sequence[int]]],
+    *,
+    threads: int,
+    device: str,
+) -> None:
+    longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
+    for name, folder in folders.items():
+        worker.call(
+            "load",
+            name=name,
+            folder=str(folder),
+            threads=threads,
+            device=device,
+            sequence=max(longest, workload.prompt + workload.output),
+            sequences=max(workload.levels),
+            timeout=LOAD_TIMEOUT_SECONDS,
+        )
+
+
+def _check_both(worker: Worker, baseline: Path, artifact: Path, progress: Progress) -> tuple[Fidelity, Fidelity]:
+    """Fidelity of the dense model and of the artifact. Where rounding in the runtime's precision is visible, the dense model
+    shows how much, on the same windows.
+    """
+    dense = has_dense_traces(artifact)
+    of_baseline = check_fidelity(worker, BASELINE, artifact if dense else baseline, progress, dense=dense)
+    noise = of_baseline.mean_abs_logprob_diff if dense else None
+    return of_baseline, check_fidelity(worker, COMPILED, artifact, progress, noise=noise)
 
 
 def _reference_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:

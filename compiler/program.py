@@ -80,10 +80,12 @@ class Output:
 class SparsityMask:
     """Annotation: the stored zeros of a tensor follow ``pattern`` along ``axis``. Later passes must keep them.
 
+    Of a quantized weight the codes carry it: the values they stand for are zero there.
+
     Attributes:
-        pattern: ``"2:4"`` (N:M along the axis) or ``"unstructured"``.
-        axis: contraction dimension of the tensor, or -1 for unstructured.
-        fraction: share of elements that are zero.
+        pattern: what ``ZeroPattern.parse`` reads, such as ``2:4`` (N:M along the axis), ``0.5`` or ``block=16x16:0.5``.
+        axis: contraction dimension of the tensor, or -1 for patterns other than N:M.
+        fraction: share of elements (for blocks: of blocks) that are zero at least.
     """
 
     pattern: str
@@ -105,7 +107,7 @@ class Program:
             image or audio model.
         config: the Hugging Face config as plain data; backends read token ids, vocabulary size and context length from it.
         aliases: tied tensor name -> the name that is bound in the graph.
-        masks: sparsity annotations by tensor name.
+        masks: sparsity annotations by stored tensor name.
     """
 
     graph_module: fx.GraphModule

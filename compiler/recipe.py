@@ -19,6 +19,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, 
 from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
+from compile_sparse.compiler.building import Building
 from compile_sparse.compiler.contract import Pass
 from compile_sparse.compiler.contradictions import refuse_second
 from compile_sparse.compiler.errors import UsageError
@@ -131,6 +132,7 @@ class Recipe(_Model):
     calibration: Calibration | None = Field(default=None, description="null when no pass needs data")
     evaluation: Evaluation = Field(default_factory=Evaluation, description="quality slices")
     workload: Workload = Field(default_factory=Workload, description="what speed is measured on")
+    building: Building = Field(default_factory=Building, description="what is written, and in which precision")
     gates: tuple[Annotated[str, AfterValidator(_gate)], ...] = Field(
         default=(), description="conditions that must hold, e.g. 'decode_tok_s>=1.2x'"
     )

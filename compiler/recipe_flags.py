@@ -38,19 +38,28 @@ def merge_options(
     workload: str | Mapping[str, Any] | Workload | None = None,
     concurrency: str | Sequence[int] | None = None,
     tensor_parallel: int | None = None,
+    precision: str | None = None,
+    max_length: int | None = None,
+    engine: str | None = None,
+    emit: Sequence[str] | None = None,
     gates: Sequence[str] = (),
+    require_sparse: int | None = None,
     seed: int | None = None,
 ) -> Recipe:
     """``recipe`` (the empty one when None) with every given option on top.
 
     A pass that the recipe already has keeps its place and its other options; a new one is inserted by stage. Slices and gates
-    are added to the recipe's. ``sequence_length`` holds for calibration and evaluation.
+    are added to the recipe's. ``sequence_length`` holds for calibration and evaluation. ``require_sparse=100`` is the gate
+    ``sparse_layers>=100``.
 
     Raises:
-        UsageError: CS1004 a fraction outside (0, 1), CS1006 an option without what it modifies, CS1007 a value that no such
-            pass accepts, CS1012 a gate on a slice that is not evaluated, and the errors of workloads, gates and recipes.
+        UsageError: CS1004 a fraction outside (0, 1) or a number of layers below 1, CS1006 an option without what it
+            modifies, CS1007 a value that no such pass accepts, CS1012 a gate on a slice that is not evaluated, and the errors
+            of workloads, gates and recipes.
         Refusal: CS4101 a pass that is not installed.
     """
+    if require_sparse is not None:
+        gates = (*gates, f"sparse_layers>={_layers(require_sparse)}")
     for text in gates:
         parse_gate(text)  # here its error keeps its own words
     base = recipe or Recipe()
@@ -81,6 +90,9 @@ def merge_options(
     if tensor_parallel is not None:
         wanted = parse_workload({"tensor_parallel": tensor_parallel}, wanted)
     data["workload"] = wanted
+    given = {"precision": precision, "max_length": max_length, "engine": engine}
+    data["building"] |= {name: value for name, value in given.items() if value is not None}
+    data["building"]["emit"] = tuple(dict.fromkeys((*base.building.emit, *(emit or ()))))
     if seed is not None:
         data["seed"] = seed
     try:
@@ -165,6 +177,18 @@ def _fraction(value: float, where: str) -> float:
             hint="0.25 removes a quarter.",
         )
     return float(value)
+
+
+def _layers(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(
+            "CS1004",
+            f"{value!r} is not a number of layers that can be required.",
+            where="--require-sparse",
+            why="It must be a whole number, 1 or more.",
+            hint="100 means that at least 100 layers must run sparse kernels in every profile.",
+        )
+    return value
 
 
 def _merge_data(

@@ -15,6 +15,7 @@ __all__ = [
     "Change",
     "Fidelity",
     "GateResult",
+    "GraphSparsity",
     "Interval",
     "Level",
     "MeasuredWorkload",
@@ -28,6 +29,11 @@ __all__ = [
     "RuntimeSection",
     "SkipEntry",
     "Slice",
+    "SparseLayer",
+    "SparseProfile",
+    "SparseProfileLayer",
+    "SparseShape",
+    "Sparsity",
     "Speed",
 ]
 
@@ -96,6 +102,9 @@ class Fidelity(_Section):
     max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
     mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
     top1_agreement: float | None = Field(default=None, ge=0, le=1, description="share of equal arg-max, 0 to 1")
+    runtime: str | None = Field(
+        default=None, description="what ran the artifact where the target's own runtime could not be used"
+    )
 
 
 class MeasuredWorkload(_Section):
@@ -193,6 +202,79 @@ class Quality(_Section):
     worst_slice: str | None = None
 
 
+class SparseLayer(_Section):
+    """A product that was made sparse, as the artifact's graph has it."""
+
+    node: str = Field(description="name of the product in the graph")
+    tensor: str = Field(description="name of its weight")
+    dtype: str = Field(description="how the weight is stored")
+    k: int = Field(ge=0, description="elements that are contracted")
+    n: int = Field(ge=0, description="outputs")
+    state: str = Field(description="the pattern, 'dense', 'K % M', or 'no constant'")
+    remarks: tuple[str, ...] = Field(default=(), description="what may keep it from a sparse kernel")
+
+
+class GraphSparsity(_Section):
+    """What the artifact's graph has, whatever a builder makes of it."""
+
+    states: dict[str, int] = Field(description="state -> products of the whole graph")
+    layers: tuple[SparseLayer, ...] = Field(default=(), description="those that were made sparse")
+    unintended: tuple[str, ...] = Field(default=(), description="products that have the pattern without being made so")
+
+
+class SparseProfileLayer(_Section):
+    """What a builder did with one product that was made sparse. A missing answer is not known."""
+
+    node: str
+    eligible: bool | None = Field(default=None, description="the builder saw the zeros")
+    chosen: bool | None = Field(default=None, description="the builder picked a sparse kernel, as its log says")
+    kernel: bool | None = Field(default=None, description="the engine's kernel is a sparse one, as its name says")
+
+
+class SparseShape(_Section):
+    """Products of one shape that were made sparse and stayed on dense kernels."""
+
+    k: int = Field(ge=0)
+    n: int = Field(ge=0)
+    dtype: str
+    layers: int = Field(ge=1)
+    example: str = Field(description="one of them")
+
+
+class SparseProfile(_Section):
+    """What a builder did for one optimization profile, in products that were made sparse."""
+
+    eligible: int | None = Field(default=None, ge=0, description="products whose zeros the builder saw")
+    chosen: int | None = Field(default=None, ge=0, description="products with a sparse kernel, from the builder's log")
+    kernels: int | None = Field(default=None, ge=0, description="products whose kernel in the engine is a sparse one")
+    logged_eligible: int | None = Field(
+        default=None, ge=0, description="layers that the builder counts, whoever meant them"
+    )
+    logged_chosen: int | None = Field(
+        default=None, ge=0, description="layers that the builder counts, whoever meant them"
+    )
+    layers: tuple[SparseProfileLayer, ...] | None = None
+    declined: tuple[SparseShape, ...] | None = Field(
+        default=None, description="shapes for which dense kernels were faster"
+    )
+    twin: Interval | None = Field(
+        default=None, description="speed of the sparse engine over one built without sparsity"
+    )
+
+
+class Sparsity(_Section):
+    """Whether zeros that were made in a pattern reach sparse kernels."""
+
+    pattern: str = Field(description="N:M along the contracted axis")
+    intended: int = Field(ge=0, description="products that were made sparse")
+    in_graph: GraphSparsity | None = None
+    profiles: dict[str, SparseProfile] | None = Field(
+        default=None, description="by optimization profile; absent: unverified"
+    )
+    unverified: str = Field(default="", description="why no builder chose kernels; empty when one did")
+    notes: tuple[str, ...] = ()
+
+
 class GateResult(_Section):
     """A judged gate; see ``verify/gates.py``."""
 
@@ -216,6 +298,7 @@ class Report(_Section):
     fidelity: Fidelity | None = None
     performance: Performance | None = None
     quality: Quality | None = None
+    sparsity: Sparsity | None = None
     gates: tuple[GateResult, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 
 from compile_sparse.compiler.contract import Pass, PassContext, PassResult
+from compile_sparse.compiler.mask_check import verify_masks
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.report import PassSection, SkipEntry
 from compile_sparse.compiler.spec import InvalidProgram, verify_program
@@ -26,7 +27,8 @@ def run_passes(
 ) -> tuple[Program, tuple[PassSection, ...]]:
     """Apply ``passes`` in order.
 
-    With ``verify_each`` the IR is verified after every pass and ``modified`` is compared with a digest of the program.
+    With ``verify_each`` the IR is verified after every pass, masked weights are read to see that they keep their zeros, and
+    ``modified`` is compared with a digest of the program.
 
     Returns:
         The last program, and one report section per pass.
@@ -38,6 +40,7 @@ def run_passes(
             result = step.run(program, context)
         if verify_each:
             verify_program(result.program, after=step.name)
+            verify_masks(result.program, after=step.name, before=program)
             changed = structural_digest(result.program) != before
             if changed != result.modified:
                 raise InvalidProgram(f"pass {step.name} says modified={result.modified}, but the digest says {changed}")

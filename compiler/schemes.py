@@ -2,7 +2,7 @@
 
 Names follow the serving world's: ``w8a8`` is 8-bit weights and 8-bit activations, ``w4a16`` 4-bit weights and floating-point
 activations, ``-g32`` groups of 32 weights per scale, ``-asym`` a zero point per group, ``-static`` activation ranges fixed by
-calibration.
+calibration, ``-tensor`` such ranges and one scale for a whole weight.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ SchemeName = Literal[
     "w4a16-g32-asym",
     "fp8",
     "fp8-static",
+    "fp8-tensor",
     "fp8-block",
     "nvfp4",
 ]
@@ -43,6 +44,7 @@ class WeightFormat:
         group: weights per scale along the contraction dimension; 0: one scale per output channel.
         block: side of the square that shares a scale, instead of channels; 0: none.
         symmetric: no zero point.
+        whole: the scales of all channels are the same number, for runtimes that take one per weight.
     """
 
     kind: Literal["int", "fp8", "fp4"]
@@ -50,6 +52,7 @@ class WeightFormat:
     group: int = 0
     block: int = 0
     symmetric: bool = True
+    whole: bool = False
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "w4a16-g32-asym": Scheme(WeightFormat("int", 4, group=32, symmetric=False)),
     "fp8": Scheme(WeightFormat("fp8", 8), "fp8"),
     "fp8-static": Scheme(WeightFormat("fp8", 8), "fp8-static"),
+    "fp8-tensor": Scheme(WeightFormat("fp8", 8, whole=True), "fp8-static"),
     "fp8-block": Scheme(WeightFormat("fp8", 8, block=128), "fp8-group"),
     "nvfp4": Scheme(WeightFormat("fp4", 4, group=16), "fp4"),
 }

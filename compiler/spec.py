@@ -5,7 +5,8 @@
 3. Outputs match the declared outputs in number.
 4. Every tensor-valued call has a fake value, and running the call on its inputs' fake values gives the same shape and dtype.
 5. Nothing is dead.
-6. Integer codes are dequantized by matching scales; a mask annotation names a stored tensor.
+6. Integer codes are dequantized by matching scales; a mask annotation names a stored tensor, and its pattern and axis fit it.
+7. Masked tensors hold the zeros of their pattern, and no pass forgets a mask. This one reads weights: ``compiler/mask_check.py``.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
 
-from compile_sparse.compiler.editing import fake_mode_of, is_pure, op_name
+from compile_sparse.compiler.editing import fake_mode_of, is_pure, op_name, schema_arguments
+from compile_sparse.compiler.ops.quantization import NVFP4_GROUP
 from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.zero_patterns import ZeroPattern
 
 __all__ = ["InvalidProgram", "verify_program"]
 
@@ -29,7 +32,7 @@ class InvalidProgram(RuntimeError):
 
 
 def verify_program(program: Program, *, after: str = "capture") -> None:
-    """Check every rule above.
+    """Check rules 1 to 6.
 
     Raises:
         InvalidProgram: naming the rule, the node and the pass it came ``after``.
@@ -53,8 +56,7 @@ def verify_program(program: Program, *, after: str = "capture") -> None:
             raise broken(5, node.name, "nobody uses it")
         _check_call(node, mode, broken)
     for name in program.masks:
-        if name not in program.weights:
-            raise broken(6, name, "a mask names a tensor that is not stored")
+        _check_mask(program, name, broken)
 
 
 def _legal_target(target: Any) -> bool:
@@ -98,7 +100,7 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
                 computed = node.target(*args, **kwargs)  # type: ignore[operator]
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise broken(4, node.name, f"it cannot run on its inputs: {error}") from error
-    if op_name(node) == "dequantize_weight":
+    if op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4"):
         _check_scales(node, broken)
     pairs = _tensors(recorded), _tensors(computed)
     if len(pairs[0]) != len(pairs[1]):
@@ -113,14 +115,39 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
 
 
 def _check_scales(node: fx.Node, broken: Any) -> None:
-    codes, scale, axis, group = (a.meta["val"] if isinstance(a, fx.Node) else a for a in node.args[:4])
+    given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in schema_arguments(node).items()}
+    codes, scale, axis = given.get("q", given.get("codes")), given["scale"], given["axis"]
     channels, depth = codes.shape[1 - axis], codes.shape[axis]
-    wanted = (channels, -(-depth // group)) if group else (channels,)
-    zero = node.args[5].meta["val"] if len(node.args) > 5 and isinstance(node.args[5], fx.Node) else None
+    stored: tuple[torch.dtype, ...] = (torch.int8, torch.float8_e4m3fn)
+    wanted: tuple[int, ...]
+    if "block" in given:
+        wanted, stored = (-(-channels // given["block"]), -(-depth // given["block"])), (torch.float8_e4m3fn,)
+    elif "group_size" not in given:
+        wanted, stored = (channels, -(-depth // NVFP4_GROUP)), (torch.int8,)
+    else:
+        wanted = (channels, -(-depth // given["group_size"])) if given["group_size"] else (channels,)
+    zero = given.get("zero_point")
     if zero is not None and tuple(zero.shape) != wanted:
         raise broken(6, node.name, f"zero points {tuple(zero.shape)}, expected {wanted}")
-    if tuple(scale.shape) != wanted or codes.dtype not in (torch.int8, torch.float8_e4m3fn):
+    if tuple(scale.shape) != wanted or codes.dtype not in stored:
         raise broken(6, node.name, f"scales {tuple(scale.shape)} for {codes.dtype} codes, expected {wanted}")
+
+
+def _check_mask(program: Program, name: str, broken: Any) -> None:
+    mask = program.masks[name]
+    if name not in program.weights:
+        raise broken(6, name, "a mask names a tensor that is not stored")
+    try:
+        pattern = ZeroPattern.parse(mask.pattern)
+    except ValueError as error:
+        raise broken(6, name, f"its mask has no pattern {mask.pattern!r}: {error}") from error
+    shape = program.weights[name].shape
+    if pattern.run and not 0 <= mask.axis < len(shape):
+        raise broken(6, name, f"its mask runs along dimension {mask.axis} of {list(shape)}")
+    if misfit := pattern.misfit(shape, mask.axis):
+        raise broken(6, name, f"its mask {mask.pattern} does not fit. {misfit}")
+    if not 0 <= mask.fraction <= 1:
+        raise broken(6, name, f"its mask promises {mask.fraction} of zeros")
 
 
 def _tensors(value: Any) -> list[torch.Tensor]:

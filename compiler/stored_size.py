@@ -7,7 +7,7 @@ from dataclasses import replace
 import torch
 
 from compile_sparse.compiler.editing import op_name
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.program import CODES, Program
 from compile_sparse.compiler.weights import RoundedTensor, TensorSource
 
 __all__ = ["bytes_by_tensor", "rounded", "stored_bytes", "stored_form", "torch_dtype", "zero_share"]
@@ -60,6 +60,8 @@ def bytes_by_tensor(program: Program) -> dict[str, int]:
 
 
 def zero_share(program: Program) -> float:
-    """Share of the parameters that masks hold at zero."""
-    zeros = sum(mask.fraction * program.weights.elements(name) for name, mask in program.masks.items())
-    return zeros / max(1, program.parameter_count())
+    """Share of the parameters that masks hold at zero. A tensor of which a float copy and codes are stored counts once."""
+    zeros = {
+        name.removesuffix(CODES): mask.fraction * program.weights.elements(name) for name, mask in program.masks.items()
+    }
+    return sum(zeros.values()) / max(1, program.parameter_count())

@@ -22,6 +22,7 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     head = Text.assemble((verdict, _STYLES.get(verdict, "yellow")), f"  {report.get('verdict_why', '')}")
     parts: list[RenderableType] = [head, _measurements(report)]
     parts += [_passes(report["passes"])] if report.get("passes") else []
+    parts += [_sparsity(report["sparsity"])] if report.get("sparsity") else []
     parts += [_gates(report["gates"])] if report.get("gates") else []
     parts += [Text(f"note: {note}") for note in report.get("notes", ())]
     return Group(*parts)
@@ -183,6 +184,29 @@ def _gain(gain: Mapping[str, Any]) -> RenderableType:
             )
             table.add_row(label, found["quantity"], show(found["baseline"]), show(found["compiled"]), escape(bound))
     return Group(table, Text(str(gain.get("basis", ""))))
+
+
+def _sparsity(sparsity: Mapping[str, Any]) -> RenderableType:
+    pattern, intended = str(sparsity["pattern"]), sparsity["intended"]
+    in_graph = (sparsity.get("in_graph") or {}).get("layers") or ()
+    have = sum(layer["state"] == pattern for layer in in_graph)
+    columns = ("profile", "made so", "in the graph", "eligible", "chosen", "sparse kernels", "over dense")
+    table = _table(f"layers with {pattern} zeros, and what the builder made of them", *columns)
+    for name, found in (sparsity.get("profiles") or {"": {}}).items():
+        counts = (
+            "unverified" if found.get(key) is None else f"{found[key]:,}" for key in ("eligible", "chosen", "kernels")
+        )
+        graph = f"{have:,}" if sparsity.get("in_graph") else ""
+        table.add_row(escape(name), f"{intended:,}", graph, *counts, _interval(found.get("twin")))
+    lines = [f"unverified: {sparsity['unverified']}"] if sparsity.get("unverified") else []
+    lines += [
+        f"{name}: {shape['layers']:,} of K={shape['k']:,} N={shape['n']:,} {shape['dtype']} stayed dense, {shape['example']} "
+        "among them"
+        for name, found in (sparsity.get("profiles") or {}).items()
+        for shape in found.get("declined") or ()
+    ]
+    lines += [f"note: {note}" for note in sparsity.get("notes") or ()]
+    return Group(table, *(Text(line) for line in lines))
 
 
 def _gates(gates: Sequence[Mapping[str, Any]]) -> Table:

@@ -27,6 +27,7 @@ __all__ = [
     "find_target",
     "load_targets",
     "split_over",
+    "with_precision",
 ]
 
 
@@ -82,6 +83,7 @@ class Build(BaseModel):
         description="auto: TensorRT on the target's GPU, elsewhere a check that the graph builds; none: the graph only; "
         "rtx-aot: a TensorRT-RTX engine built ahead of time, without a GPU",
     )
+    checkpoint: bool = Field(default=True, description="whether the model is also written as a Hugging Face checkpoint")
 
 
 class FactoredProducts(BaseModel):
@@ -206,3 +208,23 @@ def split_over(target: Target, gpus: int) -> Target:
             hint="Leave the option out, or choose a GPU target.",
         )
     return target.model_copy(update={"tensor_parallel": gpus}) if gpus > 1 else target
+
+
+def with_precision(target: Target, precision: str | None) -> Target:
+    """``target`` with its dense baseline, and what stays in floating point, in another of its precisions; None: as it is.
+
+    Raises:
+        UsageError: CS1043 when the target does not have it.
+    """
+    if precision is None or precision == target.baseline_precision:
+        return target
+    choices = target.precisions or (target.baseline_precision,)
+    if precision not in choices:
+        raise UsageError(
+            "CS1043",
+            f"{target.name} does not compute in {precision!r}.",
+            where=f"--precision {precision}",
+            why=f"It computes in {' or '.join(choices)}.",
+            hint="Choose one of these, or leave the option out.",
+        )
+    return target.model_copy(update={"baseline_precision": precision})

@@ -11,10 +11,11 @@ from typing import Any
 from compile_sparse.compiler.artifact import Artifact, read_artifact, replace_report
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.baseline import baseline_parameters, get_baseline
+from compile_sparse.compiler.building import baseline_target, chosen_target
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
-from compile_sparse.compiler.job import TextReader, baseline_key, fitting, runtime_threads
+from compile_sparse.compiler.job import TextReader, baseline_key, fitting, longest_window, runtime_threads
 from compile_sparse.compiler.measure import cannot_measure, folder_bytes, measure
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
@@ -23,7 +24,7 @@ from compile_sparse.compiler.recipe import Evaluation, Recipe
 from compile_sparse.compiler.recipe_flags import merge_options
 from compile_sparse.compiler.report import Change, ModelSection, Report
 from compile_sparse.compiler.stored_size import rounded, torch_dtype
-from compile_sparse.compiler.targets import Target, find_target, split_over
+from compile_sparse.compiler.targets import Target
 from compile_sparse.compiler.verify.gates import parse_gate
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.workload import Workload
@@ -60,7 +61,19 @@ def verify_artifact(
     artifact = read_artifact(path)
     _require_complete(artifact)
     manifest, old = artifact.manifest, Report.model_validate(artifact.report)
-    target = split_over(find_target(manifest.target), int(manifest.recipe["workload"].get("tensor_parallel", 1)))
+    config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
+    context = context_length(config)
+    compiled = Recipe.model_validate(
+        {key: manifest.recipe[key] for key in ("workload", "building") if key in manifest.recipe}
+        | {"evaluation": {**manifest.recipe["evaluation"], "slices": {}}}
+    )
+    target = chosen_target(
+        manifest.target,
+        compiled.building,
+        fitting(compiled.workload, context if old.model.kind == "decoder" else None),
+        context=context,
+        longest_window=longest_window(compiled, context),
+    )
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -75,17 +88,17 @@ def verify_artifact(
         raise EnvironmentFailure(
             "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
         )
-    config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
     recipe = _recipe(manifest.recipe, eval, workload, concurrency)
     for text in gates:
         parse_gate(text)
-    measured_workload = fitting(recipe.workload, context_length(config) if old.model.kind == "decoder" else None)
+    measured_workload = fitting(recipe.workload, context if old.model.kind == "decoder" else None)
     slices = TextReader(config, artifact.model).slices(recipe)
+    dense_target = baseline_target(target, runs_here=True)
     baseline = get_baseline(
-        baseline_key(manifest.source.digest, target, probe.version),
+        baseline_key(manifest.source.digest, dense_target, probe.version),
         lambda: _dense(model, manifest.source.digest, target, progress),
         backend,
-        target,
+        dense_target,
         progress,
     )
     measured = measure(

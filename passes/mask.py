@@ -1,42 +1,53 @@
-"""Set the smallest weights to zero in a pattern: N:M, unstructured or blocks."""
+"""Set the least important weights to zero in a pattern: N:M, unstructured or blocks."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.linears import Linear, find_linears, makes_logits
+from compile_sparse.compiler.contractions import Contraction, find_contractions
+from compile_sparse.compiler.errors import ModelError, UsageError
+from compile_sparse.compiler.linears import makes_logits
 from compile_sparse.compiler.program import Program, SparsityMask
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.targets import Target
 from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.zero_patterns import ZeroPattern
+from compile_sparse.passes.statistics.norms import feature_norms
+from compile_sparse.passes.zeroing import zeroed
 
 __all__ = ["Mask"]
 
-FORMS = re.compile(r"(?P<n>\d+):(?P<m>\d+)|block=(?P<rows>\d+)x(?P<columns>\d+):(?P<share>0?\.\d+)|(?P<plain>0?\.\d+)")
-
 
 class Mask(BaseModel):
-    """Zero the weights of smallest magnitude in every linear layer.
+    """Zero the weights of lowest score in every linear layer and, for N:M, in every convolution.
 
-    ``N:M``: in every run of M weights along the contraction dimension, M - N become zero (arXiv:2104.08378). A fraction such as
-    ``0.5``: that share of each tensor. ``block=16x16:0.5``: that share of the blocks of each tensor, by their sum of
-    magnitudes. The zeros are stored, and recorded as an annotation that later passes must keep.
+    ``N:M``: in every run of M weights along the contraction dimension, M - N become zero (arXiv:2104.08378); along the input
+    channels of a convolution, each position of the kernel by itself. A fraction such as ``0.5``: that share of each tensor.
+    ``block=16x16:0.5``: that share of the blocks of each tensor, by the sum of their scores. The zeros are stored, and recorded
+    as an annotation that later passes must keep (``compiler/mask_check.py`` checks it).
 
-    Leaves alone: the projection that makes the logits, tensors with another use (tied embeddings), and tensors whose sizes
-    the pattern does not divide.
+    Scores: ``magnitude``, ``|W[n, k]|``; ``wanda``, ``|W[n, k]| ||x_k||_2`` with the norm of input feature k over all calibration
+    tokens (arXiv:2306.11695), of a channel over all its positions for a convolution. The inputs are those of the program that
+    the pass is given: one run over the text, where the paper's code feeds each block what the blocks already masked make of it. A
+    fraction is then taken of every output row, as in the paper.
 
-    Shapes do not change. ``W: [N, K]`` (linear) or ``[K, N]`` (addmm).
+    Leaves alone: the projection that makes the logits, where every zero is felt directly; tensors with another use (tied
+    embeddings); grouped and transposed convolutions, and for other patterns all of them; tensors whose sizes the pattern does
+    not divide (CS2204); and layers that the target's kernels for the pattern do not take or do not run faster, by its
+    ``least_inner``, ``least_outer``, ``inner_multiple`` and ``outer_multiple`` (CS2208): zeros there would cost quality for
+    nothing.
+
+    Shapes do not change. ``W: [N, K]`` (linear), ``[K, N]`` (addmm) or ``[N, K, *kernel]`` (convolution).
 
     Raises (from ``run``):
-        ModelError: CS2203, no tensor fits the pattern.
+        ModelError: CS2203, no tensor is left to mask.
+        UsageError: CS1121, the criterion needs calibration text and there is none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -44,39 +55,24 @@ class Mask(BaseModel):
     stage: ClassVar[str] = "masks"
 
     pattern: str = Field(description="'2:4' (N:M), '0.5' (share of zeros), or 'block=16x16:0.5'")
+    criterion: Literal["magnitude", "wanda"] = Field(
+        default="magnitude",
+        description="what a weight is ranked by; wanda: its magnitude times the norm of its input on calibration text",
+    )
 
     @field_validator("pattern")
     @classmethod
     def _known_form(cls, value: str) -> str:
-        found = FORMS.fullmatch(value)
-        if found is None or (found["n"] and not 0 < int(found["n"]) < int(found["m"])):
-            raise ValueError("write N:M with 0 < N < M, a fraction between 0 and 1 such as 0.5, or block=16x16:0.5")
-        if float(found["plain"] or found["share"] or 0.5) <= 0 or (
-            found["rows"] and 0 in (int(found["rows"]), int(found["columns"]))
-        ):
-            raise ValueError("the fraction and the block sides must be positive")
-        return value
+        return ZeroPattern.parse(value).text
 
     @property
     def zero_fraction(self) -> float:
         """Share of the masked weights that become zero."""
-        found = FORMS.fullmatch(self.pattern)
-        if found is None:  # the validator has seen to it
-            raise ValueError(self.pattern)
-        return 1 - int(found["n"]) / int(found["m"]) if found["n"] else float(found["plain"] or found["share"])
-
-    @property
-    def family(self) -> str:
-        """The name targets know the pattern by: itself for N:M, ``unstructured`` or ``block``."""
-        return (
-            self.pattern
-            if ":" in self.pattern and "=" not in self.pattern
-            else ("block" if self.pattern.startswith("block") else "unstructured")
-        )
+        return ZeroPattern.parse(self.pattern).zero_fraction
 
     def useless_on(self, target: Target) -> Sequence[Skip]:
         """A reason when the target's kernels do not skip these zeros."""
-        entry = target.pattern(self.family)
+        entry = target.pattern(ZeroPattern.parse(self.pattern).family)
         if entry is not None and entry.pays:
             return ()
         if entry is None:
@@ -87,66 +83,110 @@ class Mask(BaseModel):
         return (Skip(f"--sparsity {self.pattern}", "CS4103", f"{entry.why}.{measured}", hint),)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        edited = program.clone()
-        linears, skips = find_linears(edited)
+        self._require_text(context)
+        pattern = ZeroPattern.parse(self.pattern)
+        found, skips = find_contractions(program)
+        chosen: list[Contraction] = []
+        for each in found:
+            reason = _unfit(program, each, pattern) or _unrewarded(each, pattern, context.target)
+            if reason is None:
+                chosen.append(each)
+            else:
+                skips.append(reason)
+        if not chosen:
+            raise _nothing_left(pattern, skips, context.target)
+        wanda = self.criterion == "wanda"
+        norms = _input_norms(program, chosen, context) if wanda and not context.plan_only else {}
         changes: dict[str, TensorSource] = {}
-        masks = dict(edited.masks)
-        for linear in linears:
-            reason = self._unfit(edited, linear)
-            if reason:
-                skips.append(Skip(linear.tensor, "CS2204", reason))
-            elif linear.tensor not in changes:
-                source = edited.weights[linear.tensor]
-                changes[linear.tensor] = self._masked(source, linear.axis)
-                axis = linear.axis if self.family == self.pattern else -1
-                masks[linear.tensor] = SparsityMask(self.pattern, axis, self.zero_fraction)
-        if not changes:
-            raise ModelError(
-                "CS2203", f"No tensor fits the pattern {self.pattern}.", where="mask", why=skips[0].why if skips else ""
+        masks = dict(program.masks)
+        zeros = 0
+        for each in chosen:
+            source = program.weights[each.tensor]
+            blind = isinstance(source, AbsentTensor) or (wanda and context.plan_only)
+            changes[each.tensor] = (
+                AbsentTensor(source.shape, source.dtype, each.tensor)
+                if blind
+                else _masked(source, pattern, each.axis, norms.get(each.tensor))
             )
-        masked = replace(edited, weights=edited.weights.updated(changes), masks=masks)
+            made = pattern.zeros(each.shape, each.axis, by_row=wanda)
+            axis = each.axis if pattern.run else -1
+            masks[each.tensor] = SparsityMask(self.pattern, axis, made / program.weights.elements(each.tensor))
+            zeros += made
         return PassResult(
-            program=masked,
+            program=replace(program, weights=program.weights.updated(changes), masks=masks),
             modified=True,
-            requested={"pattern": self.pattern},
-            achieved={
-                "tensors": len(changes),
-                "zeros": round(sum(self.zero_fraction * masked.weights.elements(name) for name in changes)),
-            },
+            requested=self.model_dump(),
+            achieved={"tensors": len(changes), "zeros": zeros},
             skips=skips,
         )
 
-    def _unfit(self, program: Program, linear: Linear) -> str:
-        shape, found = program.weights[linear.tensor].shape, FORMS.fullmatch(self.pattern)
-        if makes_logits(program, linear.node):
-            return "It makes the logits, where every zero is felt directly."
-        if any(user.args[:1] == (linear.weight,) for user in linear.weight.users):
-            return "Its tensor has another use (a tied embedding)."
-        if found and found["m"] and shape[linear.axis] % int(found["m"]):
-            return f"Its contraction dimension {shape[linear.axis]} is not a multiple of {found['m']}."
-        if found and found["rows"] and (shape[0] % int(found["rows"]) or shape[1] % int(found["columns"])):
-            return f"Its shape {list(shape)} does not divide into {found['rows']}x{found['columns']} blocks."
-        return ""
+    def _require_text(self, context: PassContext) -> None:
+        if self.criterion == "wanda" and context.calibration is None and not context.plan_only:
+            raise UsageError(
+                "CS1121",
+                "Ranking weights by wanda needs calibration text.",
+                where="mask.criterion",
+                why="It looks at how strongly each input is driven on that text.",
+                hint="Give --calibration FILE, or choose magnitude.",
+            )
 
-    def _masked(self, source: TensorSource, axis: int) -> TensorSource:
-        if isinstance(source, AbsentTensor):
-            return source
-        return DerivedTensor(source.shape, source.dtype, lambda: self._apply(source.load(), axis))
 
-    def _apply(self, weight: torch.Tensor, axis: int) -> torch.Tensor:
-        found = FORMS.fullmatch(self.pattern)
-        if found and found["m"]:
-            n, m = int(found["n"]), int(found["m"])
-            rows = weight.movedim(axis, -1)
-            runs = rows.reshape(-1, m)
-            smallest = runs.abs().argsort(dim=1, stable=True)[:, : m - n]
-            return runs.scatter(1, smallest, 0.0).view(rows.shape).movedim(-1, axis).contiguous()
-        if found and found["rows"]:
-            high, wide = int(found["rows"]), int(found["columns"])
-            blocks = weight.view(weight.shape[0] // high, high, weight.shape[1] // wide, wide)
-            size = blocks.abs().sum((1, 3))
-            keep = torch.ones(size.numel(), dtype=torch.bool)
-            keep[size.flatten().argsort(stable=True)[: round(size.numel() * self.zero_fraction)]] = False
-            return (blocks * keep.view(size.shape)[:, None, :, None]).view(weight.shape)
-        order = weight.abs().flatten().argsort(stable=True)[: round(weight.numel() * self.zero_fraction)]
-        return weight.flatten().index_fill(0, order, 0.0).view(weight.shape)
+def _masked(source: TensorSource, pattern: ZeroPattern, axis: int, norms: torch.Tensor | None) -> TensorSource:
+    return DerivedTensor(source.shape, source.dtype, lambda: zeroed(source.load(), pattern, axis, norms))
+
+
+def _unfit(program: Program, each: Contraction, pattern: ZeroPattern) -> Skip | None:
+    """Why no target could use the pattern in this tensor, or why it should not have it."""
+    if any(makes_logits(program, node) for node in each.nodes):
+        return Skip(each.tensor, "CS2204", "It makes the logits, where every zero is felt directly.")
+    if len(each.shape) > 2 and not pattern.run:
+        return Skip(each.tensor, "CS2204", "It is a convolution, where only N:M patterns are made.")
+    why = pattern.misfit(each.shape, each.axis)
+    return Skip(each.tensor, "CS2204", why) if why else None
+
+
+def _unrewarded(each: Contraction, pattern: ZeroPattern, target: Target) -> Skip | None:
+    """Why the target gains nothing from the pattern in a layer of this size; None when it does or says nothing about it."""
+    rule = target.pattern(pattern.family)
+    if rule is None:
+        return None
+    inner, outer = each.inner, each.outer
+    wanted = []
+    if inner < rule.least_inner or outer < rule.least_outer:
+        least = [f"{rule.least_inner} inputs"] * bool(rule.least_inner) + [f"{rule.least_outer} outputs"] * bool(
+            rule.least_outer
+        )
+        wanted.append(f"it pays from {' and '.join(least)} on")
+    if inner % rule.inner_multiple or outer % rule.outer_multiple:
+        wanted.append(
+            f"its kernels take inputs in multiples of {rule.inner_multiple}, outputs of {rule.outer_multiple}"
+        )
+    if not wanted:
+        return None
+    why = f"It has {inner} inputs and {outer} outputs; of {pattern.text} on {target.name}, {' and '.join(wanted)}."
+    return Skip(each.tensor, "CS2208", why, "It stays dense.")
+
+
+def _nothing_left(pattern: ZeroPattern, skips: Sequence[Skip], target: Target) -> ModelError:
+    first = next((skip for skip in skips if skip.code == "CS2208"), skips[0] if skips else None)
+    others = f" {len(skips) - 1} others are left out as well." if len(skips) > 1 else ""
+    return ModelError(
+        "CS2203",
+        f"No tensor is left to give the pattern {pattern.text} on {target.name}.",
+        where="mask",
+        why=f"{first.where}: {first.why}{others}" if first else "The model has no linear layer with a stored weight.",
+        hint="Leave --sparsity out; --quantize and --prune need no pattern.",
+    )
+
+
+def _input_norms(program: Program, chosen: Sequence[Contraction], context: PassContext) -> Mapping[str, torch.Tensor]:
+    """Norms of the input features by tensor; over all its layers when some share it."""
+    if context.calibration is None:
+        raise RuntimeError("the caller checks that there is calibration text")
+    places = {each.tensor: [(node.name, each.input_dim) for node in each.inputs] for each in chosen}
+    every = (place for group in places.values() for place in group)
+    norms = feature_norms(program, every, context.calibration, context.progress)
+    return {
+        tensor: torch.stack([norms[place] for place in group]).square().sum(0).sqrt()
+        for tensor, group in places.items()
+    }

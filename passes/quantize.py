@@ -12,12 +12,15 @@ from pydantic import BaseModel, ConfigDict, Field
 from compile_sparse.compiler.contract import PassContext, PassResult
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.linears import Linear, find_linears, makes_logits
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.schemes import SCHEMES, SchemeName
+from compile_sparse.compiler.program import Program, SparsityMask
+from compile_sparse.compiler.schemes import SCHEMES, Scheme, SchemeName
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.stored_size import torch_dtype
+from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.zero_patterns import ZeroPattern
+from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT
 from compile_sparse.passes.quantization.rewriting import Rewriter
-from compile_sparse.passes.statistics.ranges import largest_magnitudes
+from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
 
 __all__ = ["Quantize"]
 
@@ -28,20 +31,24 @@ class Quantize(BaseModel):
 
     ``q = round(W / s)`` (arXiv:2004.09602): symmetric, or with a zero point inside the range, so stored zeros stay zero. Scales
     run along the contraction dimension: per output channel, per group, or per block (``compiler/schemes.py`` lists all schemes).
-    Activations: one scale per token or, on targets that say so, per tensor, found at run time; ``-static`` schemes and ``nvfp4``
-    fix their range on calibration text. Which layers: every linear; the projection that makes the logits is kept at 8 bits
-    where the scheme says 4, or left in floating point where the target's runtime does not quantize it: it is read once per
-    token like every other layer but decides every token.
+    Activations: one scale per token or, on targets that say so, per tensor, found at run time; ``-static`` schemes,
+    ``fp8-tensor`` and ``nvfp4`` fix their range on calibration text, at the largest magnitude or at a percentile of the
+    magnitudes. The output of an int8 product is coded as well, ``y' = restore(code(y))``, where the weight is masked and the
+    target's sparse kernel for the mask must give int8 to be the faster one. The mask of a weight moves to its codes. Which
+    layers: every linear; the projection that makes the logits is kept at 8 bits where the scheme says 4, or left in floating
+    point where the target's runtime does not quantize it: it is read once per token like every other layer but decides every
+    token.
 
     Leaves alone: embeddings, convolutions, and any linear whose weight is not a stored two-dimensional parameter.
 
     Shapes: ``W [N, K]`` (linear) or ``[K, N]`` (addmm); ``q`` of the same shape; ``s`` float32 ``[N]`` or
-    ``[N, ceil(K / group)]``.
+    ``[N, ceil(K / group)]``; ranges of activations float32 ``[1]``.
 
     Raises:
-        Refusal: CS4102, the target has no kernel for the scheme.
+        Refusal: CS4102, the target has no kernel for the scheme, or none that gives int8.
         ModelError: CS2201, there is nothing to quantize.
-        UsageError: CS1121, ranges are to be measured and there is no calibration text.
+        UsageError: CS1121, ranges are to be measured and there is no calibration text; CS1122, an option does not apply to
+            the scheme.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,7 +58,7 @@ class Quantize(BaseModel):
     scheme: SchemeName = Field(
         description="w8a8: int8 weights and run-time int8 activations, -static: activation ranges from calibration; "
         "w8a16, w4a16: weights only, groups of 128, -g32: of 32, -channel: one scale per channel, -asym: with zero points; "
-        "fp8, fp8-static, fp8-block: e4m3; nvfp4: e2m1 in groups of 16"
+        "fp8, fp8-static, fp8-tensor, fp8-block: e4m3, -tensor: static, one scale per weight; nvfp4: e2m1 in groups of 16"
     )
     reduce_range: bool = Field(
         default=False,
@@ -59,6 +66,22 @@ class Quantize(BaseModel):
         "processors without 8-bit dot products (VNNI), whose kernels saturate otherwise",
     )
     quantizer: Literal["rtn"] = Field(default="rtn", description="how codes are chosen; rtn: round to nearest")
+    calibrator: Literal["min-max", "percentile"] = Field(
+        default="min-max",
+        description="how ranges fixed ahead are found; min-max: the largest magnitude on calibration text; percentile: the "
+        "magnitude that most values do not exceed, larger ones saturate",
+    )
+    percentile: float = Field(
+        default=99.99,
+        gt=0,
+        le=100,
+        description="calibrator percentile: share of values within the range, percent, above 0 to 100",
+    )
+    outputs: Literal["auto", "none", "all"] = Field(
+        default="auto",
+        description="w8a8-static: which linear layers give int8; auto: masked ones where the target's sparse kernels need it; "
+        "all: every one but the one that makes the logits",
+    )
 
     @property
     def contraction_multiple(self) -> int:
@@ -83,14 +106,12 @@ class Quantize(BaseModel):
                 where="quantize",
                 why=skips[0].why if skips else "The model has no linear layer with a stored weight.",
             )
-        ranges: Mapping[str, float] | None = None
-        if scheme.static and not context.plan_only:
-            ranges = largest_magnitudes(edited, dict.fromkeys(linear.input for linear in linears), context)
+        outputs = self._coded_outputs(edited, linears, context.target)
         work = Rewriter(
             edited,
             scheme,
             linears,
-            ranges=ranges,
+            ranges=self._ranges(edited, linears, outputs, context) if scheme.static and not context.plan_only else None,
             per_tensor=context.target.activation_scales == "tensor",
             stored=torch_dtype(context.target.baseline_precision) if scheme.activations == "" else torch.float32,
         )
@@ -99,19 +120,35 @@ class Quantize(BaseModel):
                 work.quantize(linear)
                 task.advance()
         before = sum(program.weights.elements(linear.tensor) for linear in linears)
-        result = work.finish()
+        result = work.finish(outputs)
         return PassResult(
             program=result,
             modified=True,
-            requested={"scheme": self.scheme, "quantizer": self.quantizer}
-            | ({"reduce_range": True} if self.reduce_range else {}),
+            requested={"scheme": self.scheme, "quantizer": self.quantizer} | self.model_dump(exclude_defaults=True),
             achieved={
                 "linears": len(linears),
                 "elements": before,
                 "bits_per_weight": round(work.code_bits / before, 3),
-            },
+            }
+            | ({"int8_outputs": len(outputs)} if scheme.activations == OUTPUT_FORMAT else {}),
             skips=skips,
         )
+
+    def _coded_outputs(self, program: Program, linears: Sequence[Linear], target: Target) -> list[Linear]:
+        """Layers whose outputs are coded too."""
+        if SCHEMES[self.scheme].activations != OUTPUT_FORMAT or self.outputs == "none":
+            return []
+        if self.outputs == "all":
+            return [linear for linear in linears if not makes_logits(program, linear.node)]
+        return [linear for linear in linears if _needs_coded_output(program.masks.get(linear.tensor), target)]
+
+    def _ranges(
+        self, program: Program, linears: Sequence[Linear], outputs: Sequence[Linear], context: PassContext
+    ) -> Mapping[str, float]:
+        nodes = dict.fromkeys([*(linear.input for linear in linears), *(linear.node for linear in outputs)])
+        if self.calibrator == "percentile":
+            return magnitude_percentiles(program, nodes, context, self.percentile)
+        return largest_magnitudes(program, nodes, context)
 
     def _require(self, context: PassContext) -> None:
         target = context.target
@@ -124,13 +161,14 @@ class Quantize(BaseModel):
                 why=(f"{own} " if own else "") + f"It executes {', '.join(target.schemes) or 'no quantized weights'}.",
                 hint="Choose one of those schemes, or another target.",
             )
-        if self.reduce_range and not SCHEMES[self.scheme].activations.startswith("int8"):
-            raise UsageError(
-                "CS1122",
-                f"reduce_range does not apply to {self.scheme}.",
-                where="quantize.reduce_range",
-                why="It keeps products of 8-bit weights and 8-bit activations from overflowing; this scheme has none.",
-                hint="Leave it out, or choose w8a8.",
+        self._require_meaning(SCHEMES[self.scheme])
+        if self.outputs == "all" and not any(entry.int8_outputs for entry in target.sparse_patterns):
+            raise Refusal(
+                "CS4102",
+                f"{target.name} has no products that give int8.",
+                where="quantize.outputs",
+                why="Its contract names none, and outputs that are coded and restored again would only cost accuracy.",
+                hint="Leave the option out, or choose a TensorRT target.",
             )
         if SCHEMES[self.scheme].static and context.calibration is None and not context.plan_only:
             raise UsageError(
@@ -140,6 +178,30 @@ class Quantize(BaseModel):
                 why="The range of activations is fixed ahead, from what it is on that text.",
                 hint="Give --calibration FILE, or choose w8a8 or fp8, whose ranges are found at run time.",
             )
+
+    def _require_meaning(self, scheme: Scheme) -> None:
+        """Refuse options that would have no effect."""
+        if self.reduce_range and not scheme.activations.startswith("int8"):
+            why = "It keeps products of 8-bit weights and 8-bit activations from overflowing; this scheme has none."
+            raise self._meaningless("reduce_range", why, "Leave it out, or choose w8a8.")
+        if self.calibrator == "percentile" and not scheme.static:
+            why = "It is a way to fix ranges of activations ahead; this scheme fixes none."
+            raise self._meaningless("calibrator", why, "Leave it out, or choose w8a8-static.")
+        if "percentile" in self.model_fields_set and self.calibrator != "percentile":
+            why = f"The calibrator is {self.calibrator}, which takes the largest magnitude."
+            raise self._meaningless("percentile", why, "Set calibrator: percentile as well, or leave it out.")
+        if self.outputs == "all" and scheme.activations != OUTPUT_FORMAT:
+            why = "Outputs are coded to int8 with a range fixed ahead, as the inputs of w8a8-static are."
+            raise self._meaningless("outputs", why, "Leave it out, or choose w8a8-static.")
+
+    def _meaningless(self, option: str, why: str, hint: str) -> UsageError:
+        what = f"{option} does not apply to {self.scheme}."
+        return UsageError("CS1122", what, where=f"quantize.{option}", why=why, hint=hint)
+
+
+def _needs_coded_output(mask: SparsityMask | None, target: Target) -> bool:
+    entry = target.pattern(ZeroPattern.parse(mask.pattern).family) if mask is not None else None
+    return entry is not None and entry.int8_outputs
 
 
 def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Skip]]:

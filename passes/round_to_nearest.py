@@ -10,6 +10,7 @@ __all__ = [
     "quantize_channels",
     "quantize_fp8_blocks",
     "quantize_fp8_channels",
+    "quantize_fp8_tensor",
     "quantize_groups",
     "quantize_groups_with_zero_points",
     "quantize_nvfp4",
@@ -71,6 +72,12 @@ def quantize_fp8_channels(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     """``(codes float8_e4m3fn [N, K], scale float32 [N])``: the largest magnitude of a row maps to 448 (arXiv:2209.05433)."""
     scale = _as_stored(rows.abs().amax(dim=1) / FP8_MAX, torch.float32)
     return to_fp8(rows / scale[:, None]), scale
+
+
+def quantize_fp8_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(codes float8_e4m3fn [N, K], scale float32 [N])``: the largest magnitude of all maps to 448, every row has that scale."""
+    scale = _as_stored(rows.abs().amax() / FP8_MAX, torch.float32)
+    return to_fp8(rows / scale), scale.repeat(rows.shape[0])
 
 
 def quantize_fp8_blocks(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:

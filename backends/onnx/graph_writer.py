@@ -46,10 +46,10 @@ class TensorRecord:
 
 @dataclass(frozen=True)
 class ValueRecord:
-    """A graph input or output; text dimensions are symbolic."""
+    """A graph input or output; ``kind`` as ``kind_of`` names it, text dimensions are symbolic."""
 
     name: str
-    element: int
+    kind: str
     shape: tuple[int | str, ...]
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from compile_sparse.backends.onnx.element_types import element_type
+from compile_sparse.backends.onnx.element_types import kind_of
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.graph_writer import NodeRecord, ValueRecord
 from compile_sparse.compiler.program import Input, Program
@@ -42,7 +42,7 @@ def add_inputs(emission: Emission) -> dict[str, str]:
             symbols.setdefault(str(size.node.expr), name)
             shape.append(name)
         emission.bind(node, emission.graph.reserve(entry.name))
-        emission.graph.inputs.append(ValueRecord(entry.name, element_type(value.dtype), tuple(shape)))
+        emission.graph.inputs.append(ValueRecord(entry.name, kind_of(value.dtype), tuple(shape)))
     return symbols
 
 
@@ -76,7 +76,7 @@ def add_outputs(emission: Emission, symbols: dict[str, str]) -> None:
                 shape.append(_PRESENT[index])
             else:
                 shape.append(symbols.get(str(size.node.expr), f"{entry.name}_dim_{index}"))
-        graph.outputs.append(ValueRecord(entry.name, element_type(value.dtype), tuple(shape)))
+        graph.outputs.append(ValueRecord(entry.name, kind_of(value.dtype), tuple(shape)))
     graph.rename(renamed)
     graph.drop_dead_nodes()
     read = {name for node in graph.nodes for name in node.inputs}

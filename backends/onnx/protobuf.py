@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compile_sparse.backends.onnx.dialect import Dialect
+from compile_sparse.backends.onnx.element_types import element_type
 from compile_sparse.backends.onnx.graph_writer import GraphWriter, NodeRecord, TensorRecord
 
 __all__ = ["node_name", "write_model"]
@@ -27,8 +28,8 @@ def write_model(graph: GraphWriter, path: Path, data_file: str, dialect: Dialect
             for index, node in enumerate(graph.nodes)
         ],
         "compile_sparse",
-        [onnx.helper.make_tensor_value_info(v.name, v.element, list(v.shape)) for v in graph.inputs],
-        [onnx.helper.make_tensor_value_info(v.name, v.element, list(v.shape)) for v in graph.outputs],
+        [onnx.helper.make_tensor_value_info(v.name, element_type(v.kind), list(v.shape)) for v in graph.inputs],
+        [onnx.helper.make_tensor_value_info(v.name, element_type(v.kind), list(v.shape)) for v in graph.outputs],
         [_tensor(record, data_file) for record in graph.tensors.values()],
     )
     domains = sorted({node.domain for node in graph.nodes} - {""})

@@ -13,10 +13,10 @@ import torch
 from compile_sparse.backends.onnx import standard  # noqa: F401
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.emit_attention import STANDARD_ATTENTION
-from compile_sparse.backends.onnx.external_data import ExternalData, Sink
+from compile_sparse.backends.onnx.external_data import Sink
 from compile_sparse.backends.onnx.graph_writer import GraphWriter
 from compile_sparse.backends.onnx.interface import add_inputs, add_outputs
-from compile_sparse.backends.onnx.protobuf import write_model
+from compile_sparse.backends.onnx.writing import DATA_FILE, MODEL_FILE, refuse_unsupported, write_files
 from compile_sparse.backends.onnxruntime import emit_norms, linear  # noqa: F401
 from compile_sparse.backends.onnxruntime.dialect import DIALECT
 from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_attention
@@ -32,8 +32,6 @@ from compile_sparse.compiler.targets import Target
 
 __all__ = ["DATA_FILE", "MANIFEST", "MODEL_FILE", "emit", "rehearse", "write_folder", "write_graph"]
 
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 MANIFEST = "compile_sparse.json"
 
 
@@ -51,16 +49,7 @@ def emit(program: Program, sink: Sink, on_weight: Any = lambda: None) -> Emissio
     emission = Emission(program, GraphWriter(sink), on_weight, DIALECT)
     symbols = add_inputs(emission)
     emission.run()
-    if emission.unsupported:
-        first = emission.unsupported[0]
-        more = len(emission.unsupported) - 1
-        raise Refusal(
-            "CS2311",
-            "This model has operators without an ONNX form.",
-            where=first.where,
-            why=first.why + (f" And {more} more." if more else ""),
-            hint=first.hint,
-        )
+    refuse_unsupported(emission)
     add_outputs(emission, symbols)
     return emission
 
@@ -86,16 +75,7 @@ def write_graph(program: Program, out: Path, progress: Progress) -> tuple[Emissi
     Returns:
         The emission and the SHA-256 digest of each file.
     """
-    data, model = out / DATA_FILE, out / MODEL_FILE
-    try:
-        with progress.task("write weights", total=len(program.weights)) as task, ExternalData(data) as sink:
-            emission = emit(program, sink, task.advance)
-        digests = {DATA_FILE: sink.sha256, MODEL_FILE: write_model(emission.graph, model, DATA_FILE, DIALECT)}
-    except BaseException:
-        data.unlink(missing_ok=True)
-        model.unlink(missing_ok=True)
-        raise
-    return emission, digests
+    return write_files(program, out, lambda sink, on_weight: emit(program, sink, on_weight), progress)
 
 
 def write_folder(program: Program, target: Target, out: Path, progress: Progress) -> Lowered:

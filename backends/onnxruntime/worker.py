@@ -10,6 +10,9 @@ Protocol on the original stdin and stdout; anything a library prints goes to std
 
 A malformed or failing request is answered and does not end the process. Times are wall-clock seconds, log-probabilities natural
 logarithms computed in float64.
+
+Workers of runtimes that take token ids and give logits are subclasses of ``Worker``: they say how a folder is opened. onnxruntime
+itself is imported where it is used, so that they need not have it.
 """
 
 from __future__ import annotations
@@ -26,7 +29,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 import numpy as np
-import onnxruntime as ort
+
+__all__ = ["PROTOCOL", "Report", "RequestError", "Worker", "count", "field", "memory", "serve", "token_windows"]
 
 PROTOCOL = 1
 _PROVIDERS = {"cpu": ["CPUExecutionProvider"], "cuda": ["CUDAExecutionProvider", "CPUExecutionProvider"]}
@@ -52,6 +56,8 @@ class Model:
     """One loaded folder."""
 
     def __init__(self, folder: str, threads: int, device: str) -> None:
+        import onnxruntime as ort
+
         path = Path(folder) / "model.onnx"
         if not path.is_file():
             raise RequestError(f"there is no model.onnx in {folder}")
@@ -76,6 +82,14 @@ class Model:
         """Raise unless the graph has a key-value cache and logits."""
         if not self.past or "logits" not in self.outputs or "input_ids" not in self.inputs:
             raise RequestError("this operation needs a decoder with a key-value cache")
+
+    def generation(self, batch: int, capacity: int) -> Generation:
+        """``batch`` empty sequences that will not grow beyond ``capacity`` tokens."""
+        return Generation(self, batch, capacity)
+
+    def run(self, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        """Values of ``outputs`` for one call."""
+        return self.session.run(self.outputs, feeds)
 
 
 def _saturates() -> bool:
@@ -123,6 +137,8 @@ class Generation:
     """
 
     def __init__(self, model: Model, batch: int, capacity: int) -> None:
+        import onnxruntime as ort
+
         model.require_decoder()
         self._model, self._batch, self._length = model, batch, 0
         self._cache = {}
@@ -177,31 +193,63 @@ def _row_blocks(count: int) -> Iterator[slice]:
 
 
 class Worker:
-    """State between requests and one method per operation (``op_<name>``)."""
+    """State between requests and one method per operation (``op_<name>``).
+
+    A subclass for another runtime says what ``runtime`` it is and how to ``open`` a folder; what it opens has ``inputs``,
+    ``outputs``, ``share_buffer``, ``require_decoder``, ``generation`` and ``run`` as ``Model`` has.
+    """
 
     def __init__(self) -> None:
-        self._models: dict[str, Model] = {}
+        self._models: dict[str, Any] = {}
 
-    def _model(self, name: Any) -> Model:
+    def runtime(self) -> dict[str, str]:
+        """Name, version and device."""
+        import onnxruntime as ort
+
+        device = "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
+        return {"name": "onnxruntime", "version": ort.__version__, "device": device}
+
+    def open(self, folder: str, threads: int, device: str) -> Any:
+        """The model in ``folder``, ready to run."""
+        return Model(folder, threads, device)
+
+    def generate(self, model: Any, tokens: np.ndarray, prompt: int) -> dict[str, Any]:
+        """Feed a prompt and then the given tokens one by one; the same work whatever the model predicts."""
+        generation = model.generation(tokens.shape[0], tokens.shape[1])
+        began = time.perf_counter()
+        generation.step(tokens[:, :prompt])
+        prefill = time.perf_counter() - began
+        steps = []
+        for position in range(prompt, tokens.shape[1]):
+            began = time.perf_counter()
+            generation.step(tokens[:, position : position + 1])
+            steps.append(time.perf_counter() - began)
+        return {"prefill_s": prefill, "decode_s": sum(steps), "token_s": steps}
+
+    def call(self, model: Any, feeds: dict[str, np.ndarray]) -> float:
+        """Seconds of one call."""
+        began = time.perf_counter()
+        model.run(feeds)
+        return time.perf_counter() - began
+
+    def _model(self, name: Any) -> Any:
         if name not in self._models:
             raise RequestError(f"no model is loaded under the name {name!r}; loaded: {sorted(self._models)}")
         return self._models[name]
 
     def op_hello(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        device = "cuda" if "CUDAExecutionProvider" in ort.get_available_providers() else "cpu"
-        runtime = {"name": "onnxruntime", "version": ort.__version__, "device": device}
-        return {"protocol": PROTOCOL, "runtime": runtime, "pid": os.getpid()}
+        return {"protocol": PROTOCOL, "runtime": self.runtime(), "pid": os.getpid()}
 
     def op_load(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        name = _field(request, "name", str)
+        name = field(request, "name", str)
         began = time.perf_counter()
-        model = Model(
-            _field(request, "folder", str), _count(request, "threads", 1), _field(request, "device", str, "cpu")
+        model = self.open(
+            field(request, "folder", str), count(request, "threads", 1), field(request, "device", str, "cpu")
         )
         self._models[name] = model
         return {
             "seconds": time.perf_counter() - began,
-            "rss_bytes": _memory("VmRSS"),
+            "rss_bytes": memory("VmRSS"),
             "inputs": list(model.inputs),
             "outputs": model.outputs,
             "share_buffer": model.share_buffer,
@@ -214,14 +262,14 @@ class Worker:
 
     def op_trace(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         """Next-token predictions of a batch, with the cache filled by one prefill and then one given token at a time."""
-        model, windows = self._model(request.get("name")), _windows(request)
+        model, windows = self._model(request.get("name")), token_windows(request)
         if len({len(ids) for ids in windows}) != 1:
             raise RequestError("the windows of a trace must have equal lengths: they run as one batch")
         tokens = np.stack(windows)
-        count, length = tokens.shape
-        generation = Generation(model, count, length)
-        traces: list[dict[str, list[float]]] = [{"top1": [], "logprob": [], "margin": []} for _ in range(count)]
-        start, stop = 0, min(_count(request, "prefill", 1), length - 1)
+        rows, length = tokens.shape
+        generation = model.generation(rows, length)
+        traces: list[dict[str, list[float]]] = [{"top1": [], "logprob": [], "margin": []} for _ in range(rows)]
+        start, stop = 0, min(count(request, "prefill", 1), length - 1)
         while start < length - 1:
             logits = generation.step(tokens[:, start:stop])
             for row, trace in enumerate(traces):
@@ -235,12 +283,12 @@ class Worker:
 
         Windows run in chunks through the cache, so memory does not follow their length.
         """
-        model, windows = self._model(request.get("name")), _windows(request)
+        model, windows = self._model(request.get("name")), token_windows(request)
         other = self._model(request["against"]) if request.get("against") is not None else None
         scores = []
         for done, ids in enumerate(windows):
-            generation = Generation(model, 1, len(ids))
-            reference = Generation(other, 1, len(ids)) if other else None
+            generation = model.generation(1, len(ids))
+            reference = other.generation(1, len(ids)) if other else None
             score = {"tokens": len(ids) - 1, "nll": 0.0, "nll_against": None, "kl": None, "top1_equal": None}
             if reference:
                 score.update(nll_against=0.0, kl=0.0, top1_equal=0)
@@ -257,16 +305,16 @@ class Worker:
         """Prefill and decode times; the models take turns and the order flips every round."""
         names = _names(request)
         models = {name: self._model(name) for name in names}
-        prompt, output = _count(request, "prompt_tokens", 1), _count(request, "output_tokens", 1)
-        batch, rounds = _count(request, "batch", 1, default=1), _count(request, "rounds", 1)
-        warmup = _count(request, "warmup", 0, default=1)
+        prompt, output = count(request, "prompt_tokens", 1), count(request, "output_tokens", 1)
+        batch, rounds = count(request, "batch", 1, default=1), count(request, "rounds", 1)
+        warmup = count(request, "warmup", 0, default=1)
         draws = np.random.default_rng(int(request.get("seed", 0)))
-        tokens = draws.integers(0, _count(request, "vocab", 1), (batch, prompt + output))
+        tokens = draws.integers(0, count(request, "vocab", 1), (batch, prompt + output))
         times: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
         total, done = (warmup + rounds) * len(names), 0
         for turn in range(warmup + rounds):
             for name in names if turn % 2 == 0 else names[::-1]:
-                measured = _generate(models[name], tokens, prompt)
+                measured = self.generate(models[name], tokens, prompt)
                 if turn >= warmup:
                     times[name].append(measured)
                 done += 1
@@ -275,20 +323,20 @@ class Worker:
 
     def op_memory(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         """Peak resident memory of one generation. Meaningful in a fresh process only."""
-        model = Model(
-            _field(request, "folder", str), _count(request, "threads", 1, default=1), request.get("device", "cpu")
+        model = self.open(
+            field(request, "folder", str), count(request, "threads", 1, default=1), request.get("device", "cpu")
         )
-        prompt, output = _count(request, "prompt_tokens", 1), _count(request, "output_tokens", 1)
-        batch = _count(request, "batch", 1, default=1)
-        tokens = np.random.default_rng(0).integers(0, _count(request, "vocab", 1, default=2), (batch, prompt + output))
-        _generate(model, tokens, prompt)
-        return {"peak_rss_bytes": _memory("VmHWM")}
+        prompt, output = count(request, "prompt_tokens", 1), count(request, "output_tokens", 1)
+        batch = count(request, "batch", 1, default=1)
+        tokens = np.random.default_rng(0).integers(0, count(request, "vocab", 1, default=2), (batch, prompt + output))
+        self.generate(model, tokens, prompt)
+        return {"peak_rss_bytes": memory("VmHWM")}
 
     def op_run(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         """One call on arrays from a file, results into a file."""
         model, feeds = self._model(request.get("name")), _feeds(request)
-        results = model.session.run(model.outputs, _known(model, feeds))
-        np.savez(_field(request, "outputs", str), **dict(zip(model.outputs, results, strict=True)))
+        results = model.run(_known(model, feeds))
+        np.savez(field(request, "outputs", str), **dict(zip(model.outputs, results, strict=True)))
         return {"outputs": model.outputs}
 
     def op_benchmark_samples(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
@@ -296,20 +344,19 @@ class Worker:
         names = _names(request)
         models = {name: self._model(name) for name in names}
         feeds = {name: _known(models[name], _feeds(request)) for name in names}
-        rounds, warmup = _count(request, "rounds", 1), _count(request, "warmup", 0, default=1)
+        rounds, warmup = count(request, "rounds", 1), count(request, "warmup", 0, default=1)
         times: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(warmup + rounds):
             for name in names if turn % 2 == 0 else names[::-1]:
-                began = time.perf_counter()
-                models[name].session.run(models[name].outputs, feeds[name])
+                seconds = self.call(models[name], feeds[name])
                 if turn >= warmup:
-                    times[name].append(time.perf_counter() - began)
+                    times[name].append(seconds)
             report(turn + 1, warmup + rounds)
         return {"rounds": times}
 
     def op_bandwidth(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
         """Best of several reads of an array much larger than any cache, by as many threads as the model uses."""
-        threads = _count(request, "threads", 1, default=1)
+        threads = count(request, "threads", 1, default=1)
         values = np.ones(_PROBE_BYTES // 8, np.int64)
         parts = np.array_split(values, threads)
         best = float("inf")
@@ -319,20 +366,6 @@ class Worker:
                 list(pool.map(np.bitwise_or.reduce, parts))
                 best = min(best, time.perf_counter() - began)
         return {"bytes_per_s": values.nbytes / best}
-
-
-def _generate(model: Model, tokens: np.ndarray, prompt: int) -> dict[str, Any]:
-    """Feed a prompt and then the given tokens one by one; the same work whatever the model predicts."""
-    generation = Generation(model, tokens.shape[0], tokens.shape[1])
-    began = time.perf_counter()
-    generation.step(tokens[:, :prompt])
-    prefill = time.perf_counter() - began
-    steps = []
-    for position in range(prompt, tokens.shape[1]):
-        began = time.perf_counter()
-        generation.step(tokens[:, position : position + 1])
-        steps.append(time.perf_counter() - began)
-    return {"prefill_s": prefill, "decode_s": sum(steps), "token_s": steps}
 
 
 def _extend(trace: dict[str, list[float]], logits: np.ndarray, targets: np.ndarray) -> None:
@@ -357,14 +390,24 @@ def _add_score(score: dict[str, Any], logits: np.ndarray, against: np.ndarray | 
             score["top1_equal"] += int((logits[rows].argmax(-1) == against[rows].argmax(-1)).sum())
 
 
-def _field(request: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+def field(request: dict[str, Any], name: str, kind: type, default: Any = None) -> Any:
+    """A value of type ``kind`` out of a request.
+
+    Raises:
+        RequestError: it is missing or something else.
+    """
     value = request.get(name, default)
     if not isinstance(value, kind):
         raise RequestError(f"field {name!r} must be {kind.__name__}, got {value!r}")
     return value
 
 
-def _count(request: dict[str, Any], name: str, least: int, default: Any = None) -> int:
+def count(request: dict[str, Any], name: str, least: int, default: Any = None) -> int:
+    """A whole number of at least ``least`` out of a request.
+
+    Raises:
+        RequestError: it is missing or something else.
+    """
     value = request.get(name, default)
     if not isinstance(value, int) or isinstance(value, bool) or value < least:
         raise RequestError(f"field {name!r} must be an integer of at least {least}, got {value!r}")
@@ -378,7 +421,12 @@ def _names(request: dict[str, Any]) -> list[str]:
     return names
 
 
-def _windows(request: dict[str, Any]) -> list[np.ndarray]:
+def token_windows(request: dict[str, Any]) -> list[np.ndarray]:
+    """The token ids of a request.
+
+    Raises:
+        RequestError: they are no lists of at least two ids.
+    """
     windows = request.get("windows")
     if not isinstance(windows, list) or not all(isinstance(w, list) and len(w) >= 2 for w in windows):
         raise RequestError("field 'windows' must be a list of token lists of at least 2 ids")
@@ -388,22 +436,22 @@ def _windows(request: dict[str, Any]) -> list[np.ndarray]:
 
 
 def _feeds(request: dict[str, Any]) -> dict[str, np.ndarray]:
-    with np.load(_field(request, "feeds", str), allow_pickle=False) as archive:
+    with np.load(field(request, "feeds", str), allow_pickle=False) as archive:
         return {name: archive[name] for name in archive.files}
 
 
-def _known(model: Model, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def _known(model: Any, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     missing = [name for name in model.inputs if name not in feeds]
     if missing:
         raise RequestError(f"feeds lack {', '.join(missing)}")
     return {name: feeds[name] for name in model.inputs}
 
 
-def _memory(field: str) -> int:
+def memory(kind: str) -> int:
     """Bytes from /proc, whose peak starts anew with this program (getrusage inherits the parent's)."""
     try:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
-            if line.startswith(field + ":"):
+            if line.startswith(kind + ":"):
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
@@ -411,7 +459,7 @@ def _memory(field: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def _answer(worker: Worker, line: str, send: Callable[[dict[str, Any]], None]) -> bool:
+def _answer(worker: object, line: str, send: Callable[[dict[str, Any]], None]) -> bool:
     """Serve one line; False after a shutdown request."""
     identifier: Any = None
     try:
@@ -443,15 +491,14 @@ def _protocol_stream() -> TextIO:
     return stream
 
 
-def main(arguments: Sequence[str] = ()) -> int:
-    """Serve until shutdown or end of input."""
+def serve(worker: object) -> int:
+    """Answer requests with the ``op_`` methods of ``worker`` until shutdown or end of input; the exit code of the process."""
     stream = _protocol_stream()
 
     def send(message: dict[str, Any]) -> None:
         stream.write(json.dumps(message, allow_nan=True) + "\n")
         stream.flush()
 
-    worker = Worker()
     for line in sys.stdin:
         if line.strip() and not _answer(worker, line, send):
             break
@@ -459,4 +506,4 @@ def main(arguments: Sequence[str] = ()) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(serve(Worker()))

@@ -13,6 +13,7 @@ import click
 from compile_sparse import __version__
 from compile_sparse.compiler.cli.default_group import DefaultGroup
 from compile_sparse.compiler.cli.options import debug_option, json_option, measurement_options, recipe_options
+from compile_sparse.compiler.cli.probe_command import probe_command
 from compile_sparse.compiler.cli.rendering import print_json, print_table
 from compile_sparse.compiler.cli.runtime_commands import runtime_command
 from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
@@ -42,6 +43,7 @@ def cli() -> None:
 
 
 cli.add_command(runtime_command)
+cli.add_command(probe_command)
 
 
 @cli.command("compile")

@@ -99,33 +99,44 @@ def _(
 
 
 @custom_op("compile_sparse::dequantize_block", mutates_args=())
-def dequantize_block(q: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
-    """Float weight ``[N, K]``: ``q * scale[n // block, k // block]``. q: float8; scale: float32."""
-    spread = scale.repeat_interleave(block, 0)[: q.shape[0]].repeat_interleave(block, 1)[:, : q.shape[1]]
-    return q.to(scale.dtype) * spread
+def dequantize_block(q: torch.Tensor, scale: torch.Tensor, block: int, axis: int = 1) -> torch.Tensor:
+    """Float weight ``q * scale[n // block, k // block]``, of the shape of ``q``.
+
+    Args:
+        q: float8, 2-D.
+        scale: float32 ``[ceil(N / block), ceil(K / block)]``.
+        block: side of the squares.
+        axis: contraction dimension of q (1 for ``[N, K]``, 0 for ``[K, N]``).
+    """
+    rows = q if axis == 1 else q.t()
+    spread = scale.repeat_interleave(block, 0)[: rows.shape[0]].repeat_interleave(block, 1)[:, : rows.shape[1]]
+    return q.to(scale.dtype) * (spread if axis == 1 else spread.t())
 
 
 @dequantize_block.register_fake
-def _(q: torch.Tensor, scale: torch.Tensor, block: int) -> torch.Tensor:
+def _(q: torch.Tensor, scale: torch.Tensor, block: int, axis: int = 1) -> torch.Tensor:
     return q.new_empty(q.shape, dtype=scale.dtype)
 
 
 @custom_op("compile_sparse::dequantize_nvfp4", mutates_args=())
-def dequantize_nvfp4(codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
-    """Float weight ``[N, K]``: ``e2m1(code) * scale / global_scale``.
+def dequantize_nvfp4(
+    codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, axis: int = 1
+) -> torch.Tensor:
+    """Float weight ``e2m1(code) * scale / global_scale``, of the shape of ``codes``.
 
     Args:
-        codes: int8, 0 to 15.
+        codes: int8, 0 to 15, 2-D.
         scale: float8 ``[N, ceil(K / 16)]``.
         global_scale: float32 ``[1]``, a divisor.
+        axis: contraction dimension of codes (1 for ``[N, K]``, 0 for ``[K, N]``).
     """
     values = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)
-    spread = scale.to(torch.float32).repeat_interleave(NVFP4_GROUP, 1)[:, : codes.shape[1]]
-    return values[codes.long()] * spread / global_scale
+    spread = scale.to(torch.float32).repeat_interleave(NVFP4_GROUP, 1)[:, : codes.shape[axis]]
+    return values[codes.long()] * (spread if axis == 1 else spread.t()) / global_scale
 
 
 @dequantize_nvfp4.register_fake
-def _(codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+def _(codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, axis: int = 1) -> torch.Tensor:
     return codes.new_empty(codes.shape, dtype=torch.float32)
 
 

@@ -22,7 +22,14 @@ from torch import fx
 
 from compile_sparse.compiler.program import Binding, Program
 from compile_sparse.compiler.raising.causality import CausalityProver, CausalMask
-from compile_sparse.compiler.raising.matching import arguments, dimensions, insert_call, is_op, same_dimension
+from compile_sparse.compiler.raising.matching import (
+    arguments,
+    dimensions,
+    insert_call,
+    is_op,
+    module_of,
+    same_dimension,
+)
 from compile_sparse.compiler.raising.rotary import RotaryTables, match_rotation
 from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.weights import ResidentTensor
@@ -152,6 +159,7 @@ class _Raiser:
                     *(shape.num_heads, shape.kv_heads, scale, mask.window),
                 ),
             )
+            attention.meta.update(module_of(sdpa))
             outer = _merged_output(sdpa)
             batch, length = dimensions(sdpa)[0], dimensions(sdpa)[2]
             flat_value = (

@@ -10,7 +10,16 @@ from torch import fx
 
 from compile_sparse.compiler.editing import schema_arguments
 
-__all__ = ["arguments", "dimensions", "insert_call", "is_op", "operand_pairs", "qualified_name", "same_dimension"]
+__all__ = [
+    "arguments",
+    "dimensions",
+    "insert_call",
+    "is_op",
+    "module_of",
+    "operand_pairs",
+    "qualified_name",
+    "same_dimension",
+]
 
 
 def qualified_name(node: Any) -> str:
@@ -58,3 +67,9 @@ def insert_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], value: Any 
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.node.map_arg(args, lambda a: a.meta["val"])) if value is None else value
     return node
+
+
+def module_of(node: fx.Node) -> dict[str, Any]:
+    """Meta data that say which module a node came from, for the node that replaces it."""
+    stack = node.meta.get("nn_module_stack")
+    return {"nn_module_stack": stack} if stack else {}

@@ -14,7 +14,14 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.raising.matching import arguments, dimensions, insert_call, is_op, same_dimension
+from compile_sparse.compiler.raising.matching import (
+    arguments,
+    dimensions,
+    insert_call,
+    is_op,
+    module_of,
+    same_dimension,
+)
 
 __all__ = ["raise_residual_norm"]
 
@@ -34,7 +41,7 @@ def raise_residual_norm(program: Program) -> None:
             fused = graph.call_function(
                 torch.ops.compile_sparse.residual_rms_norm.default, (total.args[0], total.args[1], weight, eps)
             )
-        fused.meta["val"] = (normed, value)
+        fused.meta.update(module_of(norm), val=(normed, value))
         with graph.inserting_after(fused):
             summed = insert_call(graph, operator.getitem, (fused, 1), value=value)
             first = insert_call(graph, operator.getitem, (fused, 0), value=normed)

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.raising.matching import arguments, dimensions, insert_call, is_op, operand_pairs
+from compile_sparse.compiler.raising.matching import arguments, dimensions, insert_call, is_op, module_of, operand_pairs
 from compile_sparse.compiler.skip import Skip
 
 __all__ = ["raise_rms_norm"]
@@ -36,6 +36,7 @@ def raise_rms_norm(program: Program) -> list[Skip]:
             norm = insert_call(
                 graph, torch.ops.compile_sparse.rms_norm.default, (x, weight, eps), value=node.meta["val"]
             )
+        norm.meta.update(module_of(node))
         node.replace_all_uses_with(norm)
     return [
         Skip(

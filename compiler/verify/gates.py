@@ -21,7 +21,7 @@ from compile_sparse.compiler.errors import UsageError
 
 __all__ = ["METRICS", "Gate", "Metric", "evaluate_gates", "parse_gate"]
 
-Kind = Literal["speed", "size", "quality", "agreement"]
+Kind = Literal["speed", "size", "quality", "agreement", "sparsity"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,13 @@ METRICS: Mapping[str, Metric] = {
         Metric("kl", "quality", selectors=(), has_ratio=False),
         Metric("top1", "quality", selectors=(), has_ratio=False),
         Metric("fidelity_top1", "agreement", has_ratio=False),
+        Metric("sparse_layers", "sparsity", has_ratio=False),
     )
+}
+_NO_RATIO: Mapping[str, str] = {
+    "quality": "already compares with a reference",
+    "agreement": "already compares with a reference",
+    "sparsity": "counts layers, and a dense baseline has none",
 }
 _EXPRESSION = re.compile(
     r"\s*(?P<metric>\w+)\s*(?:\[\s*(?P<selector>[^\[\]]+?)\s*\])?\s*(?P<sign>>=|<=)\s*"
@@ -107,7 +113,7 @@ def parse_gate(text: str) -> Gate:
     if metric.selectors and selector not in metric.selectors:
         raise _wrong(text, f"{metric.name} is reported at {', '.join(metric.selectors)}.")
     if ratio and not metric.has_ratio:
-        raise _wrong(text, f"{metric.name} already compares with a reference; write the number without 'x'.")
+        raise _wrong(text, f"{metric.name} {_NO_RATIO[metric.kind]}; write the number without 'x'.")
     if not math.isfinite(threshold):
         raise _wrong(text, "The number is not finite.")
     sign: Literal[">=", "<="] = ">=" if match["sign"] == ">=" else "<="
@@ -131,7 +137,7 @@ def evaluate_gates(gates: Iterable[str], report: Mapping[str, Any]) -> list[dict
 def _evaluate(gate: Gate, report: Mapping[str, Any]) -> dict[str, Any]:
     value, interval = _measured(gate, report)
     if value is None or not math.isfinite(value):
-        reason = report.get("verdict_why") or "the run did not produce it"
+        reason = _reason(gate, report)
         return {
             "gate": gate.text,
             "value": None,
@@ -159,11 +165,17 @@ def _evaluate(gate: Gate, report: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def _reason(gate: Gate, report: Mapping[str, Any]) -> str:
+    """Why the metric was not measured, as far as the report says."""
+    own = _at(report, "sparsity", "unverified") if gate.metric.kind == "sparsity" else None
+    return str(own or report.get("verdict_why") or "the run did not produce it")
+
+
 Measured = tuple[float | None, tuple[float, float] | None]
 
 
 def _measured(gate: Gate, report: Mapping[str, Any]) -> Measured:
-    finders = {"speed": _speed, "size": _size, "quality": _quality, "agreement": _agreement}
+    finders = {"speed": _speed, "size": _size, "quality": _quality, "agreement": _agreement, "sparsity": _sparsity}
     return finders[gate.metric.kind](gate, report)
 
 
@@ -227,3 +239,21 @@ def _quality(gate: Gate, report: Mapping[str, Any]) -> Measured:
 
 def _agreement(gate: Gate, report: Mapping[str, Any]) -> Measured:
     return _number(_at(report, "fidelity", "top1_agreement")), None
+
+
+def _sparsity(gate: Gate, report: Mapping[str, Any]) -> Measured:
+    """Products with a sparse kernel in the profile that has the fewest.
+
+    The builder's log is asked first; where it names no layers, the names of the engine's kernels are.
+    """
+    profiles = _at(report, "sparsity", "profiles")
+    if not isinstance(profiles, Mapping) or not profiles:
+        return None, None
+    counts = []
+    for found in profiles.values():
+        chosen = _number(_at(found, "chosen"))
+        count = _number(_at(found, "kernels")) if chosen is None else chosen
+        if count is None:
+            return None, None
+        counts.append(count)
+    return min(counts), None

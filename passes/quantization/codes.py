@@ -13,6 +13,7 @@ from compile_sparse.passes.round_to_nearest import (
     quantize_channels,
     quantize_fp8_blocks,
     quantize_fp8_channels,
+    quantize_fp8_tensor,
     quantize_groups,
     quantize_groups_with_zero_points,
     quantize_nvfp4,
@@ -106,7 +107,7 @@ def _coded(
     if fmt.block:
         return quantize_fp8_blocks(rows, fmt.block)
     if fmt.kind == "fp8":
-        return quantize_fp8_channels(rows)
+        return quantize_fp8_tensor(rows) if fmt.whole else quantize_fp8_channels(rows)
     if not fmt.symmetric:
         return quantize_groups_with_zero_points(rows, fmt.bits, fmt.group, stored)
     if fmt.group:

@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.recipe import Recipe
+from compile_sparse.compiler.recipe_flags import merge_options
 from compile_sparse.compiler.verify.gates import METRICS, evaluate_gates, parse_gate
 
 REPORT = {
@@ -106,6 +108,8 @@ def test_nan_never_passes():
         ("ttft_ms[p42]<=3", "p50, p95, p99"),
         ("ppl<=1x", "ppl[SLICE]"),
         ("fidelity_top1>=0.99x", "without 'x'"),
+        ("sparse_layers>=1x", "counts layers, and a dense baseline has none; write the number without 'x'"),
+        ("sparse_layers[decode]>=1", "nothing in brackets"),
         ("decode_tok_s>=1e999x", "finite"),
     ],
 )
@@ -121,3 +125,47 @@ def test_any_text_is_a_gate_or_a_usage_error(text):
         parse_gate(text)
     except UsageError as error:
         assert error.code == "CS1011"
+
+
+def _sparsity(*profiles):
+    return {"sparsity": {"profiles": {str(index): profile for index, profile in enumerate(profiles)}}}
+
+
+@pytest.mark.parametrize(
+    ("profiles", "value"),
+    [
+        ([{"chosen": 140}], 140),
+        ([{"chosen": 140, "kernels": 7}], 140),
+        ([{"chosen": 140}, {"chosen": 3}], 3),  # the profile with the fewest counts
+        ([{"chosen": 140}, {"chosen": 0, "kernels": 9}], 0),
+        ([{"kernels": 12}, {"chosen": 140}], 12),  # the log named no layers, the engine's kernels are known
+        ([{"chosen": 140}, {}], None),  # half an answer is none
+        ([], None),
+    ],
+)
+def test_sparse_layers(profiles, value):
+    enough, too_few = evaluate_gates(["sparse_layers>=1", "sparse_layers>=141"], _sparsity(*profiles))
+    assert enough["value"] == value
+    assert enough["passed"] is (value is not None and value >= 1)
+    assert too_few["passed"] is False
+    assert too_few["why"].startswith("Not measured" if value is None else f"Measured {value}")
+
+
+def test_unverified_sparsity_fails_with_its_own_reason():
+    report = {"verdict_why": "Something else.", "sparsity": {"unverified": "There is no A100 here."}}
+    (result,) = evaluate_gates(["sparse_layers>=1"], report)
+    assert (result["passed"], result["value"], result["why"]) == (False, None, "Not measured: There is no A100 here.")
+
+
+def test_require_sparse_is_a_gate():
+    recipe = Recipe(gates=("kl[en]<=1",), evaluation={"slices": {"en": "en.jsonl"}})
+    merged = merge_options(recipe, require_sparse=100, gates=["top1[en]>=0.5"])
+    assert merged.gates == ("kl[en]<=1", "top1[en]>=0.5", "sparse_layers>=100")
+    assert merge_options(recipe).gates == recipe.gates
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "3"])
+def test_require_sparse_needs_a_count(value):
+    with pytest.raises(UsageError, match="CS1004") as caught:
+        merge_options(require_sparse=value)
+    assert caught.value.where == "--require-sparse"

@@ -78,6 +78,35 @@ ENCODER = {
     "gates": [{"gate": "parameters<=0.5x", "value": None, "passed": False, "why": "Not measured."}],
 }
 
+_SPARSITY = {
+    "pattern": "2:4",
+    "intended": 3,
+    "in_graph": {
+        "states": {"2:4": 2, "dense": 1},
+        "layers": [
+            {"node": "a/MatMul_1", "tensor": "w", "dtype": "FLOAT16", "k": 512, "n": 1024, "state": state}
+            for state in ("2:4", "2:4", "dense")
+        ],
+        "unintended": ["z"],
+    },
+    "profiles": {
+        "prefill": {
+            "eligible": 2,
+            "chosen": 1,
+            "kernels": 1,
+            "logged_eligible": 5,
+            "logged_chosen": 4,
+            "layers": [{"node": "a/MatMul_1", "eligible": True, "chosen": False, "kernel": False}],
+            "declined": [{"k": 512, "n": 1024, "dtype": "FLOAT16", "layers": 1, "example": "a/MatMul_1"}],
+            "twin": {"value": 1.25, "ci95": [1.2, 1.3]},
+        },
+        "decode": {"chosen": 0},
+    },
+    "notes": ["TensorRT chose no sparse kernel in profile 'decode'."],
+}
+SPARSE = {**DECODER, "sparsity": _SPARSITY}
+UNVERIFIED = {**DECODER, "sparsity": {"pattern": "2:4", "intended": 3, "unverified": "There is no A100 here."}}
+
 
 def _contains(whole, part):
     if isinstance(part, dict):
@@ -87,7 +116,9 @@ def _contains(whole, part):
     return whole == part
 
 
-@pytest.mark.parametrize("document", [DECODER, ENCODER], ids=["decoder", "encoder"])
+@pytest.mark.parametrize(
+    "document", [DECODER, ENCODER, SPARSE, UNVERIFIED], ids=["decoder", "encoder", "sparse", "unverified"]
+)
 def test_documents_survive(document):
     assert _contains(json.loads(Report.model_validate(document).as_json()), document)
 
@@ -96,6 +127,9 @@ def test_absent_is_absent_not_null_and_not_zero():
     found = json.loads(Report.model_validate(ENCODER).as_json())
     assert "prefill_tok_s" not in found["performance"]["compiled"]
     assert "runtime" not in found
+    assert "profiles" not in json.loads(Report.model_validate(UNVERIFIED).as_json())["sparsity"]
+    decode = json.loads(Report.model_validate(SPARSE).as_json())["sparsity"]["profiles"]["decode"]
+    assert decode == {"chosen": 0}
 
 
 @pytest.mark.parametrize(
@@ -105,6 +139,8 @@ def test_absent_is_absent_not_null_and_not_zero():
         {"surprise": 1},
         {"model": {"parameters": {"baseline": -1, "compiled": 1}}},
         {"fidelity": {"top1_agreement": 1.5}},
+        {"sparsity": {**_SPARSITY, "intended": -1}},
+        {"sparsity": {**_SPARSITY, "profiles": {"p": {"chosen": -1}}}},
         {"fidelity": {"mean_abs_logprob_diff": float("nan")}},
     ],
 )
@@ -145,3 +181,18 @@ def test_markup_in_names_is_text():
         "worst_slice": hostile,
     }
     assert _shown(report_table(document)).count(hostile) == 5
+
+
+def test_sparsity_table():
+    shown = _shown(report_table(SPARSE))
+    rows = {line.split()[1]: line for line in shown.splitlines() if "prefill" in line or "decode " in line}
+    cells = [cell.strip() for cell in rows["prefill"].strip("│ ").split("│")]
+    assert cells == ["prefill", "3", "2", "2", "1", "1", "1.250x (1.200 to 1.300)"]
+    cells = [cell.strip() for cell in rows["decode"].strip("│").split("│")]
+    assert cells == ["decode", "3", "2", "unverified", "0", "unverified", ""]
+    assert "prefill: 1 of K=512 N=1,024 FLOAT16 stayed dense" in shown
+    assert "note: TensorRT chose no sparse kernel" in shown
+    shown = _shown(report_table(UNVERIFIED))
+    assert shown.count("unverified") == 4
+    assert "unverified: There is no A100 here." in shown
+    assert "zeros, and what the builder" not in _shown(report_table(DECODER))

@@ -198,3 +198,24 @@ class _Halves(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         left, right = x.split(4, dim=1)
         return left * right
+
+
+@pytest.mark.parametrize(
+    ("scheme", "wrong", "part"),
+    [
+        ("fp8-block", torch.ones(2, 1), "scales (2, 1) for torch.float8_e4m3fn codes, expected (1, 1)"),
+        ("nvfp4", torch.ones(12, 2).to(torch.float8_e4m3fn), "scales (12, 2) for torch.int8 codes, expected (12, 1)"),
+    ],
+)
+def test_scales_of_blocks_and_of_fp4_are_checked_too(
+    whole: Program, scheme: str, wrong: torch.Tensor, part: str
+) -> None:
+    given = context((scheme,), plan_only=True)
+    program = Quantize(scheme=scheme).run(whole, given).program  # type: ignore[arg-type]
+    verify_program(program)
+    placeholder = next(node for node, binding in program.bindings.items() if binding.tensor == "up.weight.scale")
+    program.node(placeholder).meta["val"] = fake(program, *wrong.shape, dtype=wrong.dtype)
+    broken = replace(program, weights=program.weights.updated({"up.weight.scale": ResidentTensor(wrong)}))
+    with pytest.raises(InvalidProgram, match="rule 6 broken at dequantize_") as caught:
+        verify_program(broken)
+    assert part in str(caught.value)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
+
 import torch
 
+from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.contract import PassContext
+from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets import Target
 
-__all__ = ["SCHEMES", "AddMM", "Linear", "context", "target"]
+__all__ = ["SCHEMES", "AddMM", "Fed", "Linear", "context", "target"]
 
 SCHEMES = ("w8a8", "w8a16", "w4a16", "w4a16-g32")
 
@@ -29,6 +34,19 @@ def target(schemes: tuple[str, ...] = SCHEMES) -> Target:
 def context(schemes: tuple[str, ...] = SCHEMES, *, plan_only: bool = False) -> PassContext:
     """What a pass is given."""
     return PassContext(target(schemes), SilentProgress(), plan_only=plan_only)
+
+
+@dataclass(frozen=True)
+class Fed(CalibrationStream):
+    """Text for a model that reads none: its inputs themselves."""
+
+    inputs: tuple[torch.Tensor, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def feeds(self, program: Program) -> Iterator[dict[str, torch.Tensor]]:
+        yield from ({"x0": value} for value in self.inputs)
 
 
 class Linear(torch.nn.Module):

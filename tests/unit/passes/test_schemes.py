@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any, get_args
 
@@ -25,7 +24,7 @@ from compile_sparse.compiler.targets import Target
 from compile_sparse.compiler.weights import AbsentTensor, WeightStore
 from compile_sparse.passes.quantize import Quantize
 from tests.toys import toy_program
-from tests.unit.passes.running import AddMM, Linear, target
+from tests.unit.passes.running import AddMM, Fed, Linear, target
 
 ROWS, DEPTH = 136, 264  # 264 is a multiple of 8 only: last groups of 16, 32 and 128 are short, and so are last blocks
 EPS = float(np.finfo(np.float32).eps)
@@ -35,19 +34,6 @@ WEIGHT_ONLY = [name for name, scheme in SCHEMES.items() if not scheme.activation
 WINDOWS = CalibrationStream(
     tuple(tuple(torch.randint(3, 96, (9 + i,), generator=torch.Generator().manual_seed(i)).tolist()) for i in range(3))
 )
-
-
-@dataclass(frozen=True)
-class Fed(CalibrationStream):
-    """Text for a model that reads none: its inputs themselves."""
-
-    inputs: tuple[torch.Tensor, ...] = ()
-
-    def __len__(self) -> int:
-        return len(self.inputs)
-
-    def feeds(self, program: Program) -> Iterator[dict[str, torch.Tensor]]:
-        yield from ({"x0": value} for value in self.inputs)
 
 
 def serving(**changes: Any) -> Target:
@@ -154,7 +140,7 @@ def stored(program: Program, name: str, form: type[Linear] | type[AddMM] = Linea
 
 def test_every_scheme_has_a_name() -> None:
     assert set(SCHEMES) == set(get_args(SchemeName))
-    assert STATIC == ["w8a8-static", "fp8-static", "nvfp4"]
+    assert STATIC == ["w8a8-static", "fp8-static", "fp8-tensor", "nvfp4"]
     assert len(WEIGHT_ONLY) == 6
 
 
@@ -205,12 +191,14 @@ def test_scales_reach_as_far_as_the_weights(name: str) -> None:
     fmt, (rows, columns) = scheme.weights, side(scheme)
     found = found.reshape(-(-ROWS // rows), -1)
     assert found.shape == (-(-ROWS // rows), -(-DEPTH // columns))
+    assert len(np.unique(found)) == 1 or not fmt.whole
     whole = float(program.weights.load("weight.global_scale")) if fmt.kind == "fp4" else 1.0
     if fmt.kind == "fp4":
         assert whole == pytest.approx(448 * 6 / 9, rel=2 * EPS)
     off = 2.0**-8 if name in WEIGHT_ONLY else 2.0**-4 if fmt.kind == "fp4" else 2 * EPS
     for row, column in np.ndindex(found.shape):
         part = values[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
+        part = values if fmt.whole else part
         peak = part.flat[np.abs(part).argmax()]
         if peak == 0:
             assert found[row, column] == (0 if fmt.kind == "fp4" else 1)
@@ -246,23 +234,24 @@ def test_scales_of_weight_only_schemes_are_representable_in_the_stored_type(name
     assert exact == (name in WEIGHT_ONLY or precision == "fp32"), "kernels with coded activations read float32 scales"
 
 
+@pytest.mark.parametrize("form", [Linear, AddMM])
 @pytest.mark.parametrize("name", SCHEMES)
-def test_the_program_is_the_product_of_what_is_stored(name: str) -> None:
+def test_the_program_is_the_product_of_what_is_stored(name: str, form: type[Linear] | type[AddMM]) -> None:
     """With float64 products of the decoded weight and the coded input."""
-    program, x = quantized(name), inputs()
+    program, x = quantized(name, form), inputs()
     found = Executor(program).run({"x0": x})["y0"].numpy()
-    coded, form = stored(program, name).values, SCHEMES[name].activations
+    coded, coding = stored(program, name, form).values, SCHEMES[name].activations
     used = x
-    if form:
+    if coding:
         scale = program.weights.load("weight.input_scale") if SCHEMES[name].static else None
-        used = torch.ops.compile_sparse.fake_quantize(x, form, scale)
+        used = torch.ops.compile_sparse.fake_quantize(x, coding, scale)
         assert not torch.equal(used, x)
     wide = used.numpy().astype(np.float64)
     wanted = wide @ coded.T + np.linspace(-1, 1, ROWS)
     bound = (DEPTH + 4) * EPS * (np.abs(wide) @ np.abs(coded).T + 1)
     assert (np.abs(found - wanted) <= bound).all()
     kinds = [op_name(node) for node in program.graph.nodes]
-    assert kinds.count("fake_quantize") == (1 if form else 0)
+    assert kinds.count("fake_quantize") == (1 if coding else 0)
     assert "quantize_dynamic" not in kinds
 
 
@@ -305,7 +294,9 @@ def test_fixed_ranges_need_text(tiny_llama_program: Program, name: str) -> None:
     assert caught.value.code == "CS1121"
 
 
-@pytest.mark.parametrize(("name", "top"), [("w8a8-static", 127), ("fp8-static", 448), ("nvfp4", 448 * 6)])
+@pytest.mark.parametrize(
+    ("name", "top"), [("w8a8-static", 127), ("fp8-static", 448), ("fp8-tensor", 448), ("nvfp4", 448 * 6)]
+)
 def test_the_range_is_the_largest_magnitude_of_all_windows(name: str, top: int) -> None:
     """The largest is negative, and in the second of three windows."""
     windows = [torch.randn(3, DEPTH, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
@@ -351,7 +342,7 @@ def test_every_input_of_a_model_has_its_own_range(
 ) -> None:
     program = Quantize(scheme=name).run(tiny_llama_program, context(WINDOWS)).program  # type: ignore[arg-type]
     verify_program(program)
-    top = {"w8a8-static": 127.0, "fp8-static": 448.0, "nvfp4": 448.0 * 6}[name]
+    top = {"w8a8-static": 127.0, "nvfp4": 448.0 * 6}.get(name, 448.0)
     found = {}
     for linear in program.graph.nodes:
         if op_name(linear) != "linear":

@@ -1,0 +1,72 @@
+"""The backend's verbs. Builders and runtimes are started in processes of their own; nothing of theirs is imported here."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compile_sparse.compiler.contract import Lowered, Probe
+
+if TYPE_CHECKING:
+    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.progress import Progress
+    from compile_sparse.compiler.skip import Skip
+    from compile_sparse.compiler.targets import Target
+
+__all__ = ["TensorRtBackend"]
+
+_WORKER = (sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.worker")
+
+
+class TensorRtBackend:
+    """Lowers programs to a strongly typed ONNX graph, builds engines from it and measures them on the target's GPU."""
+
+    name = "tensorrt"
+
+    def probe(self, target: Target) -> Probe:
+        """Whether TensorRT and the target's GPU are here."""
+        from compile_sparse.backends.tensorrt.processor import probe_runtime
+
+        return probe_runtime(target)
+
+    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+        """CS2311 for operators without a form, CS4411 for caches that cannot be static, CS23xx for what was not recognised."""
+        from compile_sparse.backends.tensorrt.lowering import rehearse
+
+        return rehearse(program, target)
+
+    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write the graph, check or build its engine, and the same model as a unified Hugging Face checkpoint.
+
+        Raises:
+            Refusal: CS2311, CS44xx (graph and builder), CS4501 (a layer that lost its zeros).
+            EnvironmentFailure: CS52xx, the builder.
+        """
+        from compile_sparse.backends.tensorrt.folder import write_folder
+
+        return write_folder(program, target, out, progress)
+
+    def cannot_run(self, model: Path, target: Target) -> str:
+        """The folder has no engine for the GPU here."""
+        from compile_sparse.backends.tensorrt.description import read_description
+        from compile_sparse.backends.tensorrt.engines import choose_engine
+        from compile_sparse.backends.tensorrt.processor import here
+        from compile_sparse.compiler.errors import CompileSparseError
+
+        try:
+            choose_engine(read_description(model), here())
+        except CompileSparseError as error:
+            return f"{error.what} {error.why} {error.hint}".strip()
+        return ""
+
+    def worker_command(self, target: Target) -> Sequence[str]:
+        """The measuring process on the GPU."""
+        return [*_WORKER, "engine"]
+
+    def stand_in_command(self, target: Target) -> Sequence[str]:
+        """The same graph in ONNX Runtime on the processor: its answers are the graph's."""
+        from compile_sparse.backends.tensorrt.processor import stand_in_available
+
+        return [*_WORKER, "stand-in"] if stand_in_available() else []

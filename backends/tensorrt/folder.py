@@ -1,0 +1,146 @@
+"""Write everything a TensorRT artifact's model folder holds."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnx.external_data import Sink
+from compile_sparse.backends.onnx.graph_writer import ValueRecord
+from compile_sparse.backends.onnx.writing import MODEL_FILE, write_files
+from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, Intended, Sparsity, Value
+from compile_sparse.backends.tensorrt.engine_stage import TIMING_CACHE, Stage, build_engines
+from compile_sparse.backends.tensorrt.lowering import build_of, emit, prepared
+from compile_sparse.backends.tensorrt.profiles import profiles_for
+from compile_sparse.backends.tensorrt.sparse_gate import GemmRow, check_sparsity, require_pattern
+from compile_sparse.backends.tensorrt.sparse_report import sparse_report
+from compile_sparse.backends.tensorrt.unified import write_unified
+from compile_sparse.compiler.contract import Lowered
+from compile_sparse.compiler.file_digests import digest_file
+from compile_sparse.compiler.measure import BESIDE
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.targets import Target
+
+__all__ = ["write_folder"]
+
+
+def write_folder(program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    """Write the graph, its engine where one can be built, the description and the unified checkpoint into ``out``."""
+    options, decoder = build_of(target, program), program.kind == "decoder"
+    typed, skips = prepared(program, target)
+    aliases: dict[str, str] = {}
+
+    def emitted(sink: Sink, on_weight: Callable[[], None]) -> Emission:
+        emission, found = emit(typed, sink, options.max_length, on_weight)
+        aliases.update(found)
+        return emission
+
+    emission, files = write_files(typed, out, emitted, progress)
+    profiles = profiles_for(emission.graph.inputs, options, decoder=decoder)
+    pattern, intended, rows = _sparse_products(program, out / MODEL_FILE)
+    stage = build_engines(out / MODEL_FILE, target, options, profiles, sparse=bool(intended), progress=progress)
+    limits = [*_limits(program, options.max_length), *stage.limits]
+    description = Description(
+        kind=program.kind,
+        precision=target.baseline_precision,
+        max_length=options.max_length if decoder else None,
+        inputs=_values(emission.graph.inputs),
+        outputs=_values(emission.graph.outputs),
+        aliases=aliases,
+        profiles=profiles,
+        sparsity=Sparsity(
+            pattern=pattern, intended=tuple(Intended(node=node, tensor=tensor) for node, tensor in intended.items())
+        )
+        if intended
+        else None,
+        engines=stage.records,
+        limits=tuple(limits),
+    )
+    text = description.model_dump_json(indent=2).encode()
+    (out / DESCRIPTION_FILE).write_bytes(text)
+    files[DESCRIPTION_FILE] = hashlib.sha256(text).hexdigest()
+    files |= {record.file: record.sha256 for record in stage.records}
+    if (out / TIMING_CACHE).is_file():
+        files[TIMING_CACHE] = digest_file(out / TIMING_CACHE)[0]
+    if options.checkpoint:
+        written, notes = _checkpoint(program, out / BESIDE, progress)
+        files |= written
+        skips = [*skips, *notes]
+    section = None
+    if intended:
+        section = sparse_report(
+            intended,
+            stage.built.messages if stage.built else (),
+            stage.built.inspector if stage.built else "",
+            [profile.name for profile in profiles],
+            rows=rows,
+            pattern=pattern,
+            unverified=stage.unverified,
+        ).model_dump(mode="json")
+    return Lowered(
+        files=files,
+        form=_form(emission, stage),
+        limits=limits,
+        skips=[*skips, *emission.skips],
+        sparsity=section,
+    )
+
+
+def _form(emission: Emission, stage: Stage) -> dict[str, object]:
+    return {**dict(sorted(emission.forms.items())), "engine": stage.form}
+
+
+def _sparse_products(program: Program, model: Path) -> tuple[str, dict[str, str], list[GemmRow]]:
+    """Pattern, products whose weight was pruned in it (node -> name of its constant), and the state of every product.
+
+    Raises:
+        Refusal: CS4501, one of them lost its zeros or cannot be seen from its product.
+    """
+    masks = {name: mask for name, mask in program.masks.items() if _is_n_of_m(mask.pattern)}
+    if not masks:
+        return "", {}, []
+    pattern = next(iter(masks.values())).pattern
+    n, m = (int(part) for part in pattern.split(":"))
+    rows = check_sparsity(model, n=n, m=m)
+    found = {name: [row for row in rows if row.tensor == name or row.tensor.startswith(f"{name}.")] for name in masks}
+    # A weight that no product reaches is as bad as one without zeros: it is named, and fails.
+    intended = {
+        row.node if row is not None else f"(the product of {name})": row.tensor if row is not None else name
+        for name, reached in found.items()
+        for row in (reached or [None])
+    }
+    require_pattern(rows, intended, pattern=pattern)
+    return pattern, intended, rows
+
+
+def _is_n_of_m(pattern: str) -> bool:
+    n, colon, m = pattern.partition(":")
+    return bool(colon) and n.isdigit() and m.isdigit()
+
+
+def _values(records: Sequence[ValueRecord]) -> tuple[Value, ...]:
+    return tuple(Value(name=record.name, dtype=record.kind, shape=record.shape) for record in records)
+
+
+def _limits(program: Program, length: int) -> list[str]:
+    if program.kind != "decoder":
+        return []
+    return [
+        f"The key-value cache holds {length:,} tokens of each request; compile with --max-length for another number.",
+        "Bind every present.* output to the memory of its past_key_values.* input: the cache is written in place.",
+        "Pad on the right. What lies behind a row's own tokens is never looked at and is overwritten by its next ones.",
+    ]
+
+
+def _checkpoint(program: Program, folder: Path, progress: Progress) -> tuple[dict[str, str], list[Skip]]:
+    """The unified Hugging Face checkpoint, or why it cannot say what this model is."""
+    folder.mkdir()
+    written, notes = write_unified(program, folder, progress)
+    if not written:
+        shutil.rmtree(folder)
+    return {f"{folder.name}/{name}": digest for name, digest in written.items()}, notes

@@ -1,0 +1,73 @@
+"""The deployment ``triton``: a model repository for the backend that belongs to the target."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from compile_sparse.compiler.deployments import Deployed
+from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.skip import Skip
+
+if TYPE_CHECKING:
+    from compile_sparse.backends.triton.repository import Backend
+    from compile_sparse.compiler.targets import Target
+
+__all__ = ["TritonDeployment"]
+
+_BACKENDS: dict[str, Backend] = {"onnxruntime": "onnxruntime", "tensorrt": "tensorrt", "vllm": "vllm"}
+"""Backend of a target -> Triton's backend."""
+
+
+class TritonDeployment:
+    """Writes ``NAME/config.pbtxt`` and ``NAME/1/``."""
+
+    name = "triton"
+
+    def refusals(self, kind: str, target: Target) -> Sequence[Skip]:
+        """CS4620 for targets that no backend of Triton serves, CS4621 for decoders in TensorRT."""
+        if target.backend not in _BACKENDS:
+            why = (
+                f"Triton has backends for {', '.join(_BACKENDS)} artifacts; {target.name} writes for {target.backend}."
+            )
+            return [Skip("--emit triton", "CS4620", why, "Choose a target of one of these.")]
+        if target.backend == "tensorrt" and kind == "decoder":
+            from compile_sparse.backends.triton.serve_tensorrt import aliased
+
+            error = aliased()
+            return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+        return []
+
+    def write(
+        self, model: Path, out: Path, *, name: str, target: Target, largest_batch: int, known: Mapping[str, str]
+    ) -> Deployed:
+        """Write ``out/name``. See ``repository.write_repository``.
+
+        Raises:
+            UsageError: CS1062.
+            Refusal: CS4419, CS4620 to CS4625.
+            EnvironmentFailure: CS5003, CS5012.
+        """
+        from compile_sparse.backends.triton.repository import write_repository
+
+        if target.backend not in _BACKENDS:
+            skip = self.refusals("", target)[0]
+            raise Refusal(
+                skip.code, "This target has no Triton backend.", where=skip.where, why=skip.why, hint=skip.hint
+            )
+        written = write_repository(
+            model,
+            out,
+            name=name,
+            backend=_BACKENDS[target.backend],
+            device=target.device,
+            largest_batch=largest_batch,
+            gpus=target.tensor_parallel,
+            known=known,
+        )
+        limits = list(written.limits)
+        wanted = target.minimum_versions.get("onnxruntime")
+        if target.backend == "onnxruntime" and wanted:
+            limits.append(f"Triton's onnxruntime must be {wanted} or later.")
+        return Deployed(written.files, limits)

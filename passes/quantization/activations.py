@@ -1,0 +1,80 @@
+"""Put quantizers on the inputs and outputs of linear layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from operator import getitem
+from typing import Literal
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.linears import Linear
+from compile_sparse.compiler.ops.quantization import FP4_MAX, FP8_MAX
+from compile_sparse.compiler.schemes import ActivationFormat
+from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, TensorSource
+from compile_sparse.passes.quantization.edits import Edits
+
+__all__ = ["NVFP4_TOP", "OUTPUT_FORMAT", "ActivationCoder"]
+
+ours = torch.ops.compile_sparse
+_TOPS = {"int8-static": 127.0, "fp8-static": FP8_MAX}
+NVFP4_TOP = FP8_MAX * FP4_MAX
+"""Largest value below the tensor's scale: the largest e4m3 scale times the largest e2m1 value."""
+OUTPUT_FORMAT: ActivationFormat = "int8-static"
+"""How outputs are coded, where they are."""
+
+
+class ActivationCoder:
+    """One quantizer per distinct input, and one per output that is asked for.
+
+    Args:
+        edits: of the graph.
+        form: how inputs are coded.
+        ranges: node -> magnitude that the largest code stands for, for static formats; None while planning.
+        per_tensor: run-time int8 scales for the whole tensor instead of one per token.
+    """
+
+    def __init__(
+        self, edits: Edits, form: ActivationFormat, *, ranges: Mapping[str, float] | None, per_tensor: bool
+    ) -> None:
+        self._edits, self._form = edits, form
+        self._ranges, self._per_tensor = ranges, per_tensor
+        self._inputs: dict[fx.Node, fx.Node] = {}
+
+    def code_input(self, linear: Linear) -> None:
+        """Give the layer the coded and restored value; it is made once, before the first layer that reads it."""
+        source = linear.input
+        if source not in self._inputs:
+            if self._form == "int8" and self._per_tensor:
+                self._inputs[source] = self._dynamic_per_tensor(linear)
+            else:
+                scale = () if self._form not in (*_TOPS, "fp4") else (self._scale(source, linear.tensor, "input"),)
+                self._inputs[source] = self._edits.before(
+                    linear.node, ours.fake_quantize.default, source, self._form, *scale
+                )
+        linear.node.replace_input_with(source, self._inputs[source])
+
+    def code_output(self, linear: Linear) -> None:
+        """Give everybody who reads the layer's output (its bias included, where the operator adds one) the coded and restored
+        value. To be called when all inputs are coded: what is read by another layer then has both quantizers, output first.
+        """
+        users = list(linear.node.users)
+        scale = self._scale(linear.node, linear.tensor, "output")
+        coded = self._edits.after(linear.node, ours.fake_quantize.default, linear.node, OUTPUT_FORMAT, scale)
+        for user in users:
+            user.replace_input_with(linear.node, coded)
+
+    def _dynamic_per_tensor(self, linear: Linear) -> fx.Node:
+        packed = self._edits.before(linear.node, ours.quantize_dynamic.default, linear.input)
+        parts = tuple(self._edits.before(linear.node, getitem, packed, index) for index in range(3))
+        return self._edits.before(linear.node, ours.dequantize_activation.default, *parts)
+
+    def _scale(self, value: fx.Node, tensor: str, side: Literal["input", "output"]) -> fx.Node:
+        source: TensorSource = AbsentTensor((1,), torch.float32, value.name)
+        if self._ranges is not None:
+            peak = self._ranges[value.name] or 1.0
+            form = self._form if side == "input" else OUTPUT_FORMAT
+            scale = NVFP4_TOP / peak if form == "fp4" else peak / _TOPS[form]
+            source = ResidentTensor(torch.tensor([scale], dtype=torch.float32))
+        return self._edits.placeholder(f"{value.name}_{side}_scale", f"{tensor}.{side}_scale", source)
