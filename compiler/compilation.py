@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -81,10 +82,24 @@ class _Build:
     def lower(self, staging: Staging) -> dict[str, Any]:
         """Run passes and lower into ``staging``; returns what later stages need."""
         job = self.job
+        job.refuse_deployment(self.dense.kind)
         program, sections = run_passes(self.dense, job.passes, job.context(self.progress), verify_each=self.verify_each)
         program = rounded(program, torch_dtype(job.target.baseline_precision))
         with observed() as cost:
             lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
+        digests = {f"model/{name}": digest for name, digest in lowered.files.items()}
+        limits = list(lowered.limits)
+        for deployment in job.deployments:
+            deployed = deployment.write(
+                staging.folder / "model",
+                staging.fresh(deployment.name),
+                name=_served_name(job),
+                target=job.target,
+                largest_batch=max(job.workload.levels),
+                known=lowered.files,
+            )
+            digests |= {f"{deployment.name}/{name}": digest for name, digest in deployed.files.items()}
+            limits += deployed.limits
         text = [w for windows in job.slices.values() for w in windows]
         text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
@@ -111,10 +126,15 @@ class _Build:
             "zeros": zero_share(program),
             "kind": program.kind,
             "form": dict(lowered.form),
-            "limits": list(lowered.limits),
-            "digests": {f"model/{name}": digest for name, digest in lowered.files.items()},
+            "limits": limits,
+            "digests": digests,
             "sparsity": lowered.sparsity,
         }
+
+
+def _served_name(job: Job) -> str:
+    """The model's folder, in letters that every serving system takes."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.path.name).strip("-") or "model"
 
 
 def compile_job(

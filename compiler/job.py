@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from compile_sparse.compiler.array_calibration import read_arrays
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.building import chosen_target
 from compile_sparse.compiler.cache import cache_key
@@ -19,6 +20,7 @@ from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.contract import Backend, Pass, PassContext, Probe, ZeroingPass
+from compile_sparse.compiler.deployments import Deployment, find_deployment
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.progress import Progress
@@ -47,6 +49,7 @@ class Job:
         slices: evaluation windows by slice name.
         workload: what speed is measured on, fitting the model's context.
         useless: what the target cannot exploit although it was asked for.
+        deployments: what is written beside the model.
     """
 
     folder: ModelFolder
@@ -59,6 +62,7 @@ class Job:
     slices: Mapping[str, Sequence[Sequence[int]]]
     workload: Workload
     useless: tuple[Skip, ...]
+    deployments: tuple[Deployment, ...] = ()
 
     @cached_property
     def source_digest(self) -> str:
@@ -103,6 +107,22 @@ class Job:
     def vocabulary(self) -> int:
         """Number of token ids; 0 for models without tokens."""
         return int(getattr(self.folder.config, "vocab_size", 0) or 0)
+
+    def refuse_deployment(self, kind: str) -> None:
+        """Stop here when a model of this kind cannot be deployed as asked.
+
+        Raises:
+            Refusal: the first reason.
+        """
+        for deployment in self.deployments:
+            for skip in deployment.refusals(kind, self.target):
+                raise Refusal(
+                    skip.code,
+                    f"This model cannot be written for {deployment.name}.",
+                    where=skip.where,
+                    why=skip.why,
+                    hint=skip.hint,
+                )
 
     def refuse_useless(self) -> None:
         """Stop here when something was asked for that the target cannot exploit.
@@ -199,6 +219,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
         calibration=text.calibration(recipe),
         slices=text.slices(recipe),
         workload=workload,
+        deployments=tuple(find_deployment(name) for name in recipe.building.emit),
         useless=useless,
     )
 
@@ -244,7 +265,7 @@ class TextReader:
                 "This model does not read text.",
                 where=Path(file).name,
                 why="It has no vocabulary.",
-                hint="Leave calibration and evaluation files out; agreement with the dense model is measured instead.",
+                hint="Leave evaluation files out; agreement with the dense model is measured instead.",
             )
         return read_windows(
             Path(file),
@@ -261,6 +282,8 @@ class TextReader:
         wanted = recipe.calibration
         if wanted is None:
             return None
+        if not self._vocabulary:
+            return CalibrationStream((), arrays=read_arrays(Path(wanted.file), wanted.samples))
         windows = self._read(wanted.file, wanted.samples, wanted.sequence_length)
         return CalibrationStream(tuple(tuple(w) for w in windows))
 

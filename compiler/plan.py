@@ -52,7 +52,10 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         analysis = analyse(dense, interface_may_change=changeable_roles(job.target))
         groups = group_rows(analysis, token_cost(dense, tokens=1 if dense.kind == "decoder" else job.workload.prompt))
         task.advance()
-    said = job.backend.plan(program, job.target)
+    said = [
+        *job.backend.plan(program, job.target),
+        *(s for d in job.deployments for s in d.refusals(dense.kind, job.target)),
+    ]
     refusals += [skip.as_dict() for skip in said if skip.refuses]
     return {
         "schema_version": 1,

@@ -131,6 +131,11 @@ class Target(BaseModel):
     activation_scales: Literal["tensor", "token"] = Field(
         default="tensor", description="what one run-time scale of int8 activations covers"
     )
+    scales: Literal["float32", "precision"] = Field(
+        default="float32",
+        description="type of the scales of schemes that code activations; precision: that of products. Scales of weights alone "
+        "always have it",
+    )
     logits: Literal["8-bit", "float"] = Field(
         default="8-bit", description="what quantization leaves of the product that makes the logits"
     )

@@ -95,7 +95,7 @@ class ZeroPattern:
             if not bad.any():
                 return ""
             *others, place = bad.nonzero()[0].tolist()
-            others.insert(axis, slice_of(place, self.run))
+            others.insert(axis, _run_slice(place, self.run))
             return (
                 f"{int(bad.sum())} of {bad.numel()} runs of {self.run} along dimension {axis} hold more than {self.kept} "
                 f"values, the first at [{', '.join(map(str, others))}]"
@@ -108,6 +108,6 @@ class ZeroPattern:
         return "" if found >= wanted else f"{found} {what} are zero, the mask promises {wanted}"
 
 
-def slice_of(place: int, run: int) -> str:
+def _run_slice(place: int, run: int) -> str:
     """Positions of a run, as written in an index."""
     return f"{place * run}:{(place + 1) * run}"

@@ -113,7 +113,7 @@ class Quantize(BaseModel):
             linears,
             ranges=self._ranges(edited, linears, outputs, context) if scheme.static and not context.plan_only else None,
             per_tensor=context.target.activation_scales == "tensor",
-            stored=torch_dtype(context.target.baseline_precision) if scheme.activations == "" else torch.float32,
+            stored=_scale_type(scheme, context.target),
         )
         with context.progress.task("quantize", total=len(linears)) as task:
             for linear in linears:
@@ -202,6 +202,13 @@ class Quantize(BaseModel):
 def _needs_coded_output(mask: SparsityMask | None, target: Target) -> bool:
     entry = target.pattern(ZeroPattern.parse(mask.pattern).family) if mask is not None else None
     return entry is not None and entry.int8_outputs
+
+
+def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:
+    """Type that scales are stored in. Codes are chosen for the scales as they are stored."""
+    if scheme.activations == "" or target.scales == "precision":
+        return torch_dtype(target.baseline_precision)
+    return torch.float32
 
 
 def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Skip]]:

@@ -7,6 +7,7 @@ import torch
 from compile_sparse.compiler.ops.quantization import FP4_MAX, FP8_MAX, to_fp4_codes, to_fp8
 
 __all__ = [
+    "as_stored",
     "quantize_channels",
     "quantize_fp8_blocks",
     "quantize_fp8_channels",
@@ -31,7 +32,7 @@ def quantize_channels(
     ``stored``: the type scales will be stored in; they are rounded to it before codes are chosen.
     """
     top = 2 ** (bits - 1) - 1
-    scale = _as_stored(rows.abs().amax(dim=1) / top, stored)
+    scale = as_stored(rows.abs().amax(dim=1) / top, stored)
     codes = torch.round(rows / scale[:, None]).clamp_(-top, top)
     return codes.to(torch.int8), scale
 
@@ -47,7 +48,7 @@ def quantize_groups(
     low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
     padded = _grouped(rows, group)
     peak = padded.gather(2, padded.abs().argmax(dim=2, keepdim=True))
-    scale = _as_stored(peak / low, stored)
+    scale = as_stored(peak / low, stored)
     codes = torch.round(padded / scale).clamp_(low, high)
     return _ungrouped(codes, rows).to(torch.int8), scale.squeeze(2)
 
@@ -62,21 +63,23 @@ def quantize_groups_with_zero_points(
     top = 2**bits - 1
     padded = _grouped(rows, group)
     low, high = padded.amin(2, keepdim=True).clamp_max(0), padded.amax(2, keepdim=True).clamp_min(0)
-    scale = _as_stored((high - low) / top, stored)
+    scale = as_stored((high - low) / top, stored)
     zero = torch.round(-low / scale).clamp_(0, top)
     codes = torch.round(padded / scale).add_(zero).clamp_(0, top)
     return _ungrouped(codes, rows).to(torch.int8), scale.squeeze(2), zero.squeeze(2).to(torch.int8)
 
 
-def quantize_fp8_channels(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8_channels(rows: torch.Tensor, stored: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
     """``(codes float8_e4m3fn [N, K], scale float32 [N])``: the largest magnitude of a row maps to 448 (arXiv:2209.05433)."""
-    scale = _as_stored(rows.abs().amax(dim=1) / FP8_MAX, torch.float32)
+    scale = as_stored(rows.abs().amax(dim=1) / FP8_MAX, stored)
     return to_fp8(rows / scale[:, None]), scale
 
 
-def quantize_fp8_tensor(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """``(codes float8_e4m3fn [N, K], scale float32 [N])``: the largest magnitude of all maps to 448, every row has that scale."""
-    scale = _as_stored(rows.abs().amax() / FP8_MAX, torch.float32)
+def quantize_fp8_tensor(
+    rows: torch.Tensor, peak: torch.Tensor, stored: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``(codes float8_e4m3fn [N, K], scale float32 [N])``: ``peak``, float32 ``[1]``, maps to 448; every row has that scale."""
+    scale = as_stored(peak / FP8_MAX, stored)
     return to_fp8(rows / scale), scale.repeat(rows.shape[0])
 
 
@@ -87,7 +90,7 @@ def quantize_fp8_blocks(rows: torch.Tensor, block: int) -> tuple[torch.Tensor, t
     channels, depth = rows.shape
     padded = torch.nn.functional.pad(rows, (0, -depth % block, 0, -channels % block))
     squares = padded.unflatten(1, (-1, block)).unflatten(0, (-1, block))
-    scale = _as_stored(squares.abs().amax((1, 3)) / FP8_MAX, torch.float32)
+    scale = as_stored(squares.abs().amax((1, 3)) / FP8_MAX, torch.float32)
     codes = (squares / scale[:, None, :, None]).flatten(2, 3).flatten(0, 1)[:channels, :depth]
     return to_fp8(codes).contiguous(), scale
 
@@ -108,7 +111,8 @@ def quantize_nvfp4(rows: torch.Tensor, group: int, global_scale: torch.Tensor) -
     return _ungrouped(codes, rows), scale.squeeze(2)
 
 
-def _as_stored(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+def as_stored(scale: torch.Tensor, stored: torch.dtype) -> torch.Tensor:
+    """Scales as float32 values that ``stored`` can hold; 1 where that is zero."""
     rounded = scale.to(stored).to(torch.float32)
     return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 

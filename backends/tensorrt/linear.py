@@ -59,15 +59,13 @@ def _weight(emission: Emission, node: fx.Node, weight: fx.Node, axis: int) -> st
     given = arguments(weight)
     if is_op(weight, "compile_sparse::dequantize_block"):
         raise Unsupported("TensorRT has no products with square blocks of FP8 weights")
+    if given.get("axis", 1) != axis:
+        raise Unsupported("its scales do not follow the contraction")
     codes = given["codes" if "codes" in given else "q"]
     if codes.op != "placeholder" or given["scale"].op != "placeholder":
         raise Unsupported("its codes or scales are computed in the graph")
     if is_op(weight, "compile_sparse::dequantize_nvfp4"):
-        if axis != 1:
-            raise Unsupported("NVFP4 codes of a weight that is stored with its contraction first")
-        return _fp4(emission, node, given)
-    if given["axis"] != axis:
-        raise Unsupported("its scales do not follow the contraction")
+        return _fp4(emission, node, given, axis)
     if given["zero_point"] is not None:
         raise Unsupported("its codes have zero points, and TensorRT's quantization is symmetric")
     depth, group, bits = int(dimensions(codes)[axis]), given["group_size"], int(given["bits"])
@@ -132,15 +130,15 @@ def _scales(
     return emission.stored(scale, "", [int(size) for size in shape], kind_of(dtype), make)
 
 
-def _fp4(emission: Emission, node: fx.Node, given: dict[str, Any]) -> str:
+def _fp4(emission: Emission, node: fx.Node, given: dict[str, Any], axis: int) -> str:
     """``DQ(DQ(scale, 1 / divisor))``: float32 in between, as the format defines it."""
     codes, scale = given["codes"], given["scale"]
-    depth, channels = _shape(codes, 1)
+    depth, channels = _shape(codes, axis)
     if depth % NVFP4_GROUP:
         raise Unsupported(f"groups of {NVFP4_GROUP} do not divide a contraction of {depth}")
 
     def packed(values: torch.Tensor) -> np.ndarray[Any, Any]:
-        return pack_nibbles(values.t().contiguous().numpy())
+        return pack_nibbles(_inner_first(axis)(values).numpy())
 
     def turned(values: torch.Tensor) -> np.ndarray[Any, Any]:
         return raw_values(values.t())

@@ -89,6 +89,8 @@ def _coded(program: Program, node: fx.Node) -> CodedTensor:
     given = schema_arguments(node)
     codes = given.get("q", given.get("codes"))
     shape = tuple(int(size) for size in codes.meta["val"].shape)
+    if given.get("axis", 1) != 1:
+        raise _strange(node, "its weight is stored transposed, [in, out]")
     parts = {"codes": _stored(program, codes), "scale": _stored(program, given["scale"])}
     name = op_name(node)
     if name == "dequantize_nvfp4":
@@ -97,8 +99,6 @@ def _coded(program: Program, node: fx.Node) -> CodedTensor:
     elif name == "dequantize_block":
         weights = WeightFormat("fp8", 8, block=given["block"])
     else:
-        if given["axis"] != 1:
-            raise _strange(node, "its weight is stored transposed, [in, out]")
         floating = codes.meta["val"].dtype.is_floating_point
         zero = given["zero_point"]
         weights = WeightFormat(

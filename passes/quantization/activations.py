@@ -14,6 +14,7 @@ from compile_sparse.compiler.ops.quantization import FP4_MAX, FP8_MAX
 from compile_sparse.compiler.schemes import ActivationFormat
 from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, TensorSource
 from compile_sparse.passes.quantization.edits import Edits
+from compile_sparse.passes.round_to_nearest import as_stored
 
 __all__ = ["NVFP4_TOP", "OUTPUT_FORMAT", "ActivationCoder"]
 
@@ -33,12 +34,19 @@ class ActivationCoder:
         form: how inputs are coded.
         ranges: node -> magnitude that the largest code stands for, for static formats; None while planning.
         per_tensor: run-time int8 scales for the whole tensor instead of one per token.
+        stored: type that fixed scales are stored in.
     """
 
     def __init__(
-        self, edits: Edits, form: ActivationFormat, *, ranges: Mapping[str, float] | None, per_tensor: bool
+        self,
+        edits: Edits,
+        form: ActivationFormat,
+        *,
+        ranges: Mapping[str, float] | None,
+        per_tensor: bool,
+        stored: torch.dtype,
     ) -> None:
-        self._edits, self._form = edits, form
+        self._edits, self._form, self._stored = edits, form, stored
         self._ranges, self._per_tensor = ranges, per_tensor
         self._inputs: dict[fx.Node, fx.Node] = {}
 
@@ -76,5 +84,6 @@ class ActivationCoder:
             peak = self._ranges[value.name] or 1.0
             form = self._form if side == "input" else OUTPUT_FORMAT
             scale = NVFP4_TOP / peak if form == "fp4" else peak / _TOPS[form]
-            source = ResidentTensor(torch.tensor([scale], dtype=torch.float32))
+            value = torch.tensor([scale], dtype=torch.float32)
+            source = ResidentTensor(value if form == "fp4" else as_stored(value, self._stored))
         return self._edits.placeholder(f"{value.name}_{side}_scale", f"{tensor}.{side}_scale", source)

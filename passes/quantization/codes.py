@@ -31,7 +31,7 @@ def code_sources(
     fmt: WeightFormat,
     stored: torch.dtype,
     memory: CodeMemory,
-    global_scale: TensorSource | None = None,
+    shared: TensorSource | None = None,
 ) -> dict[str, TensorSource]:
     """``codes``, ``scale`` and, where the format has one, ``zero_point``.
 
@@ -41,7 +41,7 @@ def code_sources(
         fmt: how to code it.
         stored: type the scales will be stored in.
         memory: shared by the weights of a model.
-        global_scale: NVFP4's divisor.
+        shared: what weights with one input have in common: NVFP4's divisor, or the scale of a whole tensor.
     """
     depth, channels = source.shape[axis], source.shape[1 - axis]
     shapes = _shapes(channels, depth, fmt)
@@ -53,7 +53,7 @@ def code_sources(
     def compute() -> dict[str, torch.Tensor]:
         value = source.load().to(torch.float32)
         rows = value if axis == 1 else value.t()
-        made = dict(zip(shapes, _coded(rows, fmt, stored, global_scale), strict=True))
+        made = dict(zip(shapes, _coded(rows, fmt, stored, shared), strict=True))
         return made if axis == 1 else {**made, "codes": made["codes"].t().contiguous()}
 
     made = {
@@ -99,15 +99,18 @@ def _shapes(channels: int, depth: int, fmt: WeightFormat) -> dict[str, Described
 
 
 def _coded(
-    rows: torch.Tensor, fmt: WeightFormat, stored: torch.dtype, global_scale: TensorSource | None
+    rows: torch.Tensor, fmt: WeightFormat, stored: torch.dtype, shared: TensorSource | None
 ) -> tuple[torch.Tensor, ...]:
     if fmt.kind == "fp4":
-        assert global_scale is not None
-        return quantize_nvfp4(rows, fmt.group, global_scale.load())
+        assert shared is not None
+        return quantize_nvfp4(rows, fmt.group, shared.load())
     if fmt.block:
         return quantize_fp8_blocks(rows, fmt.block)
     if fmt.kind == "fp8":
-        return quantize_fp8_tensor(rows) if fmt.whole else quantize_fp8_channels(rows)
+        if not fmt.whole:
+            return quantize_fp8_channels(rows, stored)
+        assert shared is not None
+        return quantize_fp8_tensor(rows, shared.load(), stored)
     if not fmt.symmetric:
         return quantize_groups_with_zero_points(rows, fmt.bits, fmt.group, stored)
     if fmt.group:

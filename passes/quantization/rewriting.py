@@ -29,7 +29,7 @@ class Rewriter:
         linears: all that will be quantized.
         ranges: node -> magnitude that the largest code stands for, for static schemes; None while planning.
         per_tensor: run-time activation scales for the whole tensor instead of one per token.
-        stored: type of the scales of weight-only schemes.
+        stored: type that scales are stored in.
     """
 
     def __init__(
@@ -45,7 +45,9 @@ class Rewriter:
         self.program, self.scheme = program, scheme
         self._linears, self._stored = linears, stored
         self._edits = Edits(program)
-        self._activations = ActivationCoder(self._edits, scheme.activations, ranges=ranges, per_tensor=per_tensor)
+        self._activations = ActivationCoder(
+            self._edits, scheme.activations, ranges=ranges, per_tensor=per_tensor, stored=stored
+        )
         self._memory = CodeMemory()
         self._together: dict[str, tuple[str, ...]] = {}
         by_input: dict[fx.Node, list[str]] = {}
@@ -82,15 +84,15 @@ class Rewriter:
         if key in self._weights:
             return self._weights[key]
         source, edits, place = self.program.weights[linear.tensor], self._edits, linear.node
-        divisor = self._global_scale(linear) if fmt.kind == "fp4" else None
-        made = code_sources(source, linear.axis, fmt, self._stored, self._memory, divisor)
+        shared = self._shared(linear, fmt)
+        made = code_sources(source, linear.axis, fmt, self._stored, self._memory, shared)
         stem, tensor = linear.weight.name, linear.tensor
         codes = edits.placeholder(f"{stem}_codes", tensor + CODES, made["codes"], "parameter")
         scale = edits.placeholder(f"{stem}_scale", tensor + ".scale", made["scale"])
         transposed = () if linear.axis == 1 else (linear.axis,)
         if fmt.kind == "fp4":
-            assert divisor is not None
-            whole = edits.placeholder(f"{stem}_global_scale", tensor + ".global_scale", divisor)
+            assert shared is not None
+            whole = edits.placeholder(f"{stem}_global_scale", tensor + ".global_scale", shared)
             node = edits.before(place, ours.dequantize_nvfp4.default, codes, scale, whole, *transposed)
         elif fmt.block:
             node = edits.before(place, ours.dequantize_block.default, codes, scale, fmt.block, *transposed)
@@ -109,14 +111,20 @@ class Rewriter:
         self._weights[key] = node
         return node
 
-    def _global_scale(self, linear: Linear) -> TensorSource:
-        """NVFP4's divisor. Weights that share an input share it: runtimes fuse them and keep one per fused matrix."""
+    def _shared(self, linear: Linear, fmt: WeightFormat) -> TensorSource | None:
+        """NVFP4's divisor, or the largest magnitude that a whole tensor's scale stands for. Weights that share an input share it:
+        runtimes fuse them and keep one per fused matrix.
+        """
+        if fmt.kind != "fp4" and not fmt.whole:
+            return None
         sources = [self.program.weights[tensor] for tensor in self._together[linear.tensor]]
         if any(isinstance(source, AbsentTensor) for source in sources):
             return AbsentTensor((1,), torch.float32, linear.tensor)
 
         def compute() -> torch.Tensor:
             peak = max(float(source.load().abs().max()) for source in sources)
+            if fmt.whole:
+                return torch.tensor([peak])
             return torch.tensor([NVFP4_TOP / peak if peak else 1.0])
 
         return DerivedTensor((1,), torch.float32, compute)

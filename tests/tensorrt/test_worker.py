@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,8 +34,6 @@ from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.targets import find_target
 from compile_sparse.compiler.worker import Worker
 from tests.tensorrt.graphs import DECODER, K, decoder, decoder_profiles, linear, save
-
-import sys  # isort: skip
 
 if find_spec("onnxruntime") is None:
     pytest.skip("ONNX Runtime is not installed", allow_module_level=True)
@@ -120,8 +119,8 @@ def full_forward(folder: Path, ids: np.ndarray[Any, Any]) -> torch.Tensor:
 def tolerance(precision: str, expected: torch.Tensor) -> float:
     """Six standard deviations of what rounding does to a logit, and the rounding of the largest logit itself.
 
-    Each of the about 20 values stored on the way through two layers is off by half a unit in its last place, at random; sums of 64
-    terms add the root of their number of such errors when they are kept in ``precision`` too, which float16's are not.
+    Each of the about 20 values stored on the way through two layers is off by half a unit in its last place, at random; sums of
+    64 terms add the root of their number of such errors when they are kept in ``precision`` too, which float16's are not.
     """
     half_unit = torch.finfo(getattr(torch, precision)).eps / 2
     terms = DECODER["width"] if precision == "float32" else 1
