@@ -37,7 +37,7 @@ class GreedyStep:
         import torch
 
         session = cache.session
-        self._session, self._start, self._first = session, cache.length, first.clone()
+        self._session, self._start, self._first = session, cache.length, first
         self.ids = first.clone()
         self.written = session.on_device("write_indices", np.full(cache.batch, cache.length, np.int64))
         self.chosen = torch.zeros(cache.batch, steps, dtype=self.ids.dtype, device=self.ids.device)

@@ -74,6 +74,8 @@ class StandIn:
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
         options.log_severity_level = 3
+        # The graph as it is: what the optimizer makes of quantizers around a reshape does not load (ONNX Runtime 1.31).
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
         try:
             self._session = ort.InferenceSession(portable_model(path), options, providers=["CPUExecutionProvider"])

@@ -84,6 +84,6 @@ class ActivationCoder:
             peak = self._ranges[value.name] or 1.0
             form = self._form if side == "input" else OUTPUT_FORMAT
             scale = NVFP4_TOP / peak if form == "fp4" else peak / _TOPS[form]
-            value = torch.tensor([scale], dtype=torch.float32)
-            source = ResidentTensor(value if form == "fp4" else as_stored(value, self._stored))
+            fixed = torch.tensor([scale], dtype=torch.float32)
+            source = ResidentTensor(fixed if form == "fp4" else as_stored(fixed, self._stored))
         return self._edits.placeholder(f"{value.name}_{side}_scale", f"{tensor}.{side}_scale", source)

@@ -132,10 +132,11 @@ def decoder(*, decomposable: bool = False, precision: str = "float16") -> onnx.M
     draws = np.random.default_rng(0)
     angles = np.arange(longest)[:, None] / 10000.0 ** (np.arange(size // 2) / (size // 2))
     # Weights of a scale that keeps values near one through both layers, so that rounding stays small beside them.
+    # The head is not the embedding's: such a model repeats its last token whatever came before.
     embedding = draws.standard_normal((vocabulary, width))
     constants = {
         "embedding": embedding.astype(dtype),
-        "head": (0.3 * embedding.T).astype(dtype),
+        "head": (0.3 * draws.standard_normal((width, vocabulary))).astype(dtype),
         "cos": np.cos(angles).astype(dtype),
         "sin": np.sin(angles).astype(dtype),
         "q_shape": np.array([0, 0, heads, size]),

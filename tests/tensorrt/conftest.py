@@ -1,0 +1,90 @@
+"""Programs of the small models and their lowered folders, made once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from compile_sparse.backends.tensorrt.backend import TensorRtBackend
+from compile_sparse.compiler.building import Building, chosen_target
+from compile_sparse.compiler.calibration import CalibrationStream
+from compile_sparse.compiler.capture import capture_model
+from compile_sparse.compiler.contract import Lowered, PassContext
+from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.stored_size import rounded, torch_dtype
+from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.workload import Workload
+from compile_sparse.passes.mask import Mask
+from compile_sparse.passes.quantize import Quantize
+from tests.tensorrt.models import CONTEXT, VOCABULARY, build
+
+if find_spec("onnx") is None or find_spec("onnxruntime") is None or find_spec("tensorrt_rtx") is None:
+    collect_ignore_glob = ["test_*.py"]
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A lowered model: where, what was said of it, and the program it stands for."""
+
+    path: Path
+    lowered: Lowered
+    program: Program
+
+
+ProgramOf = Callable[[str], Program]
+FolderOf = Callable[..., Folder]
+
+
+def target_called(name: str, **building: Any) -> Target:
+    """A target with the default workload, for the small models."""
+    return chosen_target(name, Building(**building), Workload(), context=CONTEXT)
+
+
+def calibration_for(program: Program) -> CalibrationStream:
+    """A little random text, or random images."""
+    draws = np.random.default_rng(0)
+    images = [entry for entry in program.inputs if entry.role == "pixel_values"]
+    if images:
+        shape = program.node(images[0].placeholder).meta["val"].shape[1:]
+        return CalibrationStream((), arrays={images[0].name: draws.standard_normal((16, *map(int, shape)), np.float32)})
+    return CalibrationStream(tuple(tuple(map(int, draws.integers(3, VOCABULARY, 32))) for _ in range(8)))
+
+
+def passed(program: Program, target: Target, scheme: str, sparsity: str) -> Program:
+    """``program`` after the passes that are asked for, as it will be stored."""
+    context = PassContext(target=target, progress=SilentProgress(), calibration=calibration_for(program))
+    if sparsity:
+        program = Mask(pattern=sparsity).run(program, context).program
+    if scheme:
+        program = Quantize(scheme=scheme).run(program, context).program
+    return rounded(program, torch_dtype(target.baseline_precision))
+
+
+@pytest.fixture(scope="session")
+def program_of() -> ProgramOf:
+    """Captured program by model name."""
+    return cache(lambda name: capture_model(build(name)))
+
+
+@pytest.fixture(scope="session")
+def folder_of(program_of: ProgramOf, tmp_path_factory: pytest.TempPathFactory) -> FolderOf:
+    """``folder_of(name, target, scheme, sparsity, precision)``: the lowered folder; TensorRT-RTX built its graph on the way."""
+
+    @cache
+    def lower(
+        name: str, target_name: str = "trt-a100", scheme: str = "", sparsity: str = "", precision: str = ""
+    ) -> Folder:
+        target = target_called(target_name, precision=precision or None)
+        program = passed(program_of(name), target, scheme, sparsity)
+        out = tmp_path_factory.mktemp(f"{name}-{scheme or 'float'}")
+        return Folder(out, TensorRtBackend().lower(program, target, out, SilentProgress()), program)
+
+    return lower

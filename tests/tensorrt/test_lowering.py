@@ -1,0 +1,257 @@
+"""Every kind of model in every format its target has: parsed and built by TensorRT-RTX, and the same file run by ONNX Runtime.
+
+Tolerance of the comparison with the program, which runs in torch in float32 on the same stored (16-bit) weights: every value
+passes through about ``STEPS`` roundings to fp16 (unit roundoff 2^-11), whose errors add up like a random walk; with a factor of 4
+for the largest of thousands of elements the bound is ``4 * sqrt(STEPS) * 2^-11`` of the outputs' spread. Coded activations
+amplify that, because a value on the border of two codes may fall to the other one, up to where the two roundings have nothing in
+common: the mean difference is held to sqrt(2) times what coding does to the program. That is loose, so the same forms are also
+emitted in float32, where they must equal the program.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from compile_sparse.backends.tensorrt.backend import TensorRtBackend
+from compile_sparse.backends.tensorrt.description import read_description
+from compile_sparse.backends.tensorrt.sparse_gate import check_sparsity
+from compile_sparse.backends.tensorrt.stand_in import StandIn
+from compile_sparse.compiler.errors import ModelError, Refusal
+from compile_sparse.compiler.execute import Executor, decoder_inputs
+from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.verify.reference import sample_inputs, with_float_activations
+from compile_sparse.compiler.weights import ResidentTensor
+from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, target_called
+from tests.tensorrt.models import DECODERS, OTHERS, VOCABULARY
+
+ROUNDOFF, STEPS = 2.0**-11, 64  # two layers: some thirty values one after the other, and as many in the cache
+PROMPT, GENERATED = 8, 16
+
+
+def _outputs(folder: Folder) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    """The program's output and the file's: of a whole sequence, and of a prompt followed by single tokens."""
+    program, session = folder.program, StandIn(folder.path, 1)
+    if program.kind != "decoder":
+        inputs = sample_inputs(program, 0, batch=2, length=32)
+        expected = Executor(program).run({name: torch.from_numpy(value) for name, value in inputs.items()})
+        found = session.run({name: inputs[name] for name in session.inputs})
+        return next(iter(expected.values())).numpy(), found[0]
+    ids = torch.randint(3, VOCABULARY, (2, PROMPT + GENERATED), generator=torch.Generator().manual_seed(0))
+    expected = Executor(program).run(decoder_inputs(program, ids))["logits"].numpy()
+    generation = session.generation(2, ids.shape[1])
+    steps = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
+    found = np.concatenate([generation.step(step.numpy()) for step in steps], axis=1)
+    return expected, found.astype(np.float32)
+
+
+def _spread(values: np.ndarray[Any, Any]) -> float:
+    return float(values.std())
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *OTHERS])
+def test_the_file_computes_the_program(folder_of: FolderOf, name: str) -> None:
+    folder = folder_of(name)
+    assert "parsed and built" in folder.lowered.form["engine"]
+    expected, found = _outputs(folder)
+    assert np.abs(found - expected).max() <= 4 * STEPS**0.5 * ROUNDOFF * _spread(expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "vit", "resnet"])
+def test_bf16_builds(folder_of: FolderOf, name: str) -> None:
+    """ONNX Runtime has no bf16 kernels on processors; what is left to check here is the builder's say and the types."""
+    folder = folder_of(name, precision="bf16")
+    assert "parsed and built" in folder.lowered.form["engine"]
+    model = onnx.load(folder.path / "model.onnx", load_external_data=False)
+    kinds = {tensor.data_type for tensor in model.graph.initializer}
+    assert onnx.TensorProto.BFLOAT16 in kinds
+    assert onnx.TensorProto.FLOAT16 not in kinds
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"), list(itertools.product(["llama", "qwen2", "gpt2", "bert", "vit"], ["w8a8-static", "w4a16"]))
+)
+def test_quantized_files_compute_the_program(folder_of: FolderOf, name: str, scheme: str) -> None:
+    folder = folder_of(name, scheme=scheme)
+    assert "parsed and built" in folder.lowered.form["engine"]
+    _require_close(folder, coded=scheme == "w8a8-static")
+
+
+def _require_close(folder: Folder, *, coded: bool) -> None:
+    """Within rounding; with coded activations see above."""
+    expected, found = _outputs(folder)
+    difference = np.abs(found - expected)
+    if not coded:
+        assert difference.max() <= 4 * STEPS**0.5 * ROUNDOFF * _spread(expected)
+        return
+    plain = Folder(folder.path, folder.lowered, with_float_activations(folder.program))
+    effect = np.abs(_program_output(plain) - expected).mean()
+    assert effect > 0, "the model shows what coding does"
+    assert difference.mean() <= 2**0.5 * effect + STEPS**0.5 * ROUNDOFF * _spread(expected)
+
+
+def _program_output(folder: Folder) -> np.ndarray[Any, Any]:
+    program = folder.program
+    if program.kind != "decoder":
+        inputs = sample_inputs(program, 0, batch=2, length=32)
+        return next(iter(Executor(program).run({k: torch.from_numpy(v) for k, v in inputs.items()}).values())).numpy()
+    ids = torch.randint(3, VOCABULARY, (2, PROMPT + GENERATED), generator=torch.Generator().manual_seed(0))
+    return Executor(program).run(decoder_inputs(program, ids))["logits"].numpy()
+
+
+@pytest.mark.parametrize(
+    ("name", "target", "scheme", "sparsity"),
+    [
+        ("llama", "trt-l4", "w8a8-static", "2:4"),
+        ("llama", "trt-l4", "fp8-static", ""),
+        ("gpt2", "trt-l4", "fp8-tensor", ""),
+        ("gpt2", "trt-l4", "w8a8-static", ""),
+        ("bert", "trt-l4", "w4a16", "2:4"),
+        ("gpt2", "trt-l4", "w4a16-g32", ""),
+    ],
+)
+def test_codes_and_scales_are_exact(
+    program_of: ProgramOf, tmp_path: Path, name: str, target: str, scheme: str, sparsity: str
+) -> None:
+    """In float32 nothing is left but the order of sums: 1e-4 of the spread for most values. A value that the order of sums moves
+    over the border of two codes shows in what reads it, hence the median.
+    """
+    exact = target_called(target, engine="none").model_copy(update={"baseline_precision": "fp32"})
+    program = passed(program_of(name), exact, scheme, sparsity)
+    folder = Folder(tmp_path, TensorRtBackend().lower(program, exact, tmp_path, SilentProgress()), program)
+    expected, found = _outputs(folder)
+    assert np.median(np.abs(found - expected)) <= 1e-4 * _spread(expected)
+
+
+def test_a_network_without_anything_to_quantize_is_refused(folder_of: FolderOf) -> None:
+    """Convolutions stay as they are, and the only linear layer makes the logits."""
+    with pytest.raises(ModelError, match="nothing to quantize") as caught:
+        folder_of("resnet", scheme="w8a8-static")
+    assert "logits" in caught.value.why
+
+
+@pytest.mark.parametrize("scheme", ["fp8-static", "fp8-tensor"])
+def test_fp8_builds_where_the_gpu_has_it(folder_of: FolderOf, scheme: str) -> None:
+    folder = folder_of("llama", "trt-l4", scheme)
+    assert "built" in folder.lowered.form["engine"]
+    assert "8.9" in folder.lowered.form["engine"]
+    _require_close(folder, coded=True)
+
+
+@pytest.mark.parametrize("target", ["trt-a100", "trt-a10"])
+def test_fp8_is_refused_elsewhere(folder_of: FolderOf, target: str) -> None:
+    with pytest.raises(Refusal, match="cannot run fp8-tensor") as caught:
+        folder_of("llama", target, "fp8-tensor")
+    assert caught.value.code == "CS4102"
+
+
+def test_nvfp4_builds_on_blackwell_only(folder_of: FolderOf) -> None:
+    for name in ("llama", "gpt2"):
+        folder = folder_of(name, "trt-rtx5090", "nvfp4")
+        assert "parsed and built" in folder.lowered.form["engine"]
+        assert folder.lowered.form["NVFP4 weights"] > 0
+    with pytest.raises(Refusal, match="cannot run nvfp4"):
+        folder_of("llama", "trt-l4", "nvfp4")
+
+
+@pytest.mark.parametrize(
+    ("name", "scheme"),
+    [
+        ("llama", ""),
+        ("llama", "w8a8-static"),
+        ("llama", "w4a16"),
+        ("gpt2", "w8a8-static"),
+        ("bert", ""),
+        ("vit", "w4a16"),
+    ],
+)
+def test_zeros_survive_in_every_intended_layer(folder_of: FolderOf, name: str, scheme: str) -> None:
+    folder = folder_of(name, scheme=scheme, sparsity="2:4")
+    section = folder.lowered.sparsity
+    assert section is not None
+    assert section["intended"] == len(section["in_graph"]["layers"]) >= 8
+    assert {layer["state"] for layer in section["in_graph"]["layers"]} == {"2:4"}
+    assert section["profiles"] is None
+    assert "not installed" in section["unverified"] or "no GPU" in section["unverified"]
+    intended = {layer["node"] for layer in section["in_graph"]["layers"]}
+    rows = {row.node: row for row in check_sparsity(folder.path / "model.onnx")}
+    assert all(rows[node].state == "2:4" for node in intended)
+    if name == "llama":  # keys and values are 128 wide: too small to pay
+        small = [node for node in rows if "k_proj" in node or "v_proj" in node]
+        assert len(small) == 4
+        assert not intended.intersection(small)
+    assert all(row.state != "2:4" for node, row in rows.items() if node not in intended)
+    description = read_description(folder.path)
+    assert description.sparsity is not None
+    assert {entry.node for entry in description.sparsity.intended} == intended
+
+
+def test_sparse_int8_layers_have_int8_outputs(folder_of: FolderOf) -> None:
+    """The kernel is chosen only when the product gives int8: QuantizeLinear must follow it."""
+    folder = folder_of("llama", scheme="w8a8-static", sparsity="2:4")
+    graph = onnx.load(folder.path / "model.onnx", load_external_data=False).graph
+    readers: dict[str, set[str]] = {}
+    for node in graph.node:
+        for name in node.input:
+            readers.setdefault(name, set()).add(node.op_type)
+    description = read_description(folder.path)
+    assert description.sparsity is not None
+    intended = {entry.node for entry in description.sparsity.intended}
+    outputs = [node.output[0] for node in graph.node if node.name in intended]
+    assert len(outputs) == 10
+    assert all(readers[name] == {"QuantizeLinear"} for name in outputs)
+    _require_close(folder, coded=True)
+
+
+def test_a_lost_zero_stops_the_compilation(program_of: Any, tmp_path: Path) -> None:
+    """A pass that fills a masked position is found in the written file, whatever the annotation says."""
+    target = target_called("trt-a100")
+    program = passed(program_of("llama"), target, "", "2:4")
+    name = "model.layers.1.mlp.up_proj.weight"
+    value = program.weights.load(name).clone()
+    value[7, 4:8] = 1.0
+    broken = replace(program, weights=program.weights.updated({name: ResidentTensor(value)}))
+    with pytest.raises(Refusal, match=r"up_proj") as caught:
+        TensorRtBackend().lower(broken, target, tmp_path, SilentProgress())
+    assert caught.value.code == "CS4501"
+
+
+def test_the_interface_is_described(folder_of: FolderOf) -> None:
+    folder = folder_of("llama")
+    description = read_description(folder.path)
+    shapes = {value.name: (value.dtype, value.shape) for value in (*description.inputs, *description.outputs)}
+    assert shapes["input_ids"] == ("int64", ("batch", "sequence"))
+    assert shapes["write_indices"] == ("int64", ("batch",))
+    assert shapes["past_key_values.0.key"] == ("float16", ("batch", 2, 128, 64)) == shapes["present.0.key"]
+    assert description.aliases["present.1.value"] == "past_key_values.1.value"
+    assert len(description.aliases) == 4
+    prefill, decode = description.profiles
+    assert (prefill.name, decode.name) == ("prefill", "decode")
+    assert prefill.shapes["input_ids"] == ((1, 1), (1, 128), (8, 128))
+    assert decode.shapes["input_ids"] == ((1, 1), (1, 1), (8, 1))
+
+
+def test_nodes_are_named_after_modules(folder_of: FolderOf) -> None:
+    graph = onnx.load(folder_of("llama").path / "model.onnx", load_external_data=False).graph
+    names = [node.name for node in graph.node]
+    assert len(set(names)) == len(names)
+    products = [node.name.split("/")[0] for node in graph.node if node.op_type == "MatMul"]
+    assert "model.layers.1.mlp.down_proj" in products
+    assert all(products), "every product says where it comes from"
+    attention = [node.name for node in graph.node if node.op_type == "Attention"]
+    assert all("self_attn" in name for name in attention)
+
+
+def test_only_attention_without_a_kernel_may_be_decomposed(folder_of: FolderOf) -> None:
+    text = json.dumps(
+        [str(a) for n in onnx.load(folder_of("llama").path / "model.onnx").graph.node for a in n.attribute]
+    )
+    assert "TRT_" not in text
