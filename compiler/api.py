@@ -95,6 +95,7 @@ def verify(
     concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str] = (),
     model: str | Path | None = None,
+    allow_foreign_engine: bool = False,
     progress: Progress | None = None,
 ) -> CompileResult:
     """Measure an existing artifact again; see ``verification.verify_artifact``."""
@@ -105,6 +106,7 @@ def verify(
         concurrency=concurrency,
         gates=gates,
         model=model,
+        allow_foreign_engine=allow_foreign_engine,
         progress=progress or SilentProgress(),
     )
 

@@ -44,12 +44,13 @@ class Artifact:
         return self.folder / "model"
 
 
-def read_artifact(path: str | Path, *, verify_digests: bool = True) -> Artifact:
+def read_artifact(path: str | Path, *, verify_digests: bool = True, trusted: str = "") -> Artifact:
     """Open an artifact and check that it is complete and unchanged.
 
     Args:
         path: the folder.
         verify_digests: read every file and compare its sha256; otherwise names and sizes only.
+        trusted: files of this suffix may be others than those recorded: the user vouches for them.
 
     Raises:
         UsageError: CS1021 not an artifact or incomplete, CS1022 a malformed manifest, CS1023 files differ from it.
@@ -66,7 +67,9 @@ def read_artifact(path: str | Path, *, verify_digests: bool = True) -> Artifact:
         )
     manifest = _manifest(folder / MANIFEST)
     recorded = {name: (entry.sha256, entry.bytes) for name, entry in manifest.files.items()}
-    problem = folder_problem(folder, recorded, contents=verify_digests, without=(MANIFEST,))
+    vouched = tuple(name for name in recorded if trusted and name.endswith(trusted))
+    compared = {name: entry for name, entry in recorded.items() if name not in vouched}
+    problem = folder_problem(folder, compared, contents=verify_digests, without=(MANIFEST, *vouched))
     if problem:
         raise UsageError(
             "CS1023",
@@ -79,13 +82,17 @@ def read_artifact(path: str | Path, *, verify_digests: bool = True) -> Artifact:
     return Artifact(folder, manifest, report)
 
 
-def replace_report(artifact: Artifact, report: str) -> Artifact:
+def replace_report(artifact: Artifact, report: str, *, trusted: str = "") -> Artifact:
     """Give an artifact a new ``report.json`` (text) without a moment at which manifest and files disagree.
 
     The folder is rebuilt beside itself from hard links (copies where the file system has none) and swapped in. ``artifact``
-    must have been read with ``verify_digests``: the digests of unchanged files are taken over.
+    must have been read with ``verify_digests``: the digests of unchanged files are taken over, those of ``trusted`` ones read.
     """
-    known = {name: entry.sha256 for name, entry in artifact.manifest.files.items() if name != REPORT}
+    known = {
+        name: entry.sha256
+        for name, entry in artifact.manifest.files.items()
+        if name != REPORT and not (trusted and name.endswith(trusted))
+    }
     key = hashlib.sha256(report.encode()).hexdigest()
     with Staging(artifact.folder, key=key, force=True) as staging:
         shutil.rmtree(staging.folder)

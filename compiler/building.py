@@ -10,10 +10,12 @@ from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.targets import Build, Precision, Target, find_target, split_over, with_precision
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["LONGEST_CACHE", "Building", "baseline_target", "chosen_target"]
+__all__ = ["ENGINES", "LONGEST_CACHE", "Building", "baseline_target", "chosen_target", "trusting"]
 
 LONGEST_CACHE = 4096
 """Tokens a cache of static length holds when nothing else is said: its buffers are allocated whole."""
+ENGINES = ".engine"
+"""Suffix of engine files."""
 
 
 class Building(BaseModel):
@@ -59,13 +61,7 @@ def chosen_target(
     if not target.builds_engines:
         for option, value in (("--engine", building.engine), ("--max-length", building.max_length)):
             if value is not None:
-                raise UsageError(
-                    "CS1046",
-                    f"{option} means nothing on {target.name}.",
-                    where=option,
-                    why="Its runtime builds no engines and grows its key-value cache as needed.",
-                    hint="Leave the option out, or choose a TensorRT target.",
-                )
+                raise _without_meaning(option, target)
         return target
     wanted = workload.prompt + workload.output
     length = building.max_length or max(min(LONGEST_CACHE, context or LONGEST_CACHE), wanted, longest_window)
@@ -93,3 +89,24 @@ def baseline_target(target: Target, *, runs_here: bool) -> Target:
         return target
     build = target.build.model_copy(update={"engine": "auto" if runs_here else "none", "checkpoint": False})
     return target.model_copy(update={"build": build})
+
+
+def trusting(target: Target) -> Target:
+    """``target`` with engines that are not ours allowed.
+
+    Raises:
+        UsageError: CS1046 on a target without engines.
+    """
+    if target.build is None:
+        raise _without_meaning("--allow-foreign-engine", target)
+    return target.model_copy(update={"build": target.build.model_copy(update={"allow_foreign_engine": True})})
+
+
+def _without_meaning(option: str, target: Target) -> UsageError:
+    return UsageError(
+        "CS1046",
+        f"{option} means nothing on {target.name}.",
+        where=option,
+        why="Its runtime builds no engines and grows its key-value cache as needed.",
+        hint="Leave the option out, or choose a TensorRT target.",
+    )

@@ -22,11 +22,13 @@ from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.report import (
     Change,
     GateResult,
+    Interval,
     ModelSection,
     PassSection,
     Report,
     RuntimeSection,
     SkipEntry,
+    Sparsity,
 )
 from compile_sparse.compiler.runner import observed, run_passes
 from compile_sparse.compiler.spec import verify_program
@@ -240,6 +242,8 @@ def judged(report: Report, measured: Measured | None, gates: tuple[str, ...]) ->
                 "quality": measured.quality,
             }
         )
+    if measured is not None and measured.twin and report.sparsity is not None:
+        report = report.model_copy(update={"sparsity": _with_twin(report.sparsity, measured.twin)})
     if measured is not None and measured.performance is not None:
         verdict, why = decide(report.model_dump(mode="json"), fidelity_bound=fidelity_bound(quantized))
         dense = measured.baseline_fidelity.top1_agreement or 0.0
@@ -255,6 +259,15 @@ def judged(report: Report, measured: Measured | None, gates: tuple[str, ...]) ->
     data = report.model_dump(mode="json")
     results = [*wrong_model(data, fidelity_bound(quantized)), *evaluate_gates(gates, data)]
     return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
+
+
+def _with_twin(sparsity: Sparsity, ratios: Mapping[str, Interval]) -> Sparsity:
+    """The section with the speed of sparse kernels over dense ones, for the profiles that were measured."""
+    profiles = {
+        name: section.model_copy(update={"twin": ratios.get(name)})
+        for name, section in (sparsity.profiles or {}).items()
+    }
+    return sparsity.model_copy(update={"profiles": profiles or None})
 
 
 def finished(report: Report, folder: Path) -> CompileResult:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import psutil
 
 from compile_sparse.compiler.contract import Backend
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.report import Fidelity, Performance, Quality, RuntimeSection
+from compile_sparse.compiler.report import Fidelity, Interval, Performance, Quality, RuntimeSection
 from compile_sparse.compiler.targets import Target
 from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
 from compile_sparse.compiler.verify.performance import (
@@ -23,6 +23,7 @@ from compile_sparse.compiler.verify.performance import (
     measure_decoder,
     measure_memory,
     measure_samples,
+    measure_twin,
 )
 from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
@@ -30,24 +31,29 @@ from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 from compile_sparse.compiler.worker import Worker
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["BESIDE", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers"]
+__all__ = ["BESIDE", "TWIN", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers"]
 
 LOAD_TIMEOUT_SECONDS = 1800
 BESIDE = "checkpoint"
-"""Folder of a model folder that holds the same model in another form: not what the runtime loads, so its bytes do not count."""
+"""Folder of a model folder that holds the same model in another form."""
+TWIN = "twin"
+"""Folder of a model folder that holds the same model built without sparse kernels, to be measured against it."""
 LARGE_SHARE = 4
 """Models that are this many times as large as free memory allows are not run beside each other."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """Everything one verification found. ``runtime`` and ``performance`` are None where another runtime stood in."""
+    """Everything one verification found. ``runtime`` and ``performance`` are None where another runtime stood in. ``twin``: speed
+    over the same model without sparse kernels, by optimization profile; empty where there is none.
+    """
 
     runtime: RuntimeSection | None
     fidelity: Fidelity
     baseline_fidelity: Fidelity
     performance: Performance | None
     quality: Quality | None
+    twin: Mapping[str, Interval] = field(default_factory=dict)
 
 
 def cannot_measure(backend: Backend, model: Path, target: Target) -> str:
@@ -61,7 +67,7 @@ def cannot_measure(backend: Backend, model: Path, target: Target) -> str:
 
 def folder_bytes(folder: Path) -> int:
     """Bytes of what a runtime loads from a model folder."""
-    files = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] != BESIDE)
+    files = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in (BESIDE, TWIN))
     return sum(path.stat().st_size for path in files if path.is_file())
 
 
@@ -123,8 +129,15 @@ def measure(
             batch = {name: _repeat(value, workload.batch) for name, value in feeds.items()}
             performance = measure_samples(worker, workload, batch, threads=threads, progress=progress)
             quality = measure_agreement(worker, feeds, progress=progress)
+        twin = folders[COMPILED] / TWIN
+        ratios = {}
+        if twin.is_dir():
+            _load(worker, {TWIN: twin}, workload, slices, threads=threads, device=target.device)
+            ratios = measure_twin(
+                worker, TWIN, workload, None if decoder else batch, vocabulary=vocabulary, seed=seed, progress=progress
+            )
         runtime = RuntimeSection(**{k: str(v) for k, v in worker.runtime.items()})
-    return Measured(runtime, fidelity, baseline_fidelity, performance, quality)
+    return Measured(runtime, fidelity, baseline_fidelity, performance, quality, ratios)
 
 
 def measure_answers(
@@ -143,6 +156,7 @@ def measure_answers(
     with Worker(command) as worker:
         _load(worker, folders, workload, slices, threads=threads, device="cpu")
         baseline_fidelity, fidelity = _check_both(worker, baseline, artifact, progress)
+        quality: Quality | None
         if not (artifact / DECODER_FILE).is_file():
             quality = measure_agreement(worker, _reference_feeds(artifact / SAMPLE_FILE), progress=progress)
         else:

@@ -83,6 +83,7 @@ class Build(BaseModel):
         description="auto: TensorRT on the target's GPU, elsewhere a check that the graph builds; none: the graph only; "
         "rtx-aot: a TensorRT-RTX engine built ahead of time, without a GPU",
     )
+    allow_foreign_engine: bool = Field(default=False, description="whether engines that are not ours are loaded")
     checkpoint: bool = Field(default=True, description="whether the model is also written as a Hugging Face checkpoint")
 
 

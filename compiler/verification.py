@@ -11,7 +11,7 @@ from typing import Any
 from compile_sparse.compiler.artifact import Artifact, read_artifact, replace_report
 from compile_sparse.compiler.backend_registry import find_backend
 from compile_sparse.compiler.baseline import baseline_parameters, get_baseline
-from compile_sparse.compiler.building import baseline_target, chosen_target
+from compile_sparse.compiler.building import ENGINES, baseline_target, chosen_target, trusting
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.compilation import SOURCE_CONFIG, CompileResult, finished, judged
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
@@ -40,6 +40,7 @@ def verify_artifact(
     concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str],
     model: str | Path | None,
+    allow_foreign_engine: bool = False,
     progress: Progress,
 ) -> CompileResult:
     """Check the artifact's digests, measure it and replace its report.
@@ -51,14 +52,17 @@ def verify_artifact(
         concurrency: numbers of requests at once, instead of those it was compiled with.
         gates: conditions on the new measurements, instead of those it was compiled with.
         model: the dense model, needed when its baseline is no longer in the cache.
+        allow_foreign_engine: load engines that are not those which were built; the user vouches for them.
         progress: where measuring is reported.
 
     Raises:
-        UsageError: CS1021 to CS1023 when the artifact is incomplete or changed; CS1039 another model.
+        UsageError: CS1021 to CS1023 when the artifact is incomplete or changed; CS1039 another model; CS1046 engines are
+            vouched for and the target has none.
         EnvironmentFailure: CS5007 the runtime is not here; CS5008 the baseline is neither cached nor can be built.
         GateFailure: CS3001.
     """
-    artifact = read_artifact(path)
+    trusted = ENGINES if allow_foreign_engine else ""
+    artifact = read_artifact(path, trusted=trusted)
     _require_complete(artifact)
     manifest, old = artifact.manifest, Report.model_validate(artifact.report)
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
@@ -74,6 +78,7 @@ def verify_artifact(
         context=context,
         longest_window=longest_window(compiled, context),
     )
+    target = trusting(target) if allow_foreign_engine else target
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -124,7 +129,7 @@ def verify_artifact(
     report = judged(
         old.model_copy(update={"model": sizes, "gates": ()}), measured, tuple(gates) or tuple(manifest.recipe["gates"])
     )
-    replace_report(artifact, report.as_json())
+    replace_report(artifact, report.as_json(), trusted=trusted)
     return finished(report, artifact.folder)
 
 

@@ -63,7 +63,8 @@ class TensorRtBackend:
 
     def worker_command(self, target: Target) -> Sequence[str]:
         """The measuring process on the GPU."""
-        return [*_WORKER, "engine"]
+        foreign = target.build is not None and target.build.allow_foreign_engine
+        return [*_WORKER, "engine", *(["--allow-foreign-engine"] if foreign else [])]
 
     def stand_in_command(self, target: Target) -> Sequence[str]:
         """The same graph in ONNX Runtime on the processor: its answers are the graph's."""

@@ -17,6 +17,7 @@ from typing import Any, Literal
 from compile_sparse.backends.tensorrt.build_errors import before_parsing, explain
 from compile_sparse.backends.tensorrt.build_progress import TOTAL
 from compile_sparse.backends.tensorrt.capabilities import BuiltFor, built_for
+from compile_sparse.backends.tensorrt.gpu import find_gpu
 from compile_sparse.compiler.durable import disk_errors, sync_folder
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.progress import Progress
@@ -65,6 +66,7 @@ class Built:
         sha256, bytes: of the engine; empty and 0 when only parsed.
         builder, version: what built it.
         compute_capability: that it was built for; not the requested one when ``stand_in`` says so.
+        gpu: name of the GPU that TensorRT chose kernels on; empty for TensorRT-RTX, which needs none.
         stand_in: a sentence when another compute capability stood in for the requested one, else empty.
         flags: builder flags by name.
         seconds: parsing and building.
@@ -79,6 +81,7 @@ class Built:
     builder: BuilderName
     version: str
     compute_capability: str
+    gpu: str
     stand_in: str
     flags: tuple[str, ...]
     seconds: float
@@ -94,8 +97,8 @@ def build(request: BuildRequest, progress: Progress) -> Built:
     Interrupting the call ends the building process; no half-written engine is left under its name.
 
     Raises:
-        EnvironmentFailure: CS5210 the builder is not installed, CS5211 it does not load; CS5003 the disk; CS52xx what a process
-            may do.
+        EnvironmentFailure: CS5210 the builder is not installed, CS5211 it does not load, CS5213 TensorRT's GPU is not here;
+            CS5003 the disk; CS52xx what a process may do.
         Refusal: CS44xx, see ``build_errors``.
     """
     if find_spec(request.builder) is None:
@@ -106,8 +109,10 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             why=f"There is no Python module {request.builder}.",
             hint=f"pip install 'compile-sparse[{EXTRAS[request.builder]}]'",
         )
-    target = BuiltFor(request.compute_capability, "")
-    if request.builder == "tensorrt_rtx":
+    target, gpu = BuiltFor(request.compute_capability, ""), ""
+    if request.builder == "tensorrt":
+        gpu = "" if request.parse_only else _gpu_for(request.compute_capability)
+    else:
         target = built_for(request.compute_capability)
         request = replace(request, timing_cache=None)
     before_parsing(request.onnx)
@@ -136,6 +141,7 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         builder=request.builder,
         version=str(reply["version"]),
         compute_capability=target.compute_capability,
+        gpu=gpu,
         stand_in=target.stand_in,
         flags=("SPARSE_WEIGHTS",) if request.sparse else (),
         seconds=float(reply["seconds"]),
@@ -143,4 +149,19 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         messages=tuple(map(str, reply["log"])),
         inspector=str(reply["inspector"]),
         layers=int(reply["layers"]),
+    )
+
+
+def _gpu_for(compute_capability: str) -> str:
+    """Name of the GPU here, which TensorRT builds for whatever it is asked."""
+    gpu = find_gpu()
+    if gpu is not None and gpu.compute_capability == compute_capability:
+        return gpu.name
+    found = "There is none here" if gpu is None else f"The one here, {gpu.name}, has {gpu.compute_capability}"
+    raise EnvironmentFailure(
+        "CS5213",
+        f"TensorRT builds on the GPU that it builds for, one of compute capability {compute_capability}.",
+        where="tensorrt",
+        why=f"{found}.",
+        hint="Build on the target's GPU; TensorRT-RTX checks the graph anywhere.",
     )

@@ -13,7 +13,7 @@ none        the graph only                               the graph only
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import psutil
@@ -23,6 +23,7 @@ from compile_sparse.backends.tensorrt.capabilities import built_for
 from compile_sparse.backends.tensorrt.description import EngineRecord, Profile
 from compile_sparse.backends.tensorrt.processor import here, installed_builders, probe_runtime
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
+from compile_sparse.compiler.measure import TWIN
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.targets import Build, Target
 
@@ -44,6 +45,7 @@ class Stage:
         form: for the report.
         limits: sentences for people who use the folder.
         unverified: why no kernels were chosen on the target's GPU; empty when they were.
+        twin: the engine built without sparse kernels, in the folder ``twin``; None when nothing is sparse or there is no GPU.
     """
 
     records: tuple[EngineRecord, ...] = ()
@@ -51,6 +53,7 @@ class Stage:
     form: str = ""
     limits: tuple[str, ...] = ()
     unverified: str = ""
+    twin: EngineRecord | None = None
 
 
 def build_engines(
@@ -70,7 +73,16 @@ def build_engines(
     if probe.available:
         request = _request(model, target, profiles, sparse=sparse, engine=model.with_name(ENGINE))
         built = build(request, progress)
-        return Stage((_record(ENGINE, built, profiles),), built, f"TensorRT {built.version}")
+        record = _record(ENGINE, built, profiles)
+        form = f"TensorRT {built.version}"
+        twin = None
+        if sparse:
+            # The same graph and the same timings of dense kernels: what differs in speed is what sparse ones bring.
+            folder = model.with_name(TWIN)
+            folder.mkdir()
+            dense = build(replace(request, engine=folder / ENGINE, sparse=False), progress)
+            twin = _record(ENGINE, dense, profiles)
+        return Stage((record,), built, form, twin=twin)
     why = f"{probe.why_not} Which kernels TensorRT would choose is not known."
     if "tensorrt_rtx" not in installed_builders():
         limit = (

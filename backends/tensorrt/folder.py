@@ -20,7 +20,7 @@ from compile_sparse.backends.tensorrt.sparse_report import sparse_report
 from compile_sparse.backends.tensorrt.unified import write_unified
 from compile_sparse.compiler.contract import Lowered
 from compile_sparse.compiler.file_digests import digest_file
-from compile_sparse.compiler.measure import BESIDE
+from compile_sparse.compiler.measure import BESIDE, TWIN
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.skip import Skip
@@ -61,10 +61,12 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
         engines=stage.records,
         limits=tuple(limits),
     )
-    text = description.model_dump_json(indent=2).encode()
-    (out / DESCRIPTION_FILE).write_bytes(text)
-    files[DESCRIPTION_FILE] = hashlib.sha256(text).hexdigest()
+    files[DESCRIPTION_FILE] = _write_description(description, out)
     files |= {record.file: record.sha256 for record in stage.records}
+    if stage.twin is not None:
+        twin = description.model_copy(update={"engines": (stage.twin,), "sparsity": None})
+        files[f"{TWIN}/{DESCRIPTION_FILE}"] = _write_description(twin, out / TWIN)
+        files[f"{TWIN}/{stage.twin.file}"] = stage.twin.sha256
     if (out / TIMING_CACHE).is_file():
         files[TIMING_CACHE] = digest_file(out / TIMING_CACHE)[0]
     if options.checkpoint:
@@ -91,6 +93,12 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
     )
 
 
+def _write_description(description: Description, folder: Path) -> str:
+    text = description.model_dump_json(indent=2).encode()
+    (folder / DESCRIPTION_FILE).write_bytes(text)
+    return hashlib.sha256(text).hexdigest()
+
+
 def _form(emission: Emission, stage: Stage) -> dict[str, object]:
     return {**dict(sorted(emission.forms.items())), "engine": stage.form}
 
@@ -107,13 +115,12 @@ def _sparse_products(program: Program, model: Path) -> tuple[str, dict[str, str]
     pattern = next(iter(masks.values())).pattern
     n, m = (int(part) for part in pattern.split(":"))
     rows = check_sparsity(model, n=n, m=m)
-    found = {name: [row for row in rows if row.tensor == name or row.tensor.startswith(f"{name}.")] for name in masks}
-    # A weight that no product reaches is as bad as one without zeros: it is named, and fails.
-    intended = {
-        row.node if row is not None else f"(the product of {name})": row.tensor if row is not None else name
-        for name, reached in found.items()
-        for row in (reached or [None])
-    }
+    intended: dict[str, str] = {}
+    for name in masks:
+        reached = [row for row in rows if row.tensor == name or row.tensor.startswith(f"{name}.")]
+        intended |= {row.node: row.tensor for row in reached}
+        if not reached:  # as bad as a weight without zeros: it is named, and fails
+            intended[f"(the product of {name})"] = name
     require_pattern(rows, intended, pattern=pattern)
     return pattern, intended, rows
 

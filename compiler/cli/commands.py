@@ -95,6 +95,11 @@ def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: An
 @click.argument("artifact", type=click.Path(path_type=Path))
 @measurement_options
 @click.option("--model", metavar="MODEL", help="Where the dense model is now, if it moved.")
+@click.option(
+    "--allow-foreign-engine",
+    is_flag=True,
+    help="TensorRT: load engines that are not those that were built. An engine is a program: do this only if you trust it.",
+)
 @json_option
 @debug_option
 def verify_command(artifact: Path, as_json: bool, gates: tuple[str, ...], eval_: Any, **options: Any) -> None:

@@ -15,7 +15,7 @@ from compile_sparse.compiler.verify.statistics import percentiles, ratio_of_roun
 from compile_sparse.compiler.worker import Worker
 from compile_sparse.compiler.workload import Workload
 
-__all__ = ["BASELINE", "COMPILED", "measure_decoder", "measure_memory", "measure_samples"]
+__all__ = ["BASELINE", "COMPILED", "measure_decoder", "measure_memory", "measure_samples", "measure_twin"]
 
 BASELINE, COMPILED = "baseline", "compiled"
 NAMES = (BASELINE, COMPILED)
@@ -161,6 +161,57 @@ def measure_samples(
         compiled=speed(COMPILED),
         ratio=Ratios(samples_s=_interval([1 / s for s in seconds[BASELINE]], [1 / s for s in seconds[COMPILED]])),
     )
+
+
+def measure_twin(
+    worker: Worker,
+    twin: str,
+    workload: Workload,
+    feeds: dict[str, np.ndarray[Any, Any]] | None,
+    *,
+    vocabulary: int,
+    seed: int,
+    progress: Progress,
+) -> dict[str, Interval]:
+    """Speed of the compiled model over the loaded model ``twin``, in alternating rounds: by optimization profile.
+
+    Args:
+        worker: with both loaded.
+        twin: its name.
+        workload: what is run.
+        feeds: a batch of samples; None for decoders, whose prompts are drawn.
+        vocabulary, seed: of the draw.
+        progress: where it is reported.
+    """
+    names = [twin, COMPILED]
+    with progress.task("sparse kernels against dense ones", total=1) as task, tempfile.TemporaryDirectory() as scratch:
+        if feeds is None:
+            reply = worker.call(
+                "benchmark",
+                names=names,
+                prompt_tokens=workload.prompt,
+                output_tokens=workload.output,
+                batch=workload.levels[0],
+                rounds=workload.rounds,
+                warmup=WARMUP_ROUNDS,
+                seed=seed,
+                vocab=vocabulary,
+            )
+            times = {
+                profile: [[float(r[key]) for r in reply["rounds"][name]] for name in names]
+                for profile, key in (("prefill", "prefill_s"), ("decode", "decode_s"))
+            }
+        else:
+            path = Path(scratch, "feeds.npz")
+            np.savez(path, **feeds)  # type: ignore[arg-type]
+            rounds = max(workload.rounds, 10)
+            reply = worker.call("benchmark_samples", names=names, feeds=str(path), rounds=rounds, warmup=WARMUP_ROUNDS)
+            times = {"samples": [list(map(float, reply["rounds"][name])) for name in names]}
+        task.advance()
+    return {
+        profile: _interval([1 / t for t in of_twin], [1 / t for t in of_sparse])
+        for profile, (of_twin, of_sparse) in times.items()
+    }
 
 
 def measure_memory(

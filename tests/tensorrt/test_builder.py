@@ -24,6 +24,7 @@ from compile_sparse.backends.tensorrt.build_errors import explain, source_module
 from compile_sparse.backends.tensorrt.build_progress import TOTAL, BuildProgress
 from compile_sparse.backends.tensorrt.builder import BuildRequest, Built, build
 from compile_sparse.backends.tensorrt.capabilities import built_for
+from compile_sparse.backends.tensorrt.gpu import Gpu
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.progress import SilentProgress
 from tests.tensorrt.graphs import MODULE, K, N, decoder, decoder_profiles, dynamic, linear, save
@@ -55,7 +56,7 @@ def test_an_engine_is_written_whole_with_its_digest(tmp_path: Path) -> None:
     assert len(content) > 2 * K * N, "the weights are in it"
     assert built.builder == "tensorrt_rtx"
     assert built.compute_capability == "8.0"
-    assert built.stand_in == ""
+    assert built.stand_in == built.gpu == ""
     assert built.version.split(".")[0].isdigit()
     assert built.flags == ("SPARSE_WEIGHTS",)
     assert built.seconds > 0
@@ -247,10 +248,23 @@ def test_a_builder_that_does_not_load(monkeypatch: pytest.MonkeyPatch, tmp_path:
     if find_spec("tensorrt") is not None:
         pytest.skip("TensorRT is installed")
     monkeypatch.setattr(builder, "find_spec", lambda name: True)
+    monkeypatch.setattr(builder, "find_gpu", lambda: Gpu("NVIDIA A100", "8.0"))
     asked = BuildRequest(save(linear("fp16"), tmp_path), None, "tensorrt", "8.0", dynamic())
     with pytest.raises(EnvironmentFailure, match="CS5211") as caught:
         build(asked, SilentProgress())
     assert "No module named 'tensorrt'" in caught.value.why
+
+
+@pytest.mark.parametrize(("gpu", "why"), [(None, "none here"), (Gpu("NVIDIA A10", "8.6"), "NVIDIA A10, has 8.6")])
+def test_tensorrt_builds_on_the_gpu_it_builds_for(
+    gpu: Gpu | None, why: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(builder, "find_spec", lambda name: True)
+    monkeypatch.setattr(builder, "find_gpu", lambda: gpu)
+    asked = BuildRequest(save(linear("fp16"), tmp_path), None, "tensorrt", "8.0", dynamic())
+    with pytest.raises(EnvironmentFailure, match="CS5213") as caught:
+        build(asked, SilentProgress())
+    assert why in caught.value.why
 
 
 def test_a_disk_that_takes_no_engine(tmp_path: Path) -> None:
