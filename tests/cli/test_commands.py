@@ -48,6 +48,7 @@ def test_every_option_arrives(api, shell):
             "pl=p",
         ),
         *("--kv-cache", "fp8", "--concurrency", "1,8", "--tensor-parallel", "2"),
+        *("--precision", "bf16", "--max-length", "64", "--engine", "none", "--emit", "triton", "--require-sparse", "3"),
         *("--workload", "prompt=8", "--gate", "decode_tok_s>=1.2x", "--gate", "ppl[en]<=1.1x", "--out", "O"),
         *("--no-verify", "--seed", "3", "--force", "--allow-useless", "--verify-each"),
     )
