@@ -205,8 +205,10 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
     if not job.probe.available:
         why = f"{job.probe.why_not} {job.probe.hint}".strip()
         stand_in = job.backend.stand_in_command(job.target) if isinstance(job.backend, StandIn) else ()
-        if not stand_in:
+        if not (isinstance(job.backend, StandIn) and stand_in):
             return None, None, why
+        if unable := job.backend.cannot_stand_in(artifact / "model", job.target):
+            return None, None, f"{why} {unable}"
     elif why := cannot_measure(job.backend, artifact / "model", job.target):
         return None, None, why
     dense_target = baseline_target(job.target, runs_here=job.probe.available)

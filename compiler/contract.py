@@ -171,3 +171,7 @@ class StandIn(Protocol):
     def stand_in_command(self, target: Target) -> Sequence[str]:
         """Command line of that runtime's measuring process, or nothing when it is missing too."""
         ...
+
+    def cannot_stand_in(self, model: Path, target: Target) -> str:
+        """Why it cannot run the lowered folder ``model``, a sentence; else empty."""
+        ...

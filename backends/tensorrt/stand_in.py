@@ -6,7 +6,7 @@ between conversions elsewhere, so its logits are at least as exact as the engine
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,38 +15,14 @@ from numpy.typing import NDArray
 
 from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt.description import Description, Value, read_description
+from compile_sparse.backends.tensorrt.portable import portable_model
 
-__all__ = ["MODEL_FILE", "StandIn", "StaticCache", "portable_model"]
+__all__ = ["MODEL_FILE", "StandIn", "StaticCache"]
 
 MODEL_FILE = "model.onnx"
-_VENDOR_ATTRIBUTE = "TRT_"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 Array = NDArray[Any]
-
-
-def portable_model(path: Path) -> bytes:
-    """The model of ``path`` without node attributes that only TensorRT knows; weights stay in their external file."""
-    import onnx
-
-    model = onnx.load(str(path), load_external_data=False)
-    for node in _nodes(model):
-        kept = [attribute for attribute in node.attribute if not attribute.name.startswith(_VENDOR_ATTRIBUTE)]
-        if len(kept) < len(node.attribute):
-            del node.attribute[:]
-            node.attribute.extend(kept)
-    return bytes(model.SerializeToString())
-
-
-def _nodes(model: Any) -> Iterator[Any]:
-    """Every node, of functions and of graphs within nodes too."""
-    pending = [*model.functions, model.graph]
-    while pending:
-        for node in pending.pop().node:
-            yield node
-            for attribute in node.attribute:
-                pending.extend([attribute.g] if attribute.HasField("g") else [])
-                pending.extend(attribute.graphs)
 
 
 class StandIn:
@@ -77,14 +53,19 @@ class StandIn:
         # The graph as it is: what the optimizer makes of quantizers around a reshape does not load (ONNX Runtime 1.31).
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.add_session_config_entry(_WEIGHTS_FOLDER, str(folder.resolve()))
+        portable = portable_model(path)
+        # The session reads these where they are: they live as long as it does.
+        self._widened = {name: ort.OrtValue.ortvalue_from_numpy(value) for name, value in portable.widened.items()}
+        if self._widened:
+            options.add_external_initializers(list(self._widened), list(self._widened.values()))
         try:
-            self._session = ort.InferenceSession(portable_model(path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(portable.model, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # its own types derive from Exception alone
             raise RequestError(
                 f"ONNX Runtime on a processor cannot stand in for TensorRT here (precision {self.description.precision}): "
                 f"{error}"
             ) from error
-        self.inputs = {value.name: value for value in self.description.inputs}
+        self.inputs = {value.name: _as_run(value) for value in self.description.inputs}
         if self.inputs.keys() != (found := {value.name for value in self._session.get_inputs()}):
             raise RequestError(f"the description has the inputs {sorted(self.inputs)}, the graph {sorted(found)}")
         self.outputs = [value.name for value in self._session.get_outputs()]
@@ -107,6 +88,11 @@ class StandIn:
     def step(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name, in their own types."""
         return dict(zip(self.outputs, self._session.run(self.outputs, dict(feeds)), strict=True))
+
+
+def _as_run(value: Value) -> Value:
+    """numpy has no bfloat16; the graph is run with float32 in its place."""
+    return value.model_copy(update={"dtype": "float32"}) if value.dtype == "bfloat16" else value
 
 
 def require_decoder(description: Description) -> None:

@@ -26,7 +26,7 @@ class TritonDeployment:
     name = "triton"
 
     def refusals(self, kind: str, target: Target) -> Sequence[Skip]:
-        """CS4620 for targets that no backend of Triton serves, CS4621 for decoders in TensorRT."""
+        """CS4620 for targets that no backend of Triton serves, CS4621 for decoders in TensorRT, CS4622 without its engine."""
         if target.backend not in _BACKENDS:
             why = (
                 f"Triton has backends for {', '.join(_BACKENDS)} artifacts; {target.name} writes for {target.backend}."
@@ -37,6 +37,8 @@ class TritonDeployment:
 
             error = aliased()
             return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+        if target.backend == "tensorrt" and (why := _no_engine(target)):
+            return [Skip("--emit triton", "CS4622", why, "Compile on a machine with the GPU, or for an ort-* target.")]
         return []
 
     def write(
@@ -71,3 +73,12 @@ class TritonDeployment:
         if target.backend == "onnxruntime" and wanted:
             limits.append(f"Triton's onnxruntime must be {wanted} or later.")
         return Deployed(written.files, limits)
+
+
+def _no_engine(target: Target) -> str:
+    """Why no engine that Triton's TensorRT backend loads will be built here, or an empty string."""
+    from compile_sparse.backends.tensorrt.processor import probe_runtime
+
+    if target.build is not None and target.build.engine != "auto":
+        return f"Triton's backend loads engines of TensorRT, and --engine {target.build.engine} builds none."
+    return probe_runtime(target).why_not

@@ -68,6 +68,11 @@ def test_every_option_arrives(api, shell):
         "kv_cache": "fp8",
         "concurrency": "1,8",
         "tensor_parallel": 2,
+        "precision": "bf16",
+        "max_length": 64,
+        "engine": "none",
+        "emit": ("triton",),
+        "require_sparse": 3,
         "calibration": "c",
         "calibration_samples": 4,
         "sequence_length": 32,
@@ -171,6 +176,7 @@ def test_verify(api, shell):
         "concurrency": "2,4",
         "gates": ("parameters<=1x",),
         "model": "M",
+        "allow_foreign_engine": False,
     }
 
 

@@ -150,13 +150,14 @@ def test_no_ahead_of_time_engine_for_a_gpu_that_something_else_stands_in_for(lla
 
 def test_precision_and_length_are_options(llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "artifact"
-    words = ("--precision", "bf16", "--max-length", "48", "--no-verify", "--out", out, *SMALL)
+    words = ("--precision", "bf16", "--max-length", "72", "--out", out, *SMALL)
     found = shell("compile", llama, "--target", "trt-h100", *words)
     assert found.code == 0, found.errors
+    assert found.data["fidelity"]["mean_abs_logprob_diff"] < 2.0**-9  # angles in bf16
     description = read_description(out / "model")
-    assert (description.precision, description.max_length) == ("bf16", 48)
+    assert (description.precision, description.max_length) == ("bf16", 72)
     shapes = {value.name: value.shape for value in description.inputs}
-    assert shapes["past_key_values.0.key"][2] == 48
+    assert shapes["past_key_values.0.key"][2] == 72
 
 
 @pytest.mark.parametrize(
@@ -182,18 +183,30 @@ def test_a_decoder_is_not_deployed_as_a_tensorrt_model(llama: Path, tmp_path: Pa
     assert "CS4621" in found.errors
 
 
-def test_an_image_model_is_calibrated_on_arrays_and_deployed(vit: Path, tmp_path: Path) -> None:
+def test_an_image_model_is_calibrated_on_arrays(vit: Path, tmp_path: Path) -> None:
     images = tmp_path / "images.npz"
     np.savez(images, pixel_values=np.random.default_rng(0).standard_normal((12, 3, 32, 32), np.float32))
-    out = tmp_path / "artifact"
-    words = ("--target", "trt-l4", "--quantize", "w8a8-static", "--calibration", images, "--emit", "triton")
-    found = shell("compile", vit, *words, "--engine", "rtx-aot", "--out", out)
-    if found.code == 4:  # an engine of TensorRT-RTX is not what Triton's backend loads
-        assert "CS462" in found.errors
-        found = shell("compile", vit, *words[:-2], "--out", out)
+    words = ("--target", "trt-l4", "--quantize", "w8a8-static", "--calibration", images)
+    found = shell("compile", vit, *words, "--out", tmp_path / "artifact")
     assert found.code == 0, found.errors
     assert found.data["fidelity"]["mean_cosine"] > 0.99
     assert found.data["quality"]["slices"]["seeded"]["mean_cosine"] > 0.9
+
+
+@pytest.mark.skipif(not NO_GPU, reason="the GPU is here: its engine is deployed")
+def test_without_an_engine_there_is_nothing_to_deploy(vit: Path, tmp_path: Path) -> None:
+    """Said before anything is compiled."""
+    found = shell("compile", vit, "--target", "trt-l4", "--emit", "triton", "--out", tmp_path / "a")
+    assert (found.code, "CS4622" in found.errors) == (4, True)
+
+
+def test_a_model_repository_is_a_part_of_the_artifact(vit: Path, tmp_path: Path) -> None:
+    out = tmp_path / "artifact"
+    found = shell("compile", vit, "--target", "ort-cpu", "--emit", "triton", "--no-verify", "--out", out)
+    assert found.code == 0, found.errors
+    files = json.loads((out / "manifest.json").read_text())["files"]
+    assert {"triton/vit/config.pbtxt", "triton/vit/1/model.onnx"} <= set(files)
+    assert (out / "triton/vit/1/model.onnx").read_bytes() == (out / "model/model.onnx").read_bytes()
 
 
 def test_calibration_arrays_must_fit(vit: Path, tmp_path: Path) -> None:
@@ -206,6 +219,16 @@ def test_calibration_arrays_must_fit(vit: Path, tmp_path: Path) -> None:
     images.write_bytes(b"no archive")
     found = shell("compile", vit, *words)
     assert (found.code, "CS1048" in found.errors) == (2, True)
+
+
+@pytest.mark.skipif(not NO_GPU, reason="engines are built")
+def test_what_nothing_here_can_run_is_unverified_with_the_reason(llama: Path, text: Path, tmp_path: Path) -> None:
+    words = ("--target", "trt-rtx5090", "--quantize", "nvfp4", "--calibration", text, "--out", tmp_path / "a")
+    found = shell("compile", llama, *words)
+    assert found.code == 0, found.errors
+    assert found.data["verdict"] == "unverified"
+    assert "TRT_FP4DynamicQuantize is TensorRT's own operator" in found.data["verdict_why"]
+    assert "fidelity" not in found.data
 
 
 def test_explain_reads_no_weights(llama: Path, text: Path) -> None:

@@ -28,7 +28,8 @@ from compile_sparse.backends.tensorrt.engine_session import CacheOnDevice, Engin
 from compile_sparse.backends.tensorrt.engines import Here
 from compile_sparse.backends.tensorrt.gpu import Gpu, find_gpu
 from compile_sparse.backends.tensorrt.io_binding import bind, fitting_profile
-from compile_sparse.backends.tensorrt.stand_in import StandIn, portable_model
+from compile_sparse.backends.tensorrt.portable import portable_model
+from compile_sparse.backends.tensorrt.stand_in import StandIn
 from compile_sparse.backends.tensorrt.worker import main
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.targets import find_target
@@ -153,7 +154,7 @@ def test_attributes_of_tensorrt_are_left_out(folder: Path) -> None:
 
     path = folder / "model.onnx"
     before = attributes(onnx.load(str(path), load_external_data=False))
-    after = attributes(onnx.load_from_string(portable_model(path)))
+    after = attributes(onnx.load_from_string(portable_model(path).model))
     assert before - after == {"TRT_decomposable"}
     assert "epsilon" in after
 
@@ -167,7 +168,7 @@ def test_attributes_within_branches_are_left_out(tmp_path: Path) -> None:
     graph = helper.make_graph([choice], "g", [helper.make_tensor_value_info("c", onnx.TensorProto.BOOL, [])], [value])
     onnx.save(helper.make_model(graph), tmp_path / "model.onnx")
     assert b"TRT_inner" in (tmp_path / "model.onnx").read_bytes()
-    assert b"TRT_inner" not in portable_model(tmp_path / "model.onnx")
+    assert b"TRT_inner" not in portable_model(tmp_path / "model.onnx").model
 
 
 def test_sequences_stay_within_the_cache(folder: Path) -> None:

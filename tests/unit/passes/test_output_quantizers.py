@@ -19,7 +19,6 @@ from compile_sparse.compiler.raising import raise_patterns
 from compile_sparse.compiler.schemes import SCHEMES
 from compile_sparse.compiler.spec import verify_program
 from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import ResidentTensor
 from compile_sparse.passes.mask import Mask
 from compile_sparse.passes.quantize import Quantize
 from tests.toys import toy_program
