@@ -21,7 +21,7 @@ import psutil
 from compile_sparse.backends.tensorrt.builder import EXTRAS, BuildRequest, Built, build
 from compile_sparse.backends.tensorrt.capabilities import built_for
 from compile_sparse.backends.tensorrt.description import EngineRecord, Profile
-from compile_sparse.backends.tensorrt.processor import here, installed_builders, probe_runtime
+from compile_sparse.backends.tensorrt.processor import installed_builders, probe_runtime
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.measure import TWIN
 from compile_sparse.compiler.progress import Progress
@@ -169,7 +169,7 @@ def _record(file: str, built: Built, profiles: Sequence[Profile]) -> EngineRecor
         builder=built.builder,
         version=built.version,
         compute_capability=built.compute_capability,
-        gpu=here().gpu if built.builder == "tensorrt" else "",
+        gpu=built.gpu,
         flags=built.flags,
         profiles=tuple(profile.name for profile in profiles),
     )
