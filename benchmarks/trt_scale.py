@@ -233,8 +233,8 @@ def measured(work: Path, given: argparse.Namespace) -> None:
         f"disk: {size / 1e6 / write:.0f} MB/s written, {size / 1e6 / read:.0f} MB/s read: {write + read:.1f} s for both\n"
     )
     print(
-        "| form | capture s (CPU) | passes s | lower s (CPU) | peak GB | of fp16 | anonymous GB | written GB | parse s | its peak GB "
-        "| of fp16 | layers | bounds |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|"
+        "| form | capture s (CPU) | passes s | lower s (CPU) | peak GB | of fp16 | anonymous GB | written GB | parse s "
+        "| its peak GB | of fp16 | layers | bounds |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|"
     )
     for form in FORMS:
         if given.only not in form:

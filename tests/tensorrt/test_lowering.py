@@ -25,6 +25,7 @@ from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.backends.tensorrt.description import read_description
 from compile_sparse.backends.tensorrt.sparse_gate import check_sparsity
 from compile_sparse.backends.tensorrt.stand_in import StandIn
+from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.progress import SilentProgress
@@ -164,6 +165,37 @@ def test_nvfp4_builds_on_blackwell_only(folder_of: FolderOf) -> None:
         assert folder.lowered.form["NVFP4 weights"] > 0
     with pytest.raises(Refusal, match="cannot run nvfp4"):
         folder_of("llama", "trt-l4", "nvfp4")
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_nvfp4_codes_mean_the_programs_weights(folder_of: FolderOf, name: str) -> None:
+    """Nothing here runs these products, so the bytes are decoded by the format's definition: e2m1 times e4m3 times a scale."""
+    folder = folder_of(name, "trt-rtx5090", "nvfp4")
+    graph = onnx.load(folder.path / "model.onnx").graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    makers = {output: node for node in graph.node for output in node.output}
+    magnitudes = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+    checked = 0
+    for node in folder.program.graph.nodes:
+        if op_name(node) != "dequantize_nvfp4":
+            continue
+        codes, scale, divisor, *rest = node.args
+        axis = rest[0] if rest else 1
+        parts = [folder.program.weights.load(folder.program.tensor_of(part)) for part in (codes, scale, divisor)]
+        expected = torch.ops.compile_sparse.dequantize_nvfp4(*parts, axis).numpy()
+        expected = expected.T if axis == 1 else expected
+        tensor = stored[f"{folder.program.tensor_of(codes)}.inner_first"]
+        (reader,) = (n for n in graph.node if tensor.name in n.input)
+        raw = np.frombuffer(tensor.raw_data, np.uint8)
+        nibbles = np.stack([raw & 15, raw >> 4], 1).reshape(tuple(tensor.dims))
+        values = np.where(nibbles < 8, 1, -1) * magnitudes[nibbles & 7]
+        blocks, whole = (stored[name] for name in makers[reader.input[1]].input)
+        eighths = torch.frombuffer(bytearray(blocks.raw_data), dtype=torch.uint8).view(torch.float8_e4m3fn)
+        scales = eighths.float().numpy().reshape(tuple(blocks.dims)) * np.frombuffer(whole.raw_data, np.float32)
+        # One more rounding than the program's division: two units of float32.
+        np.testing.assert_allclose(values * np.repeat(scales, 16, axis=0), expected, rtol=2.0**-22)
+        checked += 1
+    assert checked == {"llama": 14, "gpt2": 8}[name]
 
 
 @pytest.mark.parametrize(
