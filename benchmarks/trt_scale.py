@@ -7,8 +7,8 @@ capture, passes, and the TensorRT backend's ``lower`` without an engine. TensorR
 process. Weight files are dropped from the page cache before each form, so reading them costs what the disk costs. Peak memory
 is VmHWM, the kernel's own figure for resident pages, those of mapped files included. Needs 8 GB of disk until it ends.
 
-Two bounds: capture and lowering within 60 s and what the disk needs to read and write the model once, and both processes
-within twice the fp16 size. Forms with passes are for information: their passes are timed apart, and calibration runs the model.
+The bounds: lowering within 60 s and what the disk needs to read and write the model once (said with and without capture), and
+both processes within twice the fp16 size. Forms with passes are for information: their passes are timed apart, and calibration runs the model.
 """
 
 from __future__ import annotations
@@ -51,9 +51,8 @@ MOST_SECONDS, MOST_SIZES = 60.0, 2.0
 def make_model(folder: Path, layers: int, *, tied: bool) -> int:
     """Write the checkpoint in shards, and calibration windows beside it; returns the number of parameters."""
     import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
 
-    from compile_sparse.compiler.capture import open_folder
-    from compile_sparse.compiler.capture.huggingface import capture
     from compile_sparse.compiler.safetensors_stream import write_safetensors
     from compile_sparse.compiler.weights import DerivedTensor
 
@@ -61,8 +60,8 @@ def make_model(folder: Path, layers: int, *, tied: bool) -> int:
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **SIZES}
     config |= {"num_hidden_layers": layers, "tie_word_embeddings": tied}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    program = capture(open_folder(str(folder)), require_weights=False)
-    shapes = {b.tensor: program.weights[b.tensor].shape for b in program.bindings.values() if b.kind == "parameter"}
+    with torch.device("meta"):
+        shapes = {n: tuple(p.shape) for n, p in LlamaForCausalLM(LlamaConfig(**config)).named_parameters()}
     generator = torch.Generator().manual_seed(0)
 
     def source(shape: tuple[int, ...]) -> DerivedTensor:
@@ -248,8 +247,11 @@ def measured(work: Path, given: argparse.Namespace) -> None:
         stages = found["stages"]
         forget(*out.glob("model.onnx*"))
         parse_seconds, parse_peak, layers = parse(out)
-        taken = stages["capture"]["s"] + stages["lower"]["s"]
-        fast, small = taken < MOST_SECONDS + write + read, max(found["peak"], parse_peak) < MOST_SIZES * size
+        bounds = {
+            "lower": stages["lower"]["s"] < MOST_SECONDS + write + read,
+            "capture + lower": stages["capture"]["s"] + stages["lower"]["s"] < MOST_SECONDS + write + read,
+            "memory": max(found["peak"], parse_peak) < MOST_SIZES * size,
+        }
         written = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
         cells = [
             form,
@@ -264,7 +266,7 @@ def measured(work: Path, given: argparse.Namespace) -> None:
             f"{parse_peak / 1e9:.2f}",
             f"{parse_peak / size:.2f}x",
             str(layers),
-            f"time {'held' if fast else 'MISSED'}, memory {'held' if small else 'MISSED'}",
+            ", ".join(f"{name} {'held' if held else 'MISSED'}" for name, held in bounds.items()),
         ]
         print("| " + " | ".join(cells) + " |", flush=True)
         peaks = ", ".join(f"{name} {stage['peak'] / 1e9:.2f}" for name, stage in stages.items())

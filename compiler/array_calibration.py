@@ -12,6 +12,9 @@ from compile_sparse.compiler.errors import UsageError
 
 __all__ = ["read_arrays"]
 
+_LARGEST_BYTES = 4 << 30
+"""All arrays are in memory at once, and a small archive may unpack to anything."""
+
 
 def read_arrays(path: Path, samples: int) -> dict[str, np.ndarray[Any, Any]]:
     """Inputs by name, such as ``pixel_values [N, channels, height, width]``; at most ``samples`` of them, evenly spaced.
@@ -20,6 +23,10 @@ def read_arrays(path: Path, samples: int) -> dict[str, np.ndarray[Any, Any]]:
         UsageError: CS1048 when the file is not an archive of arrays with one number of samples, at least 1.
     """
     try:
+        with zipfile.ZipFile(path) as members:
+            unpacked = sum(member.file_size for member in members.infolist())
+        if unpacked > _LARGEST_BYTES:
+            raise _wrong(path, f"It unpacks to {unpacked:,} bytes; {_LARGEST_BYTES:,} are allowed.")
         with np.load(path, allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in archive.files}
     except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:

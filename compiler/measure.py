@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from compile_sparse.compiler.building import ENGINES
 from compile_sparse.compiler.contract import Backend
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.report import Fidelity, Interval, Performance, Quality, RuntimeSection
@@ -66,9 +67,9 @@ def cannot_measure(backend: Backend, model: Path, target: Target) -> str:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of what a runtime loads from a model folder."""
+    """Bytes of the model in a folder: its graph or checkpoint, not what else lies there in another form, engines included."""
     files = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in (BESIDE, TWIN))
-    return sum(path.stat().st_size for path in files if path.is_file())
+    return sum(path.stat().st_size for path in files if path.is_file() and path.suffix != ENGINES)
 
 
 def measure(

@@ -25,7 +25,7 @@ from compile_sparse.compiler.editing import fake_mode_of
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.raising.matching import qualified_name
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, RoundedTensor, TensorSource
 
 __all__ = ["in_precision"]
 
@@ -176,6 +176,8 @@ def _is_float32(node: fx.Node) -> bool:
 
 
 def _shortened(name: str, source: TensorSource, dtype: torch.dtype) -> TensorSource:
+    if isinstance(source, RoundedTensor) and source.storage == dtype:
+        source = source.source  # rounding twice to the same type is rounding once
     if isinstance(source, AbsentTensor):
         return AbsentTensor(source.shape, dtype, source.name)
     return DerivedTensor(source.shape, dtype, _converter(name, source, dtype))

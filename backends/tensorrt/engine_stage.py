@@ -22,6 +22,8 @@ from compile_sparse.backends.tensorrt.builder import EXTRAS, BuildRequest, Built
 from compile_sparse.backends.tensorrt.capabilities import built_for
 from compile_sparse.backends.tensorrt.description import EngineRecord, Profile
 from compile_sparse.backends.tensorrt.processor import installed_builders, probe_runtime
+from compile_sparse.compiler.cache import Cache
+from compile_sparse.compiler.durable import disk_errors
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.measure import TWIN
 from compile_sparse.compiler.progress import Progress
@@ -30,7 +32,6 @@ from compile_sparse.compiler.targets import Build, Target
 __all__ = ["Stage", "build_engines"]
 
 ENGINE, AHEAD_OF_TIME = "model.engine", "model.rtx.engine"
-TIMING_CACHE = "timing.cache"
 _MEMORY_SHARE = 3
 """A build keeps the weights, their copies in the engine's layout and the engine in memory at once."""
 
@@ -156,9 +157,20 @@ def _request(
         compute_capability=target.compute_capability,
         profiles=[profile.model_dump(mode="json") for profile in profiles],
         sparse=sparse,
-        timing_cache=model.with_name(TIMING_CACHE) if builder == "tensorrt" else None,
+        timing_cache=_timing_cache(target) if builder == "tensorrt" else None,
         parse_only=parse_only,
     )
+
+
+def _timing_cache(target: Target) -> Path:
+    """Timings of kernels, kept between compilations: the same layers then get the same kernels, and sparse engine and dense twin
+    differ in nothing but the sparse ones. TensorRT checks that they were taken on the same GPU.
+    """
+    folder = Cache().root / "tensorrt"
+    with disk_errors(folder):
+        folder.mkdir(exist_ok=True)
+    version = installed_builders().get("tensorrt", "")
+    return folder / f"timing-{target.name}-{version}.cache"
 
 
 def _record(file: str, built: Built, profiles: Sequence[Profile]) -> EngineRecord:

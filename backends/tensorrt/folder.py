@@ -12,14 +12,13 @@ from compile_sparse.backends.onnx.external_data import Sink
 from compile_sparse.backends.onnx.graph_writer import ValueRecord
 from compile_sparse.backends.onnx.writing import MODEL_FILE, write_files
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, Intended, Sparsity, Value
-from compile_sparse.backends.tensorrt.engine_stage import TIMING_CACHE, Stage, build_engines
+from compile_sparse.backends.tensorrt.engine_stage import Stage, build_engines
 from compile_sparse.backends.tensorrt.lowering import build_of, emit, prepared
 from compile_sparse.backends.tensorrt.profiles import profiles_for
 from compile_sparse.backends.tensorrt.sparse_gate import GemmRow, check_sparsity, require_pattern
 from compile_sparse.backends.tensorrt.sparse_report import sparse_report
 from compile_sparse.backends.tensorrt.unified import write_unified
 from compile_sparse.compiler.contract import Lowered
-from compile_sparse.compiler.file_digests import digest_file
 from compile_sparse.compiler.measure import BESIDE, TWIN
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
@@ -67,14 +66,13 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
         twin = description.model_copy(update={"engines": (stage.twin,), "sparsity": None})
         files[f"{TWIN}/{DESCRIPTION_FILE}"] = _write_description(twin, out / TWIN)
         files[f"{TWIN}/{stage.twin.file}"] = stage.twin.sha256
-    if (out / TIMING_CACHE).is_file():
-        files[TIMING_CACHE] = digest_file(out / TIMING_CACHE)[0]
     if options.checkpoint:
         written, notes = _checkpoint(program, out / BESIDE, progress)
         files |= written
         skips = [*skips, *notes]
     section = None
     if intended:
+        skips = [*skips, *_without_kernels(target, pattern, [row for row in rows if row.node in intended])]
         section = sparse_report(
             intended,
             stage.built.messages if stage.built else (),
@@ -123,6 +121,32 @@ def _sparse_products(program: Program, model: Path) -> tuple[str, dict[str, str]
             intended[f"(the product of {name})"] = name
     require_pattern(rows, intended, pattern=pattern)
     return pattern, intended, rows
+
+
+_FORMATS = {"float16": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
+
+
+def _without_kernels(target: Target, pattern: str, rows: Sequence[GemmRow]) -> list[Skip]:
+    """CS2371, once per number format that has no sparse kernels on the target as far as its contract knows."""
+    rule = target.pattern(pattern)
+    if rule is None or not rule.formats:
+        return []
+    found: dict[str, list[str]] = {}
+    for row in rows:
+        kind = row.dtype.lower()
+        name = "fp8" if kind.startswith("float8") else _FORMATS.get(kind, kind)
+        if name not in rule.formats:
+            found.setdefault(name, []).append(row.node)
+    return [
+        Skip(
+            nodes[0],
+            "CS2371",
+            f"{len(nodes):,} products are {pattern} in {name}; {target.name} is known to have sparse kernels for "
+            f"{' and '.join(rule.formats)} only, so expect these to run dense.",
+            "Choose w8a8-static or fp16, or see with 'compile-sparse probe' what the GPU does.",
+        )
+        for name, nodes in found.items()
+    ]
 
 
 def _is_n_of_m(pattern: str) -> bool:

@@ -95,7 +95,7 @@ def _per_channel(emission: Emission, node: fx.Node, codes: fx.Node, scale: fx.No
     stored = emission.stored(
         codes, ".inner_first", _shape(codes, axis), kind, lambda values: raw_values(turned(values))
     )
-    emission.count("int8 weights, one scale per channel" if kind == "int8" else "FP8 weights, one scale per channel")
+    emission.count("int8 weights, one scale per channel" if kind == "int8" else "FP8 weights")
     scales = _scales(emission, scale, emission.dtype(node), tuple(dimensions(scale)))
     return emission.graph.call("DequantizeLinear", [stored, scales], hint=f"{node.name}_weight", axis=1)
 

@@ -50,8 +50,13 @@ def _answer(request: BuildRequest, nodes: list[str]) -> Built:
     )
 
 
+def _fresh(folder: Path) -> Path:
+    (folder / "model").mkdir()
+    return folder / "model"
+
+
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Requests:
+def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Requests:
     """A machine with TensorRT and an A100, as far as the compiler can tell; what it asked to build."""
     requests: Requests = []
 
@@ -61,6 +66,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Requests:
 
         return _answer(request, [row.node for row in check_sparsity(request.onnx) if row.state == "2:4"])
 
+    monkeypatch.setenv("COMPILE_SPARSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(engine_stage, "probe_runtime", lambda target: Probe(True, "tensorrt", "11.4.0", "cuda"))
     monkeypatch.setattr(engine_stage, "build", build)
     return requests
@@ -69,19 +75,22 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Requests:
 def test_an_engine_and_its_dense_twin(gpu: Requests, program_of: ProgramOf, tmp_path: Path) -> None:
     target = target_called("trt-a100")
     lowered = TensorRtBackend().lower(
-        passed(program_of("llama"), target, "", "2:4"), target, tmp_path, SilentProgress()
+        passed(program_of("llama"), target, "", "2:4"), target, _fresh(tmp_path), SilentProgress()
     )
+    model = tmp_path / "model"
     sparse, dense = gpu
     assert (sparse.sparse, dense.sparse) == (True, False)
     assert sparse.onnx == dense.onnx
-    assert sparse.timing_cache == dense.timing_cache == tmp_path / "timing.cache", "dense kernels are timed once"
+    assert sparse.timing_cache == dense.timing_cache, "dense kernels are timed once"
+    assert sparse.timing_cache is not None
+    assert sparse.timing_cache.parent == tmp_path / "cache" / "tensorrt", "and not again by the next compilation"
     assert [profile["name"] for profile in sparse.profiles] == ["prefill", "decode"]
-    (record,), (twin,) = read_description(tmp_path).engines, read_description(tmp_path / TWIN).engines
+    (record,), (twin,) = read_description(model).engines, read_description(model / TWIN).engines
     assert (record.gpu, record.flags, twin.flags) == ("NVIDIA A100-SXM4-80GB", ("SPARSE_WEIGHTS",), ())
-    assert (tmp_path / record.file).read_bytes() == b"sparse"
-    assert (tmp_path / TWIN / twin.file).read_bytes() == b"dense"
+    assert (model / record.file).read_bytes() == b"sparse"
+    assert (model / TWIN / twin.file).read_bytes() == b"dense"
     for name, digest in lowered.files.items():
-        assert hashlib.sha256((tmp_path / name).read_bytes()).hexdigest() == digest
+        assert hashlib.sha256((model / name).read_bytes()).hexdigest() == digest
     section = lowered.sparsity
     assert section is not None
     for profile in ("prefill", "decode"):
@@ -93,19 +102,21 @@ def test_an_engine_and_its_dense_twin(gpu: Requests, program_of: ProgramOf, tmp_
 
 def test_a_dense_model_has_no_twin(gpu: Requests, program_of: ProgramOf, tmp_path: Path) -> None:
     target = target_called("trt-a100")
-    lowered = TensorRtBackend().lower(passed(program_of("llama"), target, "", ""), target, tmp_path, SilentProgress())
+    lowered = TensorRtBackend().lower(
+        passed(program_of("llama"), target, "", ""), target, _fresh(tmp_path), SilentProgress()
+    )
     assert len(gpu) == 1
     assert not gpu[0].sparse
-    assert not (tmp_path / TWIN).exists()
+    assert not (tmp_path / "model" / TWIN).exists()
     assert lowered.sparsity is None
 
 
-def test_neither_twin_nor_checkpoint_counts_as_bytes_of_the_artifact(tmp_path: Path) -> None:
+def test_bytes_are_those_of_the_graph(tmp_path: Path) -> None:
     for name, size in (("model.onnx", 3), ("model.engine", 5), ("twin/model.engine", 100), ("checkpoint/w", 1000)):
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(size))
-    assert folder_bytes(tmp_path) == 8
+    assert folder_bytes(tmp_path) == 3
 
 
 class _Worker:
@@ -151,7 +162,7 @@ def test_the_report_has_the_ratio_per_profile(
 ) -> None:
     target = target_called("trt-a100")
     lowered = TensorRtBackend().lower(
-        passed(program_of("llama"), target, "", "2:4"), target, tmp_path, SilentProgress()
+        passed(program_of("llama"), target, "", "2:4"), target, _fresh(tmp_path), SilentProgress()
     )
     size = ModelSection(kind="decoder", parameters=Change(baseline=1, compiled=1))
     # As it comes back from the staging folder.
