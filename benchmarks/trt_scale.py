@@ -8,7 +8,7 @@ process. Weight files are dropped from the page cache before each form, so readi
 is VmHWM, the kernel's own figure for resident pages, those of mapped files included. Needs 8 GB of disk until it ends.
 
 The bounds: lowering within 60 s and what the disk needs to read and write the model once (said with and without capture), and
-both processes within twice the fp16 size. Forms with passes are for information: their passes are timed apart, and calibration runs the model.
+both processes within twice the fp16 size. Passes are timed apart; what they only plan is computed while weights are written.
 """
 
 from __future__ import annotations
