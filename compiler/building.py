@@ -42,7 +42,13 @@ class Building(BaseModel):
 
 
 def chosen_target(
-    name: str, building: Building, workload: Workload, *, context: int | None, longest_window: int = 0
+    name: str,
+    building: Building,
+    workload: Workload,
+    *,
+    context: int | None,
+    longest_window: int = 0,
+    causal: bool = True,
 ) -> Target:
     """The target called ``name`` with everything that options say about it.
 
@@ -52,6 +58,7 @@ def chosen_target(
         workload: what engines are built for.
         context: the model's longest sequence in tokens, where it has one.
         longest_window: tokens of the longest text the artifact is checked on.
+        causal: whether the model generates, and so has a cache.
 
     Raises:
         UsageError: CS1001 no such target, CS1042 no GPUs to split over, CS1043 a precision the target does not have, CS1046 an
@@ -63,7 +70,16 @@ def chosen_target(
             if value is not None:
                 raise _without_meaning(option, target)
         return target
-    wanted = workload.prompt + workload.output
+    if workload.tensor_parallel > 1:
+        raise UsageError(
+            "CS1046",
+            f"{target.name} builds for one GPU.",
+            where=f"--tensor-parallel {workload.tensor_parallel}",
+            why="Its graph and engines are not split.",
+            hint="Leave the option out, or choose a vllm target.",
+        )
+    wanted = workload.prompt + workload.output if causal else 1
+    _require_length(building.max_length, context, causal=causal)
     length = building.max_length or max(min(LONGEST_CACHE, context or LONGEST_CACHE), wanted, longest_window)
     if length < wanted:
         raise UsageError(
@@ -110,3 +126,22 @@ def _without_meaning(option: str, target: Target) -> UsageError:
         why="Its runtime builds no engines and grows its key-value cache as needed.",
         hint="Leave the option out, or choose a TensorRT target.",
     )
+
+
+def _require_length(length: int | None, context: int | None, *, causal: bool) -> None:
+    if length is not None and not causal:
+        raise UsageError(
+            "CS1046",
+            "--max-length means nothing for this model.",
+            where=f"--max-length {length}",
+            why="It is the length of a key-value cache, and the model has none.",
+            hint="Leave the option out.",
+        )
+    if length is not None and context is not None and length > context:
+        raise UsageError(
+            "CS1047",
+            "The key-value cache would be longer than the model allows.",
+            where=f"--max-length {length}",
+            why=f"The model's longest sequence is {context:,} tokens.",
+            hint=f"Give --max-length {context} or less.",
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,7 @@ from typing import Any
 from compile_sparse.compiler.baseline import get_baseline
 from compile_sparse.compiler.building import baseline_target
 from compile_sparse.compiler.capture import capture
-from compile_sparse.compiler.contract import StandIn
+from compile_sparse.compiler.contract import ShortValues, StandIn
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.job import Job, baseline_key, runtime_threads
 from compile_sparse.compiler.manifest import FileEntry, Manifest, Source, Tool
@@ -36,7 +36,8 @@ from compile_sparse.compiler.staging import REPORT, Staging
 from compile_sparse.compiler.stored_size import rounded, torch_dtype, zero_share
 from compile_sparse.compiler.verify.fidelity import LARGEST_NOISE_NATS, fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
-from compile_sparse.compiler.verify.reference import write_reference
+from compile_sparse.compiler.verify.overflow import require_range
+from compile_sparse.compiler.verify.reference import reference_windows, write_reference
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
@@ -81,12 +82,26 @@ class _Build:
         """The dense program with its weights as they are stored."""
         return rounded(self.dense, torch_dtype(self.job.target.baseline_precision))
 
+    def _require_range(self, program: Program, text: Sequence[Sequence[int]]) -> None:
+        """Stop when what is computed does not fit the type it would be held in."""
+        job = self.job
+        if not isinstance(job.backend, ShortValues):
+            return
+        computed, names = job.backend.held_short(program, job.target)
+        if names:
+            windows = reference_windows(program, text, job.recipe.seed) if program.kind == "decoder" else ()
+            dtype = torch_dtype(job.target.baseline_precision)
+            require_range(computed, names, dtype, windows=windows, seed=job.recipe.seed, progress=self.progress)
+
     def lower(self, staging: Staging) -> dict[str, Any]:
         """Run passes and lower into ``staging``; returns what later stages need."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
         program, sections = run_passes(self.dense, job.passes, job.context(self.progress), verify_each=self.verify_each)
         program = rounded(program, torch_dtype(job.target.baseline_precision))
+        text = [w for windows in job.slices.values() for w in windows]
+        text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
+        self._require_range(program, text)
         with observed() as cost:
             lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
         digests = {f"model/{name}": digest for name, digest in lowered.files.items()}
@@ -102,8 +117,6 @@ class _Build:
             )
             digests |= {f"{deployment.name}/{name}": digest for name, digest in deployed.files.items()}
             limits += deployed.limits
-        text = [w for windows in job.slices.values() for w in windows]
-        text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
         short = job.target.baseline_precision != "fp32"
         write_reference(
@@ -136,7 +149,7 @@ class _Build:
 
 def _served_name(job: Job) -> str:
     """The model's folder, in letters that every serving system takes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.path.name).strip("-") or "model"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.path.resolve().name).strip("-_")[:128] or "model"
 
 
 def compile_job(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from compile_sparse.compiler.skip import Skip
     from compile_sparse.compiler.targets import Target
 
-__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe", "StandIn", "ZeroingPass"]
+__all__ = ["Backend", "Lowered", "Pass", "PassContext", "PassResult", "Probe", "ShortValues", "StandIn", "ZeroingPass"]
 
 
 @dataclass(frozen=True)
@@ -174,4 +174,15 @@ class StandIn(Protocol):
 
     def cannot_stand_in(self, model: Path, target: Target) -> str:
         """Why it cannot run the lowered folder ``model``, a sentence; else empty."""
+        ...
+
+
+@runtime_checkable
+class ShortValues(Protocol):
+    """A backend that keeps values in a type whose range they may leave."""
+
+    def held_short(self, program: Program, target: Target) -> tuple[Program, Collection[str]]:
+        """``program`` as it will be computed, and the names of its nodes whose values are held in a type of smaller range than
+        float32; no names where there are none.
+        """
         ...

@@ -200,7 +200,12 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     context = longest if is_causal(folder.model_class) else None
     workload = fitting(recipe.workload, context)
     target = chosen_target(
-        target_name, recipe.building, workload, context=longest, longest_window=longest_window(recipe, longest)
+        target_name,
+        recipe.building,
+        workload,
+        context=longest,
+        longest_window=longest_window(recipe, longest),
+        causal=is_causal(folder.model_class),
     )
     backend = find_backend(target)
     useless = tuple(
@@ -282,7 +287,7 @@ class TextReader:
         wanted = recipe.calibration
         if wanted is None:
             return None
-        if not self._vocabulary:
+        if not self._vocabulary or wanted.file.endswith(".npz"):
             return CalibrationStream((), arrays=read_arrays(Path(wanted.file), wanted.samples))
         windows = self._read(wanted.file, wanted.samples, wanted.sequence_length)
         return CalibrationStream(tuple(tuple(w) for w in windows))

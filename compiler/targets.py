@@ -132,6 +132,9 @@ class Target(BaseModel):
     activation_scales: Literal["tensor", "token"] = Field(
         default="tensor", description="what one run-time scale of int8 activations covers"
     )
+    whole_groups: bool = Field(
+        default=False, description="whether groups of quantized weights must divide the contraction dimension"
+    )
     scales: Literal["float32", "precision"] = Field(
         default="float32",
         description="type of the scales of schemes that code activations; precision: that of products. Scales of weights alone "

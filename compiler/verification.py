@@ -31,6 +31,8 @@ from compile_sparse.compiler.workload import Workload
 
 __all__ = ["verify_artifact"]
 
+FOREIGN = "The engines were not compared with those that were built (--allow-foreign-engine): what was measured may be another model's."
+
 
 def verify_artifact(
     path: str | Path,
@@ -77,6 +79,7 @@ def verify_artifact(
         fitting(compiled.workload, context if old.model.kind == "decoder" else None),
         context=context,
         longest_window=longest_window(compiled, context),
+        causal=old.model.kind == "decoder",
     )
     target = trusting(target) if allow_foreign_engine else target
     backend = find_backend(target)
@@ -126,9 +129,11 @@ def verify_artifact(
         artifact_bytes=Change(baseline=folder_bytes(baseline / "model"), compiled=folder_bytes(artifact.model)),
         zeros=old.model.zeros,
     )
-    report = judged(
-        old.model_copy(update={"model": sizes, "gates": ()}), measured, tuple(gates) or tuple(manifest.recipe["gates"])
-    )
+    changes: dict[str, Any] = {"model": sizes, "gates": ()}
+    if allow_foreign_engine:
+        # What a builder said of the recorded engines says nothing of these.
+        changes |= {"sparsity": None, "notes": (*(n for n in old.notes if n != FOREIGN), FOREIGN)}
+    report = judged(old.model_copy(update=changes), measured, tuple(gates) or tuple(manifest.recipe["gates"]))
     replace_report(artifact, report.as_json(), trusted=trusted)
     return finished(report, artifact.folder)
 

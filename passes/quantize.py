@@ -99,6 +99,9 @@ class Quantize(BaseModel):
         if context.target.logits == "float":
             linears, heads = _without_logits(edited, linears)
             skips = [*skips, *heads]
+        if context.target.whole_groups and scheme.weights.group:
+            linears, broken = _with_whole_groups(edited, linears, scheme.weights.group)
+            skips = [*skips, *broken]
         if not linears:
             raise ModelError(
                 "CS2201",
@@ -202,6 +205,21 @@ class Quantize(BaseModel):
 def _needs_coded_output(mask: SparsityMask | None, target: Target) -> bool:
     entry = target.pattern(ZeroPattern.parse(mask.pattern).family) if mask is not None else None
     return entry is not None and entry.int8_outputs
+
+
+def _with_whole_groups(program: Program, linears: Sequence[Linear], group: int) -> tuple[list[Linear], list[Skip]]:
+    """Layers whose contraction dimension the groups divide; the others stay in floating point."""
+    kept, skips = [], []
+    for linear in linears:
+        depth = program.weights[linear.tensor].shape[linear.axis]
+        if depth % group == 0:
+            kept.append(linear)
+            continue
+        why = (
+            f"Its {depth} inputs are no multiple of {group}, and the target has no products with a shorter last group."
+        )
+        skips.append(Skip(linear.tensor, "CS2209", why, "It stays in floating point; smaller groups may divide it."))
+    return kept, skips
 
 
 def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:

@@ -77,7 +77,7 @@ class _Typing:
     def __init__(self, program: Program, short: torch.dtype) -> None:
         self.program, self.short = program, short
         self._mode = fake_mode_of(program)
-        self._casts: dict[tuple[fx.Node, torch.dtype], fx.Node] = {}
+        self._casts: dict[tuple[fx.Node, torch.dtype, bool], fx.Node] = {}
 
     def weights(self) -> dict[str, TensorSource]:
         """Types of the placeholders; returns the weights that change theirs."""
@@ -136,7 +136,7 @@ class _Typing:
         """``value`` in another type, made once. Additive masks saturate instead of overflowing to infinity, so that a row which
         sees nothing stays finite.
         """
-        key = (value, dtype)
+        key = (value, dtype, masks)
         if key not in self._casts:
             graph = self.program.graph
             with graph.inserting_after(_last_placeholder(graph) if value.op == "placeholder" else value):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,6 +48,12 @@ class TensorRtBackend:
 
         return write_folder(program, target, out, progress)
 
+    def held_short(self, program: Program, target: Target) -> tuple[Program, Collection[str]]:
+        """Values of the graph that have fp16; bf16 has the range of float32."""
+        from compile_sparse.backends.tensorrt.lowering import held_in_half
+
+        return held_in_half(program) if target.baseline_precision == "fp16" else (program, ())
+
     def cannot_run(self, model: Path, target: Target) -> str:
         """The folder has no engine for the GPU here."""
         from compile_sparse.backends.tensorrt.description import read_description
@@ -56,9 +62,14 @@ class TensorRtBackend:
         from compile_sparse.compiler.errors import CompileSparseError
 
         try:
-            choose_engine(read_description(model), here())
+            record = choose_engine(read_description(model), here())
         except CompileSparseError as error:
             return f"{error.what} {error.why} {error.hint}".strip()
+        if record.builder != "tensorrt":
+            return (
+                "Its engine is TensorRT-RTX's, and the dense baseline's TensorRT's: a process loads one of them only, so they "
+                "are not measured against each other. Compile without --engine rtx-aot."
+            )
         return ""
 
     def worker_command(self, target: Target) -> Sequence[str]:

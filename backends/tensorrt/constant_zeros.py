@@ -154,7 +154,7 @@ class Constant:
         kind = np.dtype(f"<u{max(bits, 8) // 8}")
         count = -(-self.elements * bits // 8) if bits < 8 else self.elements
         if self._proto.data_location == self._proto.EXTERNAL:
-            file, offset = self._place(count * kind.itemsize)
+            file, offset = self.place(count * kind.itemsize)
             return lambda start, stop: np.fromfile(file, kind, stop - start, offset=offset + start * kind.itemsize)
         codes = self._inline(kind)
         if len(codes) != count:
@@ -174,7 +174,7 @@ class Constant:
                 return array.view(f"<u{array.dtype.itemsize}").astype(kind)  # small codes lie in the low bytes
         return np.empty(0, kind)
 
-    def _place(self, needed: int) -> tuple[Path, int]:
+    def place(self, needed: int) -> tuple[Path, int]:
         """The file that holds ``needed`` bytes of this tensor, and where they start."""
         entries = {entry.key: entry.value for entry in self._proto.external_data}
         file = (self._folder / entries.get("location", "")).resolve()

@@ -16,7 +16,7 @@ from compile_sparse.backends.tensorrt.description import Description, EngineReco
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.file_digests import digest_file
 
-__all__ = ["Here", "check_engine", "choose_engine", "find_record"]
+__all__ = ["Here", "check_engine", "choose_engine"]
 
 _FOREIGN_HINT = "If you trust it, give --allow-foreign-engine."
 
@@ -34,26 +34,6 @@ class Here:
     versions: Mapping[str, str] = field(default_factory=dict)
     gpu: str = ""
     compute_capability: str = ""
-
-
-def find_record(description: Description, file: str, *, allow_foreign: bool = False) -> EngineRecord | None:
-    """What the description says of the engine ``file``; None for an unknown one that the user vouches for.
-
-    Raises:
-        Refusal: CS4421 when it is not listed.
-    """
-    for record in description.engines:
-        if record.file == file:
-            return record
-    if allow_foreign:
-        return None
-    raise Refusal(
-        "CS4421",
-        "The engine is not one of ours.",
-        where=file,
-        why="No engine of that name is listed in compile_sparse.json. A runtime runs what an engine contains.",
-        hint=_FOREIGN_HINT,
-    )
 
 
 def choose_engine(description: Description, here: Here) -> EngineRecord:
@@ -112,8 +92,7 @@ def check_engine(folder: Path, record: EngineRecord, here: Here, *, allow_foreig
         why = "It is a symbolic link." if path.is_symlink() else "The file does not exist."
         raise Refusal("CS4425", "There is no such engine.", where=str(path), why=why, hint="Copy the whole artifact.")
     size = os.stat(path).st_size
-    if size < record.bytes:
-        # Not even vouching for it makes a part of an engine one.
+    if size < record.bytes and not allow_foreign:
         raise Refusal(
             "CS4420",
             "The engine was cut short.",

@@ -19,6 +19,7 @@ from compile_sparse.backends.tensorrt.sparse_gate import GemmRow, check_sparsity
 from compile_sparse.backends.tensorrt.sparse_report import sparse_report
 from compile_sparse.backends.tensorrt.unified import write_unified
 from compile_sparse.compiler.contract import Lowered
+from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.measure import BESIDE, TWIN
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
@@ -110,12 +111,20 @@ def _sparse_products(program: Program, model: Path) -> tuple[str, dict[str, str]
     masks = {name: mask for name, mask in program.masks.items() if _is_n_of_m(mask.pattern)}
     if not masks:
         return "", {}, []
-    pattern = next(iter(masks.values())).pattern
+    pattern, *others = sorted({mask.pattern for mask in masks.values()})
+    if others:
+        raise Refusal(
+            "CS4433",
+            "The model has zeros in more than one pattern.",
+            where="mask",
+            why=f"It has {pattern} and {', '.join(others)}; an engine is built for one.",
+            hint="Give one --sparsity.",
+        )
     n, m = (int(part) for part in pattern.split(":"))
     rows = check_sparsity(model, n=n, m=m)
     intended: dict[str, str] = {}
     for name in masks:
-        reached = [row for row in rows if row.tensor == name or row.tensor.startswith(f"{name}.")]
+        reached = [row for row in rows if row.tensor in (name, f"{name}.transposed", f"{name}.inner_first")]
         intended |= {row.node: row.tensor for row in reached}
         if not reached:  # as bad as a weight without zeros: it is named, and fails
             intended[f"(the product of {name})"] = name

@@ -24,7 +24,7 @@ from compile_sparse.compiler.skip import Skip
 from compile_sparse.compiler.stored_size import torch_dtype
 from compile_sparse.compiler.targets import Build, Target
 
-__all__ = ["build_of", "emit", "prepared", "rehearse"]
+__all__ = ["build_of", "emit", "held_in_half", "prepared", "rehearse"]
 
 
 def build_of(target: Target, program: Program) -> Build:
@@ -41,6 +41,21 @@ def prepared(program: Program, target: Target) -> tuple[Program, list[Skip]]:
     """``program`` raised and typed, ready for ``emit``."""
     raised, skips = raise_patterns(program, refuse_attention=refuse_attention)
     return in_precision(raised, torch_dtype(target.baseline_precision)), skips
+
+
+def held_in_half(program: Program) -> tuple[Program, list[str]]:
+    """The raised program, which still computes in float32, and its nodes whose values the graph keeps in fp16."""
+    raised, _ = raise_patterns(program, refuse_attention=refuse_attention)
+    here = {node.name for node in raised.graph.nodes}
+    typed = in_precision(raised, torch.float16)
+    names = [
+        node.name
+        for node in typed.graph.nodes
+        if node.op == "call_function"
+        and node.name in here
+        and getattr(node.meta.get("val"), "dtype", None) == torch.float16
+    ]
+    return raised, names
 
 
 def emit(program: Program, sink: Sink, length: int, on_weight: object = None) -> tuple[Emission, dict[str, str]]:

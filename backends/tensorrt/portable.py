@@ -8,11 +8,13 @@ cannot do:
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from compile_sparse.backends.tensorrt.constant_zeros import Constant
 from compile_sparse.backends.tensorrt.dialect import NVIDIA
 
 __all__ = ["Portable", "cannot_stand_in", "portable_model"]
@@ -46,7 +48,11 @@ def cannot_stand_in(path: Path) -> str:
 
 
 def portable_model(path: Path) -> Portable:
-    """The model of ``path``. Memory follows the converted weights: twice the file where it is in bfloat16."""
+    """The model of ``path``. Memory follows the converted weights: twice the file where it is in bfloat16.
+
+    Raises:
+        Refusal: CS4502, a weight that is missing, cut short or outside of the folder.
+    """
     import onnx
 
     model = onnx.load(str(path), load_external_data=False)
@@ -80,9 +86,9 @@ def portable_model(path: Path) -> Portable:
 def _widened(tensor: Any, folder: Path) -> np.ndarray[Any, Any]:
     """bfloat16 is the upper half of float32."""
     if tensor.external_data:
-        place = {entry.key: entry.value for entry in tensor.external_data}
-        count = int(place["length"]) // 2
-        bits = np.fromfile(folder / place["location"], np.uint16, count, offset=int(place.get("offset", 0)))
+        count = prod(tensor.dims)
+        file, offset = Constant(tensor, folder).place(2 * count)
+        bits = np.fromfile(file, np.uint16, count, offset=offset)
     else:
         bits = np.frombuffer(tensor.raw_data, np.uint16)
     return np.asarray((bits.astype(np.uint32) << 16).view(np.float32).reshape(tuple(tensor.dims)))

@@ -8,6 +8,7 @@ The protocol and most operations are those of ``backends/onnxruntime/worker.py``
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,10 @@ class EngineWorker(Worker):
             torch.cuda.set_stream(
                 torch.cuda.Stream()
             )  # engines do not like the default stream, and it cannot be recorded
-        engine = load_engine((path / record.file).read_bytes(), self._log)
+        plan = (path / record.file).read_bytes()
+        if not self._allow_foreign and hashlib.sha256(plan).hexdigest() != record.sha256:
+            raise RequestError(f"{record.file} was changed while it was being loaded")
+        engine = load_engine(plan, self._log)
         return EngineSession(engine, description, record.profiles)
 
     def generate(self, model: Any, tokens: np.ndarray[Any, Any], prompt: int) -> dict[str, Any]:

@@ -117,6 +117,8 @@ def _samples(worker: Worker, name: str, path: Path, progress: Progress) -> Fidel
         found = run_samples(worker, name, feeds, Path(scratch))
         task.advance()
     first = next(iter(expected))
+    if not all(np.isfinite(values).all() for values in found.values()):
+        return Fidelity(samples=int(expected[first].shape[0]), top1_agreement=0.0)
     return Fidelity(
         samples=int(expected[first].shape[0]),
         max_abs_diff=max(float(np.abs(expected[key] - found[key]).max()) for key in expected),

@@ -242,18 +242,16 @@ def _agreement(gate: Gate, report: Mapping[str, Any]) -> Measured:
 
 
 def _sparsity(gate: Gate, report: Mapping[str, Any]) -> Measured:
-    """Products with a sparse kernel in the profile that has the fewest.
-
-    The builder's log is asked first; where it names no layers, the names of the engine's kernels are.
+    """Products with a sparse kernel in the profile that has the fewest: what the builder's log says it chose and what the names of
+    the engine's kernels say; the smaller number where both are known.
     """
     profiles = _at(report, "sparsity", "profiles")
     if not isinstance(profiles, Mapping) or not profiles:
         return None, None
     counts = []
     for found in profiles.values():
-        chosen = _number(_at(found, "chosen"))
-        count = _number(_at(found, "kernels")) if chosen is None else chosen
-        if count is None:
+        known = [n for n in (_number(_at(found, "chosen")), _number(_at(found, "kernels"))) if n is not None]
+        if not known:
             return None, None
-        counts.append(count)
+        counts.append(min(known))
     return min(counts), None

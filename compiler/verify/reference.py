@@ -21,7 +21,15 @@ from compile_sparse.compiler.model_facts import context_length
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress, Task
 
-__all__ = ["DECODER_FILE", "SAMPLE_FILE", "sample_inputs", "with_float_activations", "write_reference"]
+__all__ = [
+    "DECODER_FILE",
+    "SAMPLES",
+    "SAMPLE_FILE",
+    "reference_windows",
+    "sample_inputs",
+    "with_float_activations",
+    "write_reference",
+]
 
 DECODER_FILE = "reference.json"
 SAMPLE_FILE = "reference.npz"
@@ -38,6 +46,13 @@ def _windows(text: Sequence[Sequence[int]], count: int, vocabulary: int, context
     while len(chosen) < count:
         chosen.append(draws.integers(0, vocabulary, length).tolist())
     return chosen
+
+
+def reference_windows(
+    program: Program, text: Sequence[Sequence[int]], seed: int, windows: int = WINDOWS
+) -> list[list[int]]:
+    """Token ids that a decoder's reference is computed on."""
+    return _windows(text, windows, int(program.config["vocab_size"]), context_length(program.config) or TOKENS, seed)
 
 
 def sample_inputs(program: Program, seed: int, *, batch: int = 1, length: int = 64) -> dict[str, np.ndarray[Any, Any]]:
@@ -82,8 +97,7 @@ def write_reference(
     """
     executor = Executor(program)
     if program.kind == "decoder":
-        vocabulary, context = int(program.config["vocab_size"]), context_length(program.config) or TOKENS
-        chosen = _windows(text, windows, vocabulary, context, seed)
+        chosen = reference_windows(program, text, seed, windows)
         tokens, steps = torch.tensor(chosen, dtype=torch.long), max(1, len(chosen[0]) - PREFILL)
         with progress.task("reference in torch", total=steps * (1 if dense is None else 2)) as task:
             traces = _traces(program, executor, tokens, task)

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, read_description
 from compile_sparse.backends.tensorrt.processor import probe_runtime
@@ -168,6 +169,8 @@ def test_precision_and_length_are_options(llama: Path, tmp_path: Path) -> None:
         (("--target", "ort-cpu", "--engine", "none"), "CS1046"),
         (("--target", "ort-cpu", "--max-length", "64"), "CS1046"),
         (("--target", "trt-a100", "--emit", "tritn"), "CS1061"),
+        (("--target", "trt-a100", "--max-length", "5000"), "CS1047"),
+        (("--target", "trt-a100", "--tensor-parallel", "2"), "CS1046"),
     ],
 )
 def test_wrong_options(llama: Path, tmp_path: Path, words: tuple[str, ...], code: str) -> None:
@@ -229,6 +232,28 @@ def test_what_nothing_here_can_run_is_unverified_with_the_reason(llama: Path, te
     assert found.data["verdict"] == "unverified"
     assert "TRT_FP4DynamicQuantize is TensorRT's own operator" in found.data["verdict_why"]
     assert "fidelity" not in found.data
+
+
+def test_values_beyond_fp16_are_found_before_anything_is_written(tmp_path: Path) -> None:
+    """Every weight fits fp16, and so does every output; what is in between does not. ONNX Runtime would not show it."""
+    model = build("bert")
+    layer = model.bert.encoder.layer[0]
+    with torch.no_grad():
+        layer.intermediate.dense.weight.mul_(3e4)
+        layer.output.dense.weight.div_(3e4)
+    model.save_pretrained(tmp_path / "bert")
+    found = shell("compile", tmp_path / "bert", "--target", "trt-a100", "--out", tmp_path / "a")
+    assert (found.code, "CS4432" in found.errors) == (4, True)
+    assert "encoder.layer.0" in found.errors
+    assert "--precision bf16" in found.errors
+    assert not (tmp_path / "a").exists()
+    found = shell("compile", tmp_path / "bert", "--target", "trt-a100", "--precision", "bf16", "--out", tmp_path / "a")
+    assert found.code == 0, found.errors
+
+
+def test_no_cache_no_length(vit: Path, tmp_path: Path) -> None:
+    found = shell("compile", vit, "--target", "trt-l4", "--max-length", "64", "--out", tmp_path / "a")
+    assert (found.code, "CS1046" in found.errors) == (2, True)
 
 
 def test_explain_reads_no_weights(llama: Path, text: Path) -> None:

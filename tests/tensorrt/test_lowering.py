@@ -20,17 +20,21 @@ import numpy as np
 import onnx
 import pytest
 import torch
+import transformers as hf
 
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.backends.tensorrt.description import read_description
 from compile_sparse.backends.tensorrt.sparse_gate import check_sparsity
 from compile_sparse.backends.tensorrt.stand_in import StandIn
+from compile_sparse.compiler.capture import capture_model
+from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.execute import Executor, decoder_inputs
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.verify.reference import sample_inputs, with_float_activations
 from compile_sparse.compiler.weights import ResidentTensor
+from compile_sparse.passes.quantize import Quantize
 from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, target_called
 from tests.tensorrt.models import DECODERS, OTHERS, VOCABULARY
 
@@ -293,3 +297,28 @@ def test_only_attention_without_a_kernel_may_be_decomposed(folder_of: FolderOf) 
         [str(a) for n in onnx.load(folder_of("llama").path / "model.onnx").graph.node for a in n.attribute]
     )
     assert "TRT_" not in text
+
+
+def test_layers_that_groups_do_not_divide_stay_in_floating_point() -> None:
+    target = target_called("trt-a100", engine="none")
+    program = capture_model(hf_llama(192))
+    context = PassContext(target=target, progress=SilentProgress())
+    result = Quantize(scheme="w4a16").run(program, context)
+    left = [skip for skip in result.skips if skip.code == "CS2209"]
+    assert {skip.where.rsplit(".", 2)[1] for skip in left} == {
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_proj",
+        "up_proj",
+    }
+    assert all("192 inputs" in skip.why for skip in left)
+    assert result.achieved["linears"] == 1
+
+
+def hf_llama(width: int) -> hf.PreTrainedModel:
+    config = hf.LlamaConfig(
+        hidden_size=width, intermediate_size=256, num_hidden_layers=1, num_attention_heads=3, vocab_size=VOCABULARY
+    )
+    return hf.LlamaForCausalLM(config).eval()
