@@ -31,7 +31,10 @@ from compile_sparse.compiler.workload import Workload
 
 __all__ = ["verify_artifact"]
 
-FOREIGN = "The engines were not compared with those that were built (--allow-foreign-engine): what was measured may be another model's."
+FOREIGN = (
+    "The engines were not compared with those that were built (--allow-foreign-engine): "
+    "what was measured may be another model's."
+)
 
 
 def verify_artifact(

@@ -47,19 +47,19 @@ def check(worker: FakeWorker, folder: Path, **options: Any) -> Any:
     return check_fidelity(worker, "m", folder, SilentProgress(), **options)  # type: ignore[arg-type]
 
 
-def test_the_bound_is_twice_the_noise_plus_what_activation_codes_do(folder: Path) -> None:
+def test_the_bound_is_twice_the_noise_and_two_independent_codings(folder: Path) -> None:
     found = check(FakeWorker(noise=0.05), folder, noise=0.02)
-    assert found.logprob_bound == pytest.approx(2 * 0.02 + 0.03)
+    assert found.logprob_bound == pytest.approx(2 * 0.02 + 2**0.5 * 0.03)
     assert found.mean_abs_logprob_diff == pytest.approx(0.05)
     assert wrong_model({"fidelity": found.model_dump()}, 0.99) == []
-    worse = check(FakeWorker(noise=0.08), folder, noise=0.02)
+    worse = check(FakeWorker(noise=0.09), folder, noise=0.02)
     (gate,) = wrong_model({"fidelity": worse.model_dump()}, 0.99)
     assert not gate["passed"]
-    assert gate["gate"].startswith("fidelity_logprob<=0.07")
+    assert gate["gate"].startswith("fidelity_logprob<=0.0824")
 
 
 def test_exact_runtimes_are_not_held_to_nothing(folder: Path) -> None:
-    assert check(FakeWorker(noise=5e-4), folder, noise=1e-7).logprob_bound == pytest.approx(1e-3 + 0.03)
+    assert check(FakeWorker(noise=5e-4), folder, noise=1e-7).logprob_bound == pytest.approx(1e-3 + 2**0.5 * 0.03)
 
 
 def test_without_a_dense_reference_there_is_no_bound(folder: Path) -> None:
@@ -82,3 +82,19 @@ def test_what_is_no_number_is_another_model(folder: Path) -> None:
     assert "no number" in gate["why"]
     report = {"performance": {"ratio": {}}, "fidelity": found.model_dump()}
     assert decide(report).verdict == "unverified"
+
+
+def test_outputs_that_are_no_numbers_fail_the_check(tmp_path: Path) -> None:
+    """A runtime that overflows must not end in an error of ours."""
+
+    class Overflowing:
+        def call(self, operation: str, **request: Any) -> dict[str, Any]:
+            np.savez(request["outputs"], y=np.full((3, 5), np.nan, np.float32))
+            return {}
+
+    values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
+    np.savez(tmp_path / "reference.npz", **{"in.x": values, "out.y": values})
+    found = check(Overflowing(), tmp_path)  # type: ignore[arg-type]
+    assert (found.samples, found.top1_agreement, found.mean_cosine) == (3, 0.0, None)
+    (gate,) = wrong_model({"fidelity": found.model_dump()}, 0.99)
+    assert not gate["passed"]

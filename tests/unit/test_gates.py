@@ -135,7 +135,7 @@ def _sparsity(*profiles):
     ("profiles", "value"),
     [
         ([{"chosen": 140}], 140),
-        ([{"chosen": 140, "kernels": 7}], 140),
+        ([{"chosen": 140, "kernels": 7}], 7),
         ([{"chosen": 140}, {"chosen": 3}], 3),  # the profile with the fewest counts
         ([{"chosen": 140}, {"chosen": 0, "kernels": 9}], 0),
         ([{"kernels": 12}, {"chosen": 140}], 12),  # the log named no layers, the engine's kernels are known
