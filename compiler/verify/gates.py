@@ -242,8 +242,8 @@ def _agreement(gate: Gate, report: Mapping[str, Any]) -> Measured:
 
 
 def _sparsity(gate: Gate, report: Mapping[str, Any]) -> Measured:
-    """Products with a sparse kernel in the profile that has the fewest: what the builder's log says it chose and what the names of
-    the engine's kernels say; the smaller number where both are known.
+    """Products with a sparse kernel in the profile that has the fewest: by the builder's log and by the names of the kernels, the
+    smaller number where both are known.
     """
     profiles = _at(report, "sparsity", "profiles")
     if not isinstance(profiles, Mapping) or not profiles:
