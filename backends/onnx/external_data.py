@@ -11,7 +11,10 @@ from types import TracebackType
 
 import numpy as np
 
-__all__ = ["Extent", "ExternalData", "Sink"]
+__all__ = ["DATA_FILE", "MODEL_FILE", "Extent", "ExternalData", "Sink"]
+
+MODEL_FILE = "model.onnx"
+DATA_FILE = "model.onnx.data"
 
 Extent = tuple[int, int]
 

@@ -77,6 +77,7 @@ class _Typing:
     def __init__(self, program: Program, short: torch.dtype) -> None:
         self.program, self.short = program, short
         self._mode = fake_mode_of(program)
+        self._last_placeholder = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
         self._casts: dict[tuple[fx.Node, torch.dtype, bool], fx.Node] = {}
 
     def weights(self) -> dict[str, TensorSource]:
@@ -139,12 +140,12 @@ class _Typing:
         key = (value, dtype, masks)
         if key not in self._casts:
             graph = self.program.graph
-            with graph.inserting_after(_last_placeholder(graph) if value.op == "placeholder" else value):
+            with graph.inserting_after(self._last_placeholder if value.op == "placeholder" else value):
                 saturated = value
                 if masks and dtype != torch.float32:
                     saturated = graph.call_function(torch.ops.aten.clamp_min.default, (value, torch.finfo(dtype).min))
                     saturated.meta.update(val=value.meta["val"])
-            with graph.inserting_after(saturated if saturated.op != "placeholder" else _last_placeholder(graph)):
+            with graph.inserting_after(saturated if saturated.op != "placeholder" else self._last_placeholder):
                 cast = graph.call_function(torch.ops.aten._to_copy.default, (saturated,), {"dtype": dtype})
             cast.meta["val"] = value.meta["val"]
             self._retype(cast, dtype)
@@ -160,10 +161,6 @@ class _Typing:
 
         value = node.meta["val"]
         node.meta["val"] = type(value)(map(retyped, value)) if isinstance(value, (tuple, list)) else retyped(value)
-
-
-def _last_placeholder(graph: fx.Graph) -> fx.Node:
-    return [node for node in graph.nodes if node.op == "placeholder"][-1]
 
 
 def _is_float(node: fx.Node) -> bool:

@@ -6,16 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 from compile_sparse.backends.onnx.emission import Emission
-from compile_sparse.backends.onnx.external_data import ExternalData, Sink
+from compile_sparse.backends.onnx.external_data import DATA_FILE, MODEL_FILE, ExternalData, Sink
 from compile_sparse.backends.onnx.protobuf import write_model
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.program import Program
 from compile_sparse.compiler.progress import Progress
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "refuse_unsupported", "write_files"]
-
-MODEL_FILE = "model.onnx"
-DATA_FILE = "model.onnx.data"
 
 
 def write_files(

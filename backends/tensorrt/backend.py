@@ -85,7 +85,7 @@ class TensorRtBackend:
 
     def cannot_stand_in(self, model: Path, target: Target) -> str:
         """The graph has operators of TensorRT's own (NVFP4)."""
-        from compile_sparse.backends.onnx.writing import MODEL_FILE
+        from compile_sparse.backends.onnx.external_data import MODEL_FILE
         from compile_sparse.backends.tensorrt.portable import cannot_stand_in
 
         return cannot_stand_in(model / MODEL_FILE)

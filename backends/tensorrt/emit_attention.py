@@ -17,8 +17,8 @@ import torch
 from torch import fx
 
 from compile_sparse.backends.onnx.element_types import kind_of, raw_values
-from compile_sparse.backends.onnx.emission import Emission, Unsupported
-from compile_sparse.backends.onnx.emit_attention import STANDARD_ATTENTION
+from compile_sparse.backends.onnx.emission import Emission
+from compile_sparse.backends.onnx.emit_attention import STANDARD_ATTENTION, attention_call
 from compile_sparse.backends.tensorrt.cache import StaticCache
 from compile_sparse.backends.tensorrt.dialect import DECOMPOSABLE, emits
 from compile_sparse.compiler.raising import AttentionShape
@@ -82,16 +82,8 @@ def _table(emission: Emission, table: fx.Node, length: int, dtype: torch.dtype) 
 
 @emits("aten::scaled_dot_product_attention")
 def _plain(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
-    if given["dropout_p"]:
-        raise Unsupported("attention with dropout")
-    operands = [emission.value(given[k]) for k in ("query", "key", "value")]
-    if given["attn_mask"] is not None:
-        operands.append(emission.value(given["attn_mask"]))
-    size = dimensions(given["query"])[-1]
-    return _attention(
-        emission, node, operands, size, scale=float(given["scale"]), is_causal=int(bool(given["is_causal"]))
-    )
+    operands, attributes = attention_call(emission, node)
+    return _attention(emission, node, operands, dimensions(arguments(node)["query"])[-1], **attributes)
 
 
 def _attention(emission: Emission, node: fx.Node, operands: Sequence[str], size: Any, **attributes: Any) -> str:

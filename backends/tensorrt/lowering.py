@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from compile_sparse.backends.onnx import standard  # noqa: F401  (registers operators)
@@ -58,7 +60,7 @@ def held_in_half(program: Program) -> tuple[Program, list[str]]:
     return raised, names
 
 
-def emit(program: Program, sink: Sink, length: int, on_weight: object = None) -> tuple[Emission, dict[str, str]]:
+def emit(program: Program, sink: Sink, length: int, on_weight: Callable[[], None]) -> tuple[Emission, dict[str, str]]:
     """Emit a prepared program; weights go to ``sink`` one at a time.
 
     Args:
@@ -73,8 +75,7 @@ def emit(program: Program, sink: Sink, length: int, on_weight: object = None) ->
     Raises:
         Refusal: CS2311 an operator without an ONNX form, CS4431 a weight out of range, CS4411 a cache that cannot be static.
     """
-    advance = on_weight if callable(on_weight) else (lambda: None)
-    emission = Emission(program, GraphWriter(sink), advance, DIALECT)
+    emission = Emission(program, GraphWriter(sink), on_weight, DIALECT)
     decoder = program.kind == "decoder"
     symbols: dict[str, str] = {}
     if decoder:

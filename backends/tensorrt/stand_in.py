@@ -13,13 +13,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from compile_sparse.backends.onnx.external_data import MODEL_FILE
 from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt.description import Description, Value, read_description
 from compile_sparse.backends.tensorrt.portable import portable_model
 
-__all__ = ["MODEL_FILE", "StandIn", "StaticCache"]
+__all__ = ["StandIn", "StaticCache"]
 
-MODEL_FILE = "model.onnx"
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
 Array = NDArray[Any]

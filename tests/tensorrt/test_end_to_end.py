@@ -4,12 +4,9 @@ ONNX Runtime stands in for fidelity and quality. With a GPU of a target these te
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -18,26 +15,12 @@ import torch
 
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, read_description
 from compile_sparse.backends.tensorrt.processor import probe_runtime
-from compile_sparse.compiler.cli.main import run
 from compile_sparse.compiler.targets import find_target
+from tests.shell import Shell, shell
 from tests.tensorrt.models import VOCABULARY, build
 
 SMALL = ("--workload", "prompt=16,output=8,rounds=3")
 NO_GPU = not probe_runtime(find_target("trt-a100")).available
-
-
-class Shell(NamedTuple):
-    code: int
-    data: dict[str, Any]
-    errors: str
-
-
-def shell(*words: object) -> Shell:
-    """Run a command line in this process and read its JSON."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run([*map(str, words), "--json"])
-    return Shell(code, json.loads(out.getvalue()) if out.getvalue() else {}, err.getvalue())
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -2,35 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors import safe_open
 
-from compile_sparse.compiler.cli.main import run
 from compile_sparse.compiler.runtimes import RuntimeRecord
+from tests.shell import shell
 from tests.vllm.lowering import here
 
 SMALL = ("--workload", "prompt=16,output=8,rounds=3")
-
-
-class Shell(NamedTuple):
-    code: int
-    data: dict[str, Any]
-
-
-def shell(*words: object) -> Shell:
-    """Run a command line in this process and read its JSON."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        code = run([*map(str, words), "--json"])
-    return Shell(code, json.loads(out.getvalue()))
 
 
 @pytest.fixture(scope="module", autouse=True)
