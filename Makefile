@@ -40,7 +40,7 @@ format: venv
 	$(BIN)/ruff format .
 
 schema: venv
-	$(BIN)/python -m compile_sparse.compiler.recipe_schema docs/recipe.schema.json
+	$(BIN)/python -m compile_sparse.compiler.recipes.schema docs/recipe.schema.json
 
 architectures: venv
 	$(BIN)/python -m tests.unit.axes.architecture_table docs/architectures.md

@@ -28,12 +28,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.contract import Pass, PassContext
-from compile_sparse.compiler.measure import folder_bytes
+from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.compiler.worker import Worker
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.targets.target import find_target
+from compile_sparse.compiler.verify.measure import folder_bytes
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.quantize import Quantize
 

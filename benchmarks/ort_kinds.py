@@ -24,12 +24,12 @@ import transformers as hf
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.contract import Pass, PassContext
 from compile_sparse.compiler.errors import ModelError, Refusal
+from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.compiler.worker import Worker
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_conv import PruneConv

@@ -10,15 +10,15 @@ from typing import Any
 
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.recipe import Recipe
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.recipes.recipe import Recipe
+from compile_sparse.compiler.targets.target import find_target
 
 __all__ = ["OURS", "Row", "compile_row", "dense_program", "logits_of"]
 

@@ -23,7 +23,7 @@ from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.groups import Anchor
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 
 MODELS: dict[str, dict[str, Any]] = {
     "llama-24": {

@@ -53,8 +53,8 @@ def make_model(folder: Path, layers: int, *, tied: bool) -> int:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from compile_sparse.compiler.safetensors_stream import write_safetensors
-    from compile_sparse.compiler.weights import DerivedTensor
+    from compile_sparse.compiler.ir.safetensors_stream import write_safetensors
+    from compile_sparse.compiler.ir.weights import DerivedTensor
 
     folder.mkdir()
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **SIZES}
@@ -150,11 +150,11 @@ def lower(model: Path, out: Path, form: str) -> dict[str, Any]:
     import torch
 
     from compile_sparse.compiler.capture import capture
-    from compile_sparse.compiler.job import prepare
+    from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
+    from compile_sparse.compiler.pipeline.job import prepare
+    from compile_sparse.compiler.pipeline.runner import run_passes
     from compile_sparse.compiler.progress import SilentProgress
-    from compile_sparse.compiler.recipe_flags import merge_options
-    from compile_sparse.compiler.runner import run_passes
-    from compile_sparse.compiler.stored_size import rounded, torch_dtype
+    from compile_sparse.compiler.recipes.flags import merge_options
 
     torch.set_num_threads(1)
     options = dict(FORMS[form])
@@ -177,7 +177,7 @@ def lower(model: Path, out: Path, form: str) -> dict[str, Any]:
             program = capture(job.folder, progress=progress)
         with stage("passes"):
             program, _ = run_passes(program, job.passes, job.context(progress))
-            program = rounded(program, torch_dtype(target.baseline_precision))
+            program = cast_weights(program, torch_dtype(target.baseline_precision))
         with stage("lower"):
             lowered = job.backend.lower(program, target, out, progress)
     return {"stages": stages, "peak": resident("VmHWM"), "anonymous": anonymous[0], "form": dict(lowered.form)}
@@ -185,8 +185,8 @@ def lower(model: Path, out: Path, form: str) -> dict[str, Any]:
 
 def parse(folder: Path) -> tuple[float, int, int]:
     """Seconds, peak bytes and layers of TensorRT-RTX's parser."""
-    from compile_sparse.backends.tensorrt.builder import BuildRequest, build
     from compile_sparse.backends.tensorrt.description import read_description
+    from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, build
     from compile_sparse.compiler.progress import SilentProgress
 
     profiles = [profile.model_dump(mode="json") for profile in read_description(folder).profiles]

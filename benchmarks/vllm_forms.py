@@ -21,16 +21,16 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.contract import Pass, PassContext
-from compile_sparse.compiler.measure import folder_bytes
+from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.ir.storage import cast_weights
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.runtimes import find_runtime
-from compile_sparse.compiler.stored_size import rounded
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.compiler.worker import Worker
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.environments import find_runtime
+from compile_sparse.compiler.targets.target import find_target
+from compile_sparse.compiler.verify.measure import folder_bytes
 from compile_sparse.passes.low_rank import LowRank
-from compile_sparse.passes.mask import Mask
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_layers import PruneLayers
@@ -69,7 +69,7 @@ def forms(reduce_range: bool) -> dict[str, list[Pass]]:
         "heads -25 % (plugin)": [PruneHeads(fraction=0.25, unit="query", criterion="magnitude")],
         "w4a16": [Quantize(scheme="w4a16")],
         "low rank -50 % (plugin)": [LowRank(fraction=0.5, criterion="svd")],
-        "2:4 (plugin)": [Mask(pattern="2:4")],
+        "2:4 (plugin)": [Sparsify(pattern="2:4")],
     }
 
 
@@ -85,7 +85,7 @@ def write(source: Path, work: Path, only: str) -> dict[str, Path]:
         changed, _ = run_passes(program, passes, context)
         out = work / f"form{index}"
         out.mkdir()
-        VllmBackend().lower(rounded(changed, torch.bfloat16), TARGET, out, SilentProgress())
+        VllmBackend().lower(cast_weights(changed, torch.bfloat16), TARGET, out, SilentProgress())
         reason = VllmBackend().cannot_run(out, TARGET)
         say(f"{name}: {folder_bytes(out) / 1e6:.0f} MB. {reason}")
         if not reason:

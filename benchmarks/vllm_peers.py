@@ -31,7 +31,7 @@ import transformers
 from llmcompressor_worker import RECIPES
 from quality_references.evaluation import digest, equal_windows, read_stream
 
-from compile_sparse.compiler.measure import folder_bytes
+from compile_sparse.compiler.verify.measure import folder_bytes
 
 HERE = Path(__file__).parent
 DENSE = "dense"

@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import compile_sparse
+from compile_sparse.compiler.cli.tables import report_table
 from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 from compile_sparse.compiler.errors import GateFailure
-from compile_sparse.compiler.table import report_table
 
 STEPS, BATCH, LENGTH = 180, 16, 128
 HELD_OUT = ("asyncio", "email", "json")

@@ -8,19 +8,19 @@ from typing import Any, ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from compile_sparse.compiler.contract import PassContext, PassResult
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.scratch import Scratch
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.weights import AbsentTensor
-from compile_sparse.passes.compensation.least_squares import refit
+from compile_sparse.compiler.execution.scratch import Scratch
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import AbsentTensor
 from compile_sparse.passes.factoring.allocation import allocate, uniform_rank
 from compile_sparse.passes.factoring.candidates import Candidate, find_candidates, limits
 from compile_sparse.passes.factoring.decompositions import decompositions, rows_of
 from compile_sparse.passes.factoring.factors import factor
 from compile_sparse.passes.factoring.rewriting import FactorSources, OnDemand, replace_by_factors
+from compile_sparse.passes.reconstruction.least_squares import refit
 
 __all__ = ["LowRank"]
 
@@ -58,7 +58,7 @@ class LowRank(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str] = "low-rank"
-    stage: ClassVar[str] = "low-rank"
+    phase: ClassVar[str] = "low-rank"
 
     fraction: float = Field(
         gt=0.0,
@@ -284,10 +284,10 @@ def _amounts(candidates: Sequence[Candidate], ranks: Mapping[str, int | None]) -
     }
 
 
-def _too_far(each: Candidate, fraction: float, program: Program, context: PassContext) -> Skip:
+def _too_far(each: Candidate, fraction: float, program: Program, context: PassContext) -> Diagnostic:
     choices, rank = each.choices, each.choices.ranks[-1]
     limit = min(limits(program, context), key=lambda limit: limit.parameters(choices.dense))
-    return Skip(
+    return Diagnostic(
         each.linear.tensor,
         "CS2502",
         f"The highest aligned rank that pays, {rank}, keeps {choices.parameters(rank) / choices.dense:.0%} of its "
@@ -296,7 +296,7 @@ def _too_far(each: Candidate, fraction: float, program: Program, context: PassCo
     )
 
 
-def _nothing_to_factor(skips: Sequence[Skip]) -> ModelError:
+def _nothing_to_factor(skips: Sequence[Diagnostic]) -> ModelError:
     reasons = list(dict.fromkeys(f"{skip.where}: {skip.why}" for skip in skips))
     shown = reasons[:5] + ([f"... and {len(reasons) - 5} more."] if len(reasons) > 5 else [])
     return ModelError(

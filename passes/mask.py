@@ -9,28 +9,28 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.contractions import Contraction, find_contractions
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.linears import makes_logits
-from compile_sparse.compiler.program import Program, SparsityMask
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
-from compile_sparse.compiler.zero_patterns import ZeroPattern
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.contractions import Contraction, find_contractions
+from compile_sparse.compiler.ir.linears import is_lm_head
+from compile_sparse.compiler.ir.program import Program, SparsityMask
+from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.passes.sparsity.patterns import apply_pattern
 from compile_sparse.passes.statistics.norms import feature_norms
-from compile_sparse.passes.zeroing import zeroed
 
-__all__ = ["Mask"]
+__all__ = ["Sparsify"]
 
 
-class Mask(BaseModel):
+class Sparsify(BaseModel):
     """Zero the weights of lowest score in every linear layer and, for N:M, in every convolution.
 
     ``N:M``: in every run of M weights along the contraction dimension, M - N become zero (arXiv:2104.08378); along the input
     channels of a convolution, each position of the kernel by itself. A fraction such as ``0.5``: that share of each tensor.
     ``block=16x16:0.5``: that share of the blocks of each tensor, by the sum of their scores. The zeros are stored, and recorded
-    as an annotation that later passes must keep (``compiler/mask_check.py`` checks it).
+    as an annotation that later passes must keep (``compiler/ir/verify_masks.py`` checks it).
 
     Scores: ``magnitude``, ``|W[n, k]|``; ``wanda``, ``|W[n, k]| ||x_k||_2`` with the norm of input feature k over all calibration
     tokens (arXiv:2306.11695), of a channel over all its positions for a convolution. The inputs are those of the program that
@@ -40,8 +40,8 @@ class Mask(BaseModel):
     Leaves alone: the projection that makes the logits, where every zero is felt directly; tensors with another use (tied
     embeddings); grouped and transposed convolutions, and for other patterns all of them; tensors whose sizes the pattern does
     not divide (CS2204); and layers that the target's kernels for the pattern do not take or do not run faster, by its
-    ``least_inner``, ``least_outer``, ``inner_multiple`` and ``outer_multiple`` (CS2208): zeros there would cost quality for
-    nothing.
+    ``min_in_features``, ``min_out_features``, ``in_features_multiple`` and ``out_features_multiple`` (CS2208): zeros there would
+    cost quality for nothing.
 
     Shapes do not change. ``W: [N, K]`` (linear), ``[K, N]`` (addmm) or ``[N, K, *kernel]`` (convolution).
 
@@ -52,7 +52,7 @@ class Mask(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "mask"
-    stage: ClassVar[str] = "masks"
+    phase: ClassVar[str] = "masks"
 
     pattern: str = Field(description="'2:4' (N:M), '0.5' (share of zeros), or 'block=16x16:0.5'")
     criterion: Literal["magnitude", "wanda"] = Field(
@@ -63,28 +63,28 @@ class Mask(BaseModel):
     @field_validator("pattern")
     @classmethod
     def _known_form(cls, value: str) -> str:
-        return ZeroPattern.parse(value).text
+        return SparsityPattern.parse(value).text
 
     @property
     def zero_fraction(self) -> float:
         """Share of the masked weights that become zero."""
-        return ZeroPattern.parse(self.pattern).zero_fraction
+        return SparsityPattern.parse(self.pattern).zero_fraction
 
-    def useless_on(self, target: Target) -> Sequence[Skip]:
+    def useless_on(self, target: Target) -> Sequence[Diagnostic]:
         """A reason when the target's kernels do not skip these zeros."""
-        entry = target.pattern(ZeroPattern.parse(self.pattern).family)
+        entry = target.pattern(SparsityPattern.parse(self.pattern).family)
         if entry is not None and entry.pays:
             return ()
         if entry is None:
             why = f"{target.name} declares no kernel that skips zeros of this pattern."
-            return (Skip(f"--sparsity {self.pattern}", "CS4103", why, "Use --prune or --quantize."),)
+            return (Diagnostic(f"--sparsity {self.pattern}", "CS4103", why, "Use --prune or --quantize."),)
         measured = f" Measured: {entry.measured}." if entry.measured else ""
         hint = f"Use {entry.instead}." if entry.instead else ""
-        return (Skip(f"--sparsity {self.pattern}", "CS4103", f"{entry.why}.{measured}", hint),)
+        return (Diagnostic(f"--sparsity {self.pattern}", "CS4103", f"{entry.why}.{measured}", hint),)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         self._require_text(context)
-        pattern = ZeroPattern.parse(self.pattern)
+        pattern = SparsityPattern.parse(self.pattern)
         found, skips = find_contractions(program)
         chosen: list[Contraction] = []
         for each in found:
@@ -131,43 +131,43 @@ class Mask(BaseModel):
             )
 
 
-def _masked(source: TensorSource, pattern: ZeroPattern, axis: int, norms: torch.Tensor | None) -> TensorSource:
-    return DerivedTensor(source.shape, source.dtype, lambda: zeroed(source.load(), pattern, axis, norms))
+def _masked(source: TensorSource, pattern: SparsityPattern, axis: int, norms: torch.Tensor | None) -> TensorSource:
+    return DerivedTensor(source.shape, source.dtype, lambda: apply_pattern(source.load(), pattern, axis, norms))
 
 
-def _unfit(program: Program, each: Contraction, pattern: ZeroPattern) -> Skip | None:
+def _unfit(program: Program, each: Contraction, pattern: SparsityPattern) -> Diagnostic | None:
     """Why no target could use the pattern in this tensor, or why it should not have it."""
-    if any(makes_logits(program, node) for node in each.nodes):
-        return Skip(each.tensor, "CS2204", "It makes the logits, where every zero is felt directly.")
+    if any(is_lm_head(program, node) for node in each.nodes):
+        return Diagnostic(each.tensor, "CS2204", "It makes the logits, where every zero is felt directly.")
     if len(each.shape) > 2 and not pattern.run:
-        return Skip(each.tensor, "CS2204", "It is a convolution, where only N:M patterns are made.")
+        return Diagnostic(each.tensor, "CS2204", "It is a convolution, where only N:M patterns are made.")
     why = pattern.misfit(each.shape, each.axis)
-    return Skip(each.tensor, "CS2204", why) if why else None
+    return Diagnostic(each.tensor, "CS2204", why) if why else None
 
 
-def _unrewarded(each: Contraction, pattern: ZeroPattern, target: Target) -> Skip | None:
+def _unrewarded(each: Contraction, pattern: SparsityPattern, target: Target) -> Diagnostic | None:
     """Why the target gains nothing from the pattern in a layer of this size; None when it does or says nothing about it."""
     rule = target.pattern(pattern.family)
     if rule is None:
         return None
     inner, outer = each.inner, each.outer
     wanted = []
-    if inner < rule.least_inner or outer < rule.least_outer:
-        least = [f"{rule.least_inner} inputs"] * bool(rule.least_inner) + [f"{rule.least_outer} outputs"] * bool(
-            rule.least_outer
-        )
+    if inner < rule.min_in_features or outer < rule.min_out_features:
+        least = [f"{rule.min_in_features} inputs"] * bool(rule.min_in_features) + [
+            f"{rule.min_out_features} outputs"
+        ] * bool(rule.min_out_features)
         wanted.append(f"it pays from {' and '.join(least)} on")
-    if inner % rule.inner_multiple or outer % rule.outer_multiple:
+    if inner % rule.in_features_multiple or outer % rule.out_features_multiple:
         wanted.append(
-            f"its kernels take inputs in multiples of {rule.inner_multiple}, outputs of {rule.outer_multiple}"
+            f"its kernels take inputs in multiples of {rule.in_features_multiple}, outputs of {rule.out_features_multiple}"
         )
     if not wanted:
         return None
     why = f"It has {inner} inputs and {outer} outputs; of {pattern.text} on {target.name}, {' and '.join(wanted)}."
-    return Skip(each.tensor, "CS2208", why, "It stays dense.")
+    return Diagnostic(each.tensor, "CS2208", why, "It stays dense.")
 
 
-def _nothing_left(pattern: ZeroPattern, skips: Sequence[Skip], target: Target) -> ModelError:
+def _nothing_left(pattern: SparsityPattern, skips: Sequence[Diagnostic], target: Target) -> ModelError:
     first = next((skip for skip in skips if skip.code == "CS2208"), skips[0] if skips else None)
     others = f" {len(skips) - 1} others are left out as well." if len(skips) > 1 else ""
     return ModelError(

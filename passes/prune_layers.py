@@ -7,14 +7,14 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.depth import Dropped, drop_branches
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.program import Program
-from compile_sparse.passes.compensation.least_squares import refit
-from compile_sparse.passes.pruning.units import Unit, UnitKind, find_units
-from compile_sparse.passes.scores.block_influence import block_influence
-from compile_sparse.passes.scores.depth_ablation import greedy_ablation
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.residual.remove import Dropped, drop_branches
+from compile_sparse.compiler.residual.units import Unit, UnitKind, find_units
+from compile_sparse.passes.criteria.block_influence import block_influence
+from compile_sparse.passes.criteria.depth_ablation import greedy_ablation
+from compile_sparse.passes.reconstruction.least_squares import refit
 
 __all__ = ["PruneLayers"]
 
@@ -47,7 +47,7 @@ class PruneLayers(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str] = "prune-layers"
-    stage: ClassVar[str] = "depth"
+    phase: ClassVar[str] = "depth"
 
     fraction: float = Field(gt=0.0, lt=1.0, description="share of the blocks (or branches) to remove, between 0 and 1")
     unit: UnitKind = Field(

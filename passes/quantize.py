@@ -9,15 +9,15 @@ from typing import ClassVar, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 
-from compile_sparse.compiler.contract import PassContext, PassResult
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.linears import Linear, find_linears, makes_logits
-from compile_sparse.compiler.program import Program, SparsityMask
-from compile_sparse.compiler.schemes import SCHEMES, Scheme, SchemeName
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.stored_size import torch_dtype
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.zero_patterns import ZeroPattern
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
+from compile_sparse.compiler.ir.program import Program, SparsityMask
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName
+from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
+from compile_sparse.compiler.ir.storage import torch_dtype
+from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT
 from compile_sparse.passes.quantization.rewriting import Rewriter
 from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
@@ -30,14 +30,14 @@ class Quantize(BaseModel):
     quantizes activations.
 
     ``q = round(W / s)`` (arXiv:2004.09602): symmetric, or with a zero point inside the range, so stored zeros stay zero. Scales
-    run along the contraction dimension: per output channel, per group, or per block (``compiler/schemes.py`` lists all schemes).
-    Activations: one scale per token or, on targets that say so, per tensor, found at run time; ``-static`` schemes,
-    ``fp8-tensor`` and ``nvfp4`` fix their range on calibration text, at the largest magnitude or at a percentile of the
-    magnitudes. The output of an int8 product is coded as well, ``y' = restore(code(y))``, where the weight is masked and the
-    target's sparse kernel for the mask must give int8 to be the faster one. The mask of a weight moves to its codes. Which
-    layers: every linear; the projection that makes the logits is kept at 8 bits where the scheme says 4, or left in floating
-    point where the target's runtime does not quantize it: it is read once per token like every other layer but decides every
-    token.
+    run along the contraction dimension: per output channel, per group, or per block (all schemes are in
+    ``compiler/ir/quantization_schemes.py``). Activations: one scale per token or, on targets that say so, per tensor, found at
+    run time; ``-static`` schemes, ``fp8-tensor`` and ``nvfp4`` fix their range on calibration text, at the largest magnitude or
+    at a percentile of the magnitudes. The output of an int8 product is coded as well, ``y' = restore(code(y))``, where the
+    weight is masked and the target's sparse kernel for the mask must give int8 to be the faster one. The mask of a weight moves
+    to its codes. Which layers: every linear; the projection that makes the logits is kept at 8 bits where the scheme says 4, or
+    left in floating point where the target's runtime does not quantize it: it is read once per token like every other layer but
+    decides every token.
 
     Leaves alone: embeddings, convolutions, and any linear whose weight is not a stored two-dimensional parameter.
 
@@ -53,7 +53,7 @@ class Quantize(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "quantize"
-    stage: ClassVar[str] = "quantization"
+    phase: ClassVar[str] = "quantization"
 
     scheme: SchemeName = Field(
         description="w8a8: int8 weights and run-time int8 activations, -static: activation ranges from calibration; "
@@ -142,7 +142,7 @@ class Quantize(BaseModel):
         if SCHEMES[self.scheme].activations != OUTPUT_FORMAT or self.outputs == "none":
             return []
         if self.outputs == "all":
-            return [linear for linear in linears if not makes_logits(program, linear.node)]
+            return [linear for linear in linears if not is_lm_head(program, linear.node)]
         return [linear for linear in linears if _needs_coded_output(program.masks.get(linear.tensor), target)]
 
     def _ranges(
@@ -203,11 +203,13 @@ class Quantize(BaseModel):
 
 
 def _needs_coded_output(mask: SparsityMask | None, target: Target) -> bool:
-    entry = target.pattern(ZeroPattern.parse(mask.pattern).family) if mask is not None else None
+    entry = target.pattern(SparsityPattern.parse(mask.pattern).family) if mask is not None else None
     return entry is not None and entry.int8_outputs
 
 
-def _with_whole_groups(program: Program, linears: Sequence[Linear], group: int) -> tuple[list[Linear], list[Skip]]:
+def _with_whole_groups(
+    program: Program, linears: Sequence[Linear], group: int
+) -> tuple[list[Linear], list[Diagnostic]]:
     """Layers whose contraction dimension the groups divide; the others stay in floating point."""
     kept, skips = [], []
     for linear in linears:
@@ -218,7 +220,9 @@ def _with_whole_groups(program: Program, linears: Sequence[Linear], group: int) 
         why = (
             f"Its {depth} inputs are no multiple of {group}, and the target has no products with a shorter last group."
         )
-        skips.append(Skip(linear.tensor, "CS2209", why, "It stays in floating point; smaller groups may divide it."))
+        skips.append(
+            Diagnostic(linear.tensor, "CS2209", why, "It stays in floating point; smaller groups may divide it.")
+        )
     return kept, skips
 
 
@@ -229,8 +233,8 @@ def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:
     return torch.float32
 
 
-def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Skip]]:
-    heads = [linear for linear in linears if makes_logits(program, linear.node)]
+def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Diagnostic]]:
+    heads = [linear for linear in linears if is_lm_head(program, linear.node)]
     why = "It makes the logits; the target's runtime keeps that product in floating point."
-    skips = [Skip(linear.tensor, "CS2205", why) for linear in heads]
+    skips = [Diagnostic(linear.tensor, "CS2205", why) for linear in heads]
     return [linear for linear in linears if linear not in heads], skips

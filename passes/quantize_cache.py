@@ -9,13 +9,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import fx
 
-from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.editing import add_weight, fake_mode_of, op_name, swept
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.ops.quantization import FP8_MAX
-from compile_sparse.compiler.program import Binding, Program
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, TensorSource
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of, op_name
+from compile_sparse.compiler.ir.ops.quantization import FP8_MAX
+from compile_sparse.compiler.ir.program import Binding, Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, TensorSource
 from compile_sparse.passes.statistics.ranges import largest_magnitudes
 
 __all__ = ["QuantizeCache"]
@@ -40,7 +40,7 @@ class QuantizeCache(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "quantize-cache"
-    stage: ClassVar[str] = "quantization"
+    phase: ClassVar[str] = "quantization"
 
     format: Literal["fp8"] = Field(
         default="fp8", description="of cached keys and values; fp8: e4m3, one scale per layer"
@@ -72,7 +72,7 @@ class QuantizeCache(BaseModel):
             tensor = f"{output.name}.scale"
             scale = add_weight(edited, bindings, tensor.replace(".", "_"), Binding(tensor, "buffer"), added[tensor])
             _code(edited, node, entries[output.name], scale)
-        result = swept(replace(edited, weights=edited.weights.updated(added), bindings=bindings))
+        result = eliminate_dead_code(replace(edited, weights=edited.weights.updated(added), bindings=bindings))
         return PassResult(
             program=result,
             modified=True,
@@ -100,11 +100,11 @@ class QuantizeCache(BaseModel):
             )
 
 
-def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Skip]]:
+def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Diagnostic]]:
     """Cache output -> what is appended to it."""
     past = {entry.placeholder for entry in program.inputs if entry.role in ("past_key", "past_value")}
     found: dict[str, fx.Node] = {}
-    skips: list[Skip] = []
+    skips: list[Diagnostic] = []
     for node, output in zip(program.output_nodes, program.outputs, strict=True):
         if output.role not in ("present_key", "present_value"):
             continue
@@ -112,7 +112,7 @@ def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Skip]]:
         if isinstance(parts, (list, tuple)) and len(parts) == 2 and getattr(parts[0], "name", "") in past:
             found[output.name] = parts[1]
         else:
-            skips.append(Skip(output.name, "CS2207", "This cache is not extended by a plain concatenation."))
+            skips.append(Diagnostic(output.name, "CS2207", "This cache is not extended by a plain concatenation."))
     return found, skips
 
 

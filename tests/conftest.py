@@ -14,7 +14,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.models import build_model
 
 torch.set_num_threads(1)

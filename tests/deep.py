@@ -10,7 +10,7 @@ import torch
 import transformers as hf
 
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.models import build_model
 
 __all__ = ["DEPTH", "deep_model", "deep_program", "without_blocks"]

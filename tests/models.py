@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import transformers as hf
 
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.encoders import ENCODERS
 
 __all__ = ["MODELS", "build_model", "example_inputs"]

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 from torch.export.graph_signature import InputKind
 
-from compile_sparse.compiler.program import Binding, Input, Output, Program
-from compile_sparse.compiler.weights import ResidentTensor, WeightStore
+from compile_sparse.compiler.ir.program import Binding, Input, Output, Program
+from compile_sparse.compiler.ir.weights import ResidentTensor, WeightStore
 
 
 def toy_program(

@@ -8,14 +8,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.contract import Lowered, Probe
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.extension.contract import Lowered, Probe
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.ir.program import Program
     from compile_sparse.compiler.progress import Progress
-    from compile_sparse.compiler.targets import Target
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["HuggingFaceBackend"]
 
@@ -39,14 +39,14 @@ class HuggingFaceBackend:
             return Probe(False, _RUNTIME, found, why_not=f"Device {target.device!r} is not measured.")
         return Probe(True, _RUNTIME, found, target.device)
 
-    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
         """CS42xx when no config of the model's class has these shapes. Weights are not read."""
-        from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint
+        from compile_sparse.backends.checkpoint.checkpoint import plan_checkpoint
 
         try:
             plan_checkpoint(program)
         except Refusal as error:
-            return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint)]
         return []
 
     def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
@@ -55,7 +55,7 @@ class HuggingFaceBackend:
         Raises:
             Refusal: CS42xx when the model's class cannot express the program.
         """
-        from compile_sparse.backends.huggingface.checkpoint import write_checkpoint
+        from compile_sparse.backends.checkpoint.checkpoint import write_checkpoint
 
         written = write_checkpoint(program, out, progress)
         limits = []

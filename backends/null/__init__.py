@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from compile_sparse.compiler.contract import Lowered, Probe
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.file_digests import digest_file
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.files.digests import digest_file
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.safetensors_stream import write_safetensors
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.safetensors_stream import write_safetensors
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["NullBackend"]
 
@@ -30,7 +30,7 @@ class NullBackend:
             available=False, runtime="null", why_not=_WHY, hint="Choose another target; see 'compile-sparse targets'."
         )
 
-    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
         """Nothing is refused: every program can be printed."""
         return ()
 

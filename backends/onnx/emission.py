@@ -15,9 +15,9 @@ from torch import fx
 from compile_sparse.backends.onnx.dialect import STANDARD, Dialect, Emitted, Emitter, Unsupported, emits
 from compile_sparse.backends.onnx.element_types import element_type, kind_of, raw_values
 from compile_sparse.backends.onnx.graph_writer import GraphWriter
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.raising.matching import dimensions, qualified_name
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.ir.nodes import dimensions, qualified_name
+from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["Emission", "Emitter", "Unsupported", "emits"]
 
@@ -48,8 +48,8 @@ class Emission:
     ) -> None:
         self.program, self.graph, self.dialect = program, graph, dialect
         self.forms: dict[str, int] = {}
-        self.unsupported: list[Skip] = []
-        self.skips: list[Skip] = []
+        self.unsupported: list[Diagnostic] = []
+        self.skips: list[Diagnostic] = []
         self.shared: dict[Any, Any] = {}
         self._on_weight = on_weight
         self._names: dict[fx.Node, Emitted] = {}
@@ -64,7 +64,7 @@ class Emission:
             except Unsupported as reason:
                 where = _source_of(node)
                 why = f"{qualified_name(node)} has no ONNX form here: {reason}."
-                self.unsupported.append(Skip(where, "CS2311", why, "Report the model; an emitter can be added."))
+                self.unsupported.append(Diagnostic(where, "CS2311", why, "Report the model; an emitter can be added."))
                 self._names[node] = [""] * 64 if isinstance(node.meta.get("val"), (list, tuple)) else ""
 
     def _emit(self, node: fx.Node) -> None:

@@ -9,7 +9,7 @@ import torch
 from compile_sparse.backends.onnx.element_types import kind_of
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.graph_writer import NodeRecord, ValueRecord
-from compile_sparse.compiler.program import Input, Program
+from compile_sparse.compiler.ir.program import Input, Program
 
 __all__ = ["add_inputs", "add_outputs"]
 

@@ -9,7 +9,7 @@ from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.external_data import DATA_FILE, MODEL_FILE, ExternalData, Sink
 from compile_sparse.backends.onnx.protobuf import write_model
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 
 __all__ = ["DATA_FILE", "MODEL_FILE", "refuse_unsupported", "write_files"]

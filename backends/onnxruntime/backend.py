@@ -8,14 +8,14 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.contract import Lowered, Probe
+from compile_sparse.compiler.extension.contract import Lowered, Probe
 from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.diagnostics import Diagnostic
+    from compile_sparse.compiler.ir.program import Program
     from compile_sparse.compiler.progress import Progress
-    from compile_sparse.compiler.skip import Skip
-    from compile_sparse.compiler.targets import Target
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["OnnxRuntimeBackend"]
 
@@ -50,7 +50,7 @@ class OnnxRuntimeBackend:
             return Probe(False, _RUNTIME, version, why_not=why, hint=hint)
         return Probe(True, _RUNTIME, version, target.device)
 
-    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
         """CS2311 for operators without an ONNX form, CS2310 and CS23xx for what runs in a slow form."""
         from compile_sparse.backends.onnxruntime.lowering import rehearse
 

@@ -7,8 +7,8 @@ from torch import fx
 from compile_sparse.backends.onnx.element_types import element_type
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
-from compile_sparse.compiler.raising import AttentionShape
-from compile_sparse.compiler.raising.matching import arguments
+from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.lowering import AttentionShape
 
 __all__ = ["GROUPED", "refuse_attention"]
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission
-from compile_sparse.backends.onnx.emit_norms import gain_of, layer_norm
+from compile_sparse.backends.onnx.emitters.norms import gain_of, layer_norm
 from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
-from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op, same_dimension
+from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op, same_dimension
 
 __all__: list[str] = []
 

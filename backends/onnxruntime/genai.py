@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from compile_sparse.compiler.model_facts import context_length
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.model_facts import context_length
+from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["write_genai"]
 

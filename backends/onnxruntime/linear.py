@@ -20,11 +20,11 @@ import torch
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission
-from compile_sparse.backends.onnx.linear import emits_products, float_product
+from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_product
 from compile_sparse.backends.onnxruntime.dialect import DIALECT, MICROSOFT
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape, pad_scales
-from compile_sparse.compiler.raising.matching import arguments, dimensions, is_op
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
 
 __all__: list[str] = []
 
@@ -83,7 +83,7 @@ def _quantized(
     else:
         return _blocked_product(emission, node, x, codes, bias)
     why = f"The quantized weight of this layer is multiplied out in float: {reason}."
-    emission.skips.append(Skip(node.name, "CS2310", why, "Use a scheme the target lists."))
+    emission.skips.append(Diagnostic(node.name, "CS2310", why, "Use a scheme the target lists."))
     return None
 
 
@@ -136,4 +136,4 @@ def _integer_product(emission: Emission, node: fx.Node, x: fx.Node, codes: _Code
     return emission.graph.call("MatMulIntegerToFloat", inputs, hint=node.name, domain=MICROSOFT)
 
 
-emits_products(DIALECT, _contract)
+emits_gemms(DIALECT, _contract)

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
-# Importing an emitter module registers its operators.
-from compile_sparse.backends.onnx import standard  # noqa: F401
 from compile_sparse.backends.onnx.emission import Emission
-from compile_sparse.backends.onnx.emit_attention import STANDARD_ATTENTION
+
+# Importing an emitter module registers its operators.
+from compile_sparse.backends.onnx.emitters import standard  # noqa: F401
+from compile_sparse.backends.onnx.emitters.attention import STANDARD_ATTENTION
 from compile_sparse.backends.onnx.external_data import Sink
 from compile_sparse.backends.onnx.graph_writer import GraphWriter
 from compile_sparse.backends.onnx.interface import add_inputs, add_outputs
@@ -21,14 +22,14 @@ from compile_sparse.backends.onnxruntime import emit_norms, linear  # noqa: F401
 from compile_sparse.backends.onnxruntime.dialect import DIALECT
 from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_attention
 from compile_sparse.backends.onnxruntime.genai import write_genai
-from compile_sparse.compiler.contract import Lowered
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import Lowered
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.lowering import raise_patterns
+from compile_sparse.compiler.lowering.rotary import ROTARY_PREFIX
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.raising import raise_patterns
-from compile_sparse.compiler.raising.rotary import ROTARY_PREFIX
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["DATA_FILE", "MANIFEST", "MODEL_FILE", "emit", "rehearse", "write_folder", "write_graph"]
 
@@ -54,7 +55,7 @@ def emit(program: Program, sink: Sink, on_weight: Any = lambda: None) -> Emissio
     return emission
 
 
-def rehearse(program: Program) -> list[Skip]:
+def rehearse(program: Program) -> list[Diagnostic]:
     """Everything that would stop or slow the lowering, without reading weights."""
     wrong = _wrong_precision(program)
     if wrong is not None:
@@ -98,7 +99,7 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
     )
 
 
-def _wrong_precision(program: Program) -> Skip | None:
+def _wrong_precision(program: Program) -> Diagnostic | None:
     """The kernels for raised patterns and quantized weights exist in float32 on processors; half precision gains nothing."""
     for node in program.graph.nodes:
         value = node.meta.get("val")
@@ -106,7 +107,7 @@ def _wrong_precision(program: Program) -> Skip | None:
             continue
         if value.dtype != torch.float32:
             why = f"{program.tensor_of(node) or node.name} is {str(value.dtype).removeprefix('torch.')}."
-            return Skip(node.name, "CS2312", why, "Capture the model with dtype float32.")
+            return Diagnostic(node.name, "CS2312", why, "Capture the model with dtype float32.")
     return None
 
 

@@ -7,17 +7,17 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.contract import Lowered, Probe
+from compile_sparse.compiler.extension.contract import Lowered, Probe
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.diagnostics import Diagnostic
+    from compile_sparse.compiler.ir.program import Program
     from compile_sparse.compiler.progress import Progress
-    from compile_sparse.compiler.skip import Skip
-    from compile_sparse.compiler.targets import Target
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["TensorRtBackend"]
 
-_WORKER = (sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.worker")
+_WORKER = (sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker")
 
 
 class TensorRtBackend:
@@ -31,9 +31,9 @@ class TensorRtBackend:
 
         return probe_runtime(target)
 
-    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
         """CS2311 for operators without a form, CS4411 for caches that cannot be static, CS23xx for what was not recognised."""
-        from compile_sparse.backends.tensorrt.lowering import rehearse
+        from compile_sparse.backends.tensorrt.graph.lowering import rehearse
 
         return rehearse(program, target)
 
@@ -48,16 +48,16 @@ class TensorRtBackend:
 
         return write_folder(program, target, out, progress)
 
-    def held_short(self, program: Program, target: Target) -> tuple[Program, Collection[str]]:
+    def half_precision_nodes(self, program: Program, target: Target) -> tuple[Program, Collection[str]]:
         """Values of the graph that have fp16; bf16 has the range of float32."""
-        from compile_sparse.backends.tensorrt.lowering import held_in_half
+        from compile_sparse.backends.tensorrt.graph.lowering import half_precision_nodes
 
-        return held_in_half(program) if target.baseline_precision == "fp16" else (program, ())
+        return half_precision_nodes(program) if target.baseline_precision == "fp16" else (program, ())
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """The folder has no engine for the GPU here."""
         from compile_sparse.backends.tensorrt.description import read_description
-        from compile_sparse.backends.tensorrt.engines import choose_engine
+        from compile_sparse.backends.tensorrt.engine.engines import choose_engine
         from compile_sparse.backends.tensorrt.processor import here
         from compile_sparse.compiler.errors import CompileSparseError
 
@@ -77,15 +77,15 @@ class TensorRtBackend:
         foreign = target.build is not None and target.build.allow_foreign_engine
         return [*_WORKER, "engine", *(["--allow-foreign-engine"] if foreign else [])]
 
-    def stand_in_command(self, target: Target) -> Sequence[str]:
+    def reference_command(self, target: Target) -> Sequence[str]:
         """The same graph in ONNX Runtime on the processor: its answers are the graph's."""
         from compile_sparse.backends.tensorrt.processor import stand_in_available
 
         return [*_WORKER, "stand-in"] if stand_in_available() else []
 
-    def cannot_stand_in(self, model: Path, target: Target) -> str:
+    def reference_refusal(self, model: Path, target: Target) -> str:
         """The graph has operators of TensorRT's own (NVFP4)."""
         from compile_sparse.backends.onnx.external_data import MODEL_FILE
-        from compile_sparse.backends.tensorrt.portable import cannot_stand_in
+        from compile_sparse.backends.tensorrt.run.portable import reference_refusal
 
-        return cannot_stand_in(model / MODEL_FILE)
+        return reference_refusal(model / MODEL_FILE)

@@ -8,8 +8,8 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
+from compile_sparse.compiler.artifact.manifest import is_contained
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.manifest import is_contained
 
 __all__ = [
     "DESCRIPTION_FILE",

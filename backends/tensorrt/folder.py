@@ -7,24 +7,24 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from compile_sparse.backends.checkpoint.modelopt import write_unified
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.external_data import Sink
 from compile_sparse.backends.onnx.graph_writer import ValueRecord
 from compile_sparse.backends.onnx.writing import MODEL_FILE, write_files
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, Intended, Sparsity, Value
-from compile_sparse.backends.tensorrt.engine_stage import Stage, build_engines
-from compile_sparse.backends.tensorrt.lowering import build_of, emit, prepared
-from compile_sparse.backends.tensorrt.profiles import profiles_for
-from compile_sparse.backends.tensorrt.sparse_gate import GemmRow, check_sparsity, require_pattern
-from compile_sparse.backends.tensorrt.sparse_report import sparse_report
-from compile_sparse.backends.tensorrt.unified import write_unified
-from compile_sparse.compiler.contract import Lowered
+from compile_sparse.backends.tensorrt.engine.engine_stage import Stage, build_engines
+from compile_sparse.backends.tensorrt.engine.profiles import profiles_for
+from compile_sparse.backends.tensorrt.graph.lowering import build_of, emit, prepared
+from compile_sparse.backends.tensorrt.sparsity.sparse_gate import GemmRow, check_sparsity, require_pattern
+from compile_sparse.backends.tensorrt.sparsity.sparse_report import sparse_report
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.measure import BESIDE, TWIN
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import Lowered
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.verify.measure import BESIDE, TWIN
 
 __all__ = ["write_folder"]
 
@@ -135,7 +135,7 @@ def _sparse_products(program: Program, model: Path) -> tuple[str, dict[str, str]
 _FORMATS = {"float16": "fp16", "bfloat16": "bf16", "int8": "int8", "int4": "int4"}
 
 
-def _without_kernels(target: Target, pattern: str, rows: Sequence[GemmRow]) -> list[Skip]:
+def _without_kernels(target: Target, pattern: str, rows: Sequence[GemmRow]) -> list[Diagnostic]:
     """CS2371, once per number format that has no sparse kernels on the target as far as its contract knows."""
     rule = target.pattern(pattern)
     if rule is None or not rule.formats:
@@ -147,7 +147,7 @@ def _without_kernels(target: Target, pattern: str, rows: Sequence[GemmRow]) -> l
         if name not in rule.formats:
             found.setdefault(name, []).append(row.node)
     return [
-        Skip(
+        Diagnostic(
             nodes[0],
             "CS2371",
             f"{len(nodes):,} products are {pattern} in {name}; {target.name} is known to have sparse kernels for "
@@ -177,7 +177,7 @@ def _limits(program: Program, length: int) -> list[str]:
     ]
 
 
-def _checkpoint(program: Program, folder: Path, progress: Progress) -> tuple[dict[str, str], list[Skip]]:
+def _checkpoint(program: Program, folder: Path, progress: Progress) -> tuple[dict[str, str], list[Diagnostic]]:
     """The unified Hugging Face checkpoint, or why it cannot say what this model is."""
     folder.mkdir()
     written, notes = write_unified(program, folder, progress)

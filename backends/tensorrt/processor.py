@@ -6,10 +6,10 @@ import re
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 
-from compile_sparse.backends.tensorrt.engines import Here
-from compile_sparse.backends.tensorrt.gpu import Gpu, find_gpu
-from compile_sparse.compiler.contract import Probe
-from compile_sparse.compiler.targets import Target
+from compile_sparse.backends.tensorrt.engine.engines import Here
+from compile_sparse.backends.tensorrt.engine.gpu import Gpu, find_gpu
+from compile_sparse.compiler.extension.contract import Probe
+from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.version_numbers import older
 
 __all__ = ["here", "installed_builders", "other_gpu", "probe_runtime", "stand_in_available"]

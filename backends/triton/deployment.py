@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.deployments import Deployed
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.extension.deployments import Deployed
 
 if TYPE_CHECKING:
     from compile_sparse.backends.triton.repository import Backend
-    from compile_sparse.compiler.targets import Target
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["TritonDeployment"]
 
@@ -25,20 +25,22 @@ class TritonDeployment:
 
     name = "triton"
 
-    def refusals(self, kind: str, target: Target) -> Sequence[Skip]:
+    def refusals(self, kind: str, target: Target) -> Sequence[Diagnostic]:
         """CS4620 for targets that no backend of Triton serves, CS4621 for decoders in TensorRT, CS4622 without its engine."""
         if target.backend not in _BACKENDS:
             why = (
                 f"Triton has backends for {', '.join(_BACKENDS)} artifacts; {target.name} writes for {target.backend}."
             )
-            return [Skip("--emit triton", "CS4620", why, "Choose a target of one of these.")]
+            return [Diagnostic("--emit triton", "CS4620", why, "Choose a target of one of these.")]
         if target.backend == "tensorrt" and kind == "decoder":
             from compile_sparse.backends.triton.serve_tensorrt import aliased
 
             error = aliased()
-            return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint)]
         if target.backend == "tensorrt" and (why := _no_engine(target)):
-            return [Skip("--emit triton", "CS4622", why, "Compile on a machine with the GPU, or for an ort-* target.")]
+            return [
+                Diagnostic("--emit triton", "CS4622", why, "Compile on a machine with the GPU, or for an ort-* target.")
+            ]
         return []
 
     def write(

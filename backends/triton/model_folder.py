@@ -8,7 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from compile_sparse.compiler.file_digests import digest_file
+from compile_sparse.compiler.files.digests import digest_file
 
 __all__ = ["ModelFolder"]
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from compile_sparse.backends.triton.tensors import Tensor
+from compile_sparse.compiler.artifact.manifest import is_contained
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
-from compile_sparse.compiler.manifest import is_contained
 
 __all__ = ["OnnxModel", "read_onnx"]
 

@@ -18,8 +18,8 @@ from compile_sparse.backends.triton.serve_onnxruntime import serve_onnxruntime
 from compile_sparse.backends.triton.serve_tensorrt import serve_tensorrt
 from compile_sparse.backends.triton.serve_vllm import serve_vllm
 from compile_sparse.backends.triton.text_format import as_text
-from compile_sparse.compiler.durable import disk_errors
 from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.files.durable import disk_errors
 
 __all__ = ["MOUNTED_AT", "Backend", "Repository", "write_repository"]
 

@@ -9,7 +9,7 @@ from typing import Any
 from compile_sparse.backends.triton.model_folder import ModelFolder
 from compile_sparse.backends.triton.text_format import Word
 from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER
-from compile_sparse.compiler.file_digests import list_files
+from compile_sparse.compiler.files.digests import list_files
 
 __all__ = ["serve_vllm"]
 

@@ -1,4 +1,4 @@
-"""The backend's verbs. vLLM itself is never imported here: it lives in an interpreter of its own (``compiler/runtimes.py``)."""
+"""The backend's verbs. vLLM itself is never imported here: it lives in an interpreter of its own (``compiler/runtimes``)."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from typing import TYPE_CHECKING, Any
 
 from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER, copy_plugin
 from compile_sparse.backends.vllm.processor import cannot_run, other_hardware, registered, slow
-from compile_sparse.compiler.cache import cache_key
-from compile_sparse.compiler.contract import Lowered, Probe
-from compile_sparse.compiler.durable import disk_errors
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
-from compile_sparse.compiler.runtimes import find_runtime, open_runtimes_folder
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.files.cache import cache_key
+from compile_sparse.compiler.files.durable import disk_errors
+from compile_sparse.compiler.runtimes.environments import find_runtime, open_runtimes_folder
 from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.program import Program
+    from compile_sparse.compiler.ir.program import Program
     from compile_sparse.compiler.progress import Progress
-    from compile_sparse.compiler.targets import Target
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["VllmBackend"]
 
@@ -56,7 +56,7 @@ class VllmBackend:
         facts = {key: record.facts.get(key) for key in ("isa", "capability", "kernels", "int8_saturates")}
         return Probe(True, _RUNTIME, version, target.device, processor=cache_key(facts)[:16])
 
-    def plan(self, program: Program, target: Target) -> Sequence[Skip]:
+    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
         """CS42xx and CS43xx for what cannot be written or loaded, CS23xx for what runs slowly. Weights are not read."""
         from compile_sparse.backends.vllm.checkpoint import plan
 
@@ -131,7 +131,7 @@ def _own_plugin() -> Path:
     return folder
 
 
-def _unknown(program: Program) -> list[Skip]:
+def _unknown(program: Program) -> list[Diagnostic]:
     """CS4305 when the registered vLLM has no class for the model."""
     record = registered()
     known = (record.facts.get("architectures") if record else None) or ()
@@ -141,4 +141,4 @@ def _unknown(program: Program) -> list[Skip]:
     near = difflib.get_close_matches(name, known, n=2)
     why = f"vLLM {record.versions.get('vllm', '') if record else ''} has {len(known)} model classes, and not this one."
     hint = f"Its nearest are {' and '.join(near)}. " if near else ""
-    return [Skip(f"architectures: {name}", "CS4305", why, f"{hint}Compile for ort-cpu or hf.")]
+    return [Diagnostic(f"architectures: {name}", "CS4305", why, f"{hint}Compile for ort-cpu or hf.")]

@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import fx
 
-from compile_sparse.compiler.editing import op_name, schema_arguments
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.linears import FORMS
-from compile_sparse.compiler.program import CODES, Program
-from compile_sparse.compiler.weights import TensorSource
+from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.linears import FORMS
+from compile_sparse.compiler.ir.program import CODES, Program
+from compile_sparse.compiler.ir.weights import TensorSource
 
 __all__ = ["CACHE_SCHEME", "cache_scales"]
 

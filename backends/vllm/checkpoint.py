@@ -8,19 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
-from compile_sparse.backends.huggingface.solver import Solution
+from compile_sparse.backends.checkpoint.checkpoint import plan_checkpoint, write_checkpoint
+from compile_sparse.backends.checkpoint.solver import Solution
 from compile_sparse.backends.vllm.contract import violations
 from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER
 from compile_sparse.backends.vllm.storage import Storage, StorageWriter, storage_of
-from compile_sparse.compiler.durable import write_durably
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.file_digests import digest_file
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.files.digests import digest_file
+from compile_sparse.compiler.files.durable import write_durably
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.storage import torch_dtype
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.stored_size import torch_dtype
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["PLUGIN_CLASSES", "Written", "plan", "write"]
 
@@ -56,10 +56,10 @@ class Written:
     plugin: bool
     hinted: bool
     form: Storage
-    notes: Sequence[Skip]
+    notes: Sequence[Diagnostic]
 
 
-def plan(program: Program, target: Target) -> list[Skip]:
+def plan(program: Program, target: Target) -> list[Diagnostic]:
     """What ``write`` would refuse, or what vLLM would run slowly. Reads no weights."""
     try:
         form = storage_of(program)
@@ -70,7 +70,7 @@ def plan(program: Program, target: Target) -> list[Skip]:
         solution = plan_checkpoint(form.view, per_layer=True)
         _architecture(form.view.config, solution)
     except Refusal as error:
-        return [Skip(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+        return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint)]
     return found
 
 

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 
-from compile_sparse.backends.vllm.coded import CodedTensor
+from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Group
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["violations"]
 
@@ -28,7 +28,7 @@ _CUTLASS_FP4 = 32  # quantization/utils/nvfp4_utils.py
 _BLOCK = 128
 
 
-def violations(program: Program, coded: Mapping[str, CodedTensor], target: Target) -> list[Skip]:
+def violations(program: Program, coded: Mapping[str, QuantizedTensor], target: Target) -> list[Diagnostic]:
     """CS43xx for what vLLM refuses or would run wrongly, CS23xx for what it runs slowly. Needs no weights.
 
     Args:
@@ -38,18 +38,18 @@ def violations(program: Program, coded: Mapping[str, CodedTensor], target: Targe
     """
     if program.kind != "decoder":
         why = f"This is a model of kind {program.kind!r}; only text generation is measured in vLLM by this version."
-        return [Skip("MODEL", "CS4306", why, "Compile it for ort-cpu.")]
+        return [Diagnostic("MODEL", "CS4306", why, "Compile it for ort-cpu.")]
     groups = analyse(program).groups if target.tensor_parallel > 1 else ()
     parts = _parts(groups, target.tensor_parallel)
     found = [*_experts(program, coded), *_parallel(program, groups, target)]
     for name, tensor in coded.items():
-        found += [Skip(name, *reason) for reason in _shape(name, tensor, target, parts)]
+        found += [Diagnostic(name, *reason) for reason in _shape(name, tensor, target, parts)]
     for names in _joined(program, coded):
-        found += [Skip(names[0], *reason) for reason in _tiles(names, coded, target, parts)]
+        found += [Diagnostic(names[0], *reason) for reason in _tiles(names, coded, target, parts)]
     return _merged(found)
 
 
-def _experts(program: Program, coded: Mapping[str, CodedTensor]) -> Iterator[Skip]:
+def _experts(program: Program, coded: Mapping[str, QuantizedTensor]) -> Iterator[Diagnostic]:
     stacked = [
         binding.tensor
         for binding in program.bindings.values()
@@ -60,10 +60,10 @@ def _experts(program: Program, coded: Mapping[str, CodedTensor]) -> Iterator[Ski
             "Its experts are stored as three-dimensional tensors, which are not quantized; vLLM expects every linear layer of "
             "such a model, experts included, in one scheme."
         )
-        yield Skip(stacked[0], "CS4307", why, "Leave --quantize out; pruning of experts works.")
+        yield Diagnostic(stacked[0], "CS4307", why, "Leave --quantize out; pruning of experts works.")
 
 
-def _shape(name: str, tensor: CodedTensor, target: Target, parts: Parts) -> Iterator[tuple[str, str, str]]:
+def _shape(name: str, tensor: QuantizedTensor, target: Target, parts: Parts) -> Iterator[tuple[str, str, str]]:
     """(code, why, hint) per broken rule of one weight."""
     fmt, (rows, columns) = tensor.scheme.weights, tensor.shape
     row_parts, column_parts = parts.get((name, 0), 1), parts.get((name, 1), 1)
@@ -120,7 +120,7 @@ def _unpacked(target: Target) -> str:
     return f"--quantize {next(name for name in ('w8a8', 'fp8') if name in target.schemes)}"
 
 
-def _joined(program: Program, coded: Mapping[str, CodedTensor]) -> list[list[str]]:
+def _joined(program: Program, coded: Mapping[str, QuantizedTensor]) -> list[list[str]]:
     """Coded weights that vLLM makes one: those of one module with the same input (query, key and value; gate and up)."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for linear in find_linears(program)[0]:
@@ -131,7 +131,7 @@ def _joined(program: Program, coded: Mapping[str, CodedTensor]) -> list[list[str
 
 
 def _tiles(
-    names: Sequence[str], coded: Mapping[str, CodedTensor], target: Target, parts: Parts
+    names: Sequence[str], coded: Mapping[str, QuantizedTensor], target: Target, parts: Parts
 ) -> Iterator[tuple[str, str, str]]:
     """(code, why, hint) where sizes of what one kernel gets are not those it was written for."""
     scheme = coded[names[0]].scheme
@@ -184,7 +184,7 @@ def _parts(groups: Sequence[Group], gpus: int) -> Parts:
     return {place: min(gpus, size) for place, size in sizes.items()}
 
 
-def _parallel(program: Program, groups: Sequence[Group], target: Target) -> Iterator[Skip]:
+def _parallel(program: Program, groups: Sequence[Group], target: Target) -> Iterator[Diagnostic]:
     """Tensor parallelism splits heads and channels; what a GPU holds must be whole."""
     gpus = target.tensor_parallel
     if gpus == 1:
@@ -198,17 +198,17 @@ def _parallel(program: Program, groups: Sequence[Group], target: Target) -> Iter
     for heads in sorted(key_heads):
         if heads % gpus and gpus % heads:
             why = f"{heads} key-value heads can neither be split over {gpus} GPUs nor be repeated evenly on them."
-            yield Skip("--tensor-parallel", "CS4308", why, fewer)
+            yield Diagnostic("--tensor-parallel", "CS4308", why, fewer)
     declared = int(program.config.get("num_attention_heads") or 0)
     for query in sorted(_query_heads(program)):
         if query % gpus:
             dense = "" if query == declared else f" (of {declared} in the dense model)"
             why = f"{query} query heads{dense} cannot be split over {gpus} GPUs."
-            yield Skip("--tensor-parallel", "CS4308", why, fewer)
+            yield Diagnostic("--tensor-parallel", "CS4308", why, fewer)
     for group in groups:
         if group.kind == "channels" and group.size % gpus:
             why = f"Its {group.size} channels cannot be split over {gpus} GPUs."
-            yield Skip(group.anchor.tensor, "CS4308", why, fewer)
+            yield Diagnostic(group.anchor.tensor, "CS4308", why, fewer)
 
 
 def _query_heads(program: Program) -> set[int]:
@@ -222,13 +222,13 @@ def _query_heads(program: Program) -> set[int]:
     return found
 
 
-def _merged(skips: Sequence[Skip]) -> list[Skip]:
+def _merged(skips: Sequence[Diagnostic]) -> list[Diagnostic]:
     """One entry per reason; how many others share it is said in words."""
-    by_reason: dict[tuple[str, str, str], list[Skip]] = {}
+    by_reason: dict[tuple[str, str, str], list[Diagnostic]] = {}
     for skip in skips:
         by_reason.setdefault((skip.code, skip.why, skip.hint), []).append(skip)
     merged = []
     for same in by_reason.values():
         more = f" And {len(same) - 1} more of this size." if len(same) > 1 else ""
-        merged.append(Skip(same[0].where, same[0].code, same[0].why + more, same[0].hint))
+        merged.append(Diagnostic(same[0].where, same[0].code, same[0].why + more, same[0].hint))
     return merged

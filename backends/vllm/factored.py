@@ -7,10 +7,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from compile_sparse.compiler.editing import add_weight, swept
-from compile_sparse.compiler.linears import Linear, find_linears
-from compile_sparse.compiler.program import Binding, Program
-from compile_sparse.compiler.weights import AbsentTensor, TensorSource
+from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code
+from compile_sparse.compiler.ir.linears import Linear, find_linears
+from compile_sparse.compiler.ir.program import Binding, Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, TensorSource
 
 __all__ = ["FactoredTensor", "multiplied"]
 
@@ -57,7 +57,7 @@ def multiplied(program: Program) -> tuple[Program, dict[str, FactoredTensor]]:
         node.replace_input_with(outer.input, inner.input)
     if not added:
         return program, {}
-    return swept(replace(edited, weights=edited.weights.updated(sources), bindings=bindings)), added
+    return eliminate_dead_code(replace(edited, weights=edited.weights.updated(sources), bindings=bindings)), added
 
 
 def _is_pair(inner: Linear, outer: Linear, node: fx.Node) -> bool:

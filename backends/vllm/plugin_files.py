@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib.resources import files
 from pathlib import Path
 
-from compile_sparse.compiler.file_digests import digest_file
+from compile_sparse.compiler.files.digests import digest_file
 from compile_sparse.compiler.version import TOOL_VERSION
 
 __all__ = ["PLUGIN_FOLDER", "PLUGIN_PACKAGE", "copy_plugin"]

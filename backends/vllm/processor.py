@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from compile_sparse.compiler.editing import op_name
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.runtimes import RuntimeRecord, find_runtime
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord, find_runtime
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.program import Program
-    from compile_sparse.compiler.targets import Target
+    from compile_sparse.compiler.ir.program import Program
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["cannot_run", "other_hardware", "registered", "slow"]
 
@@ -49,7 +49,7 @@ def other_hardware(record: RuntimeRecord, target: Target) -> str:
     return ""
 
 
-def slow(program: Program, target: Target) -> list[Skip]:
+def slow(program: Program, target: Target) -> list[Diagnostic]:
     """CS2332 for what was measured to be slower than the dense model on processors like the one here."""
     record = registered()
     if target.device != "cpu" or record is None:
@@ -65,14 +65,16 @@ def slow(program: Program, target: Target) -> list[Skip]:
             "152M-parameter Llama, one thread, vLLM 0.32. The file is 0.34x."
         )
         return [
-            Skip("--quantize", "CS2332", why, "--quantize w8a8 is faster there: prefill 1.4x to 1.6x, decode 1.3x.")
+            Diagnostic(
+                "--quantize", "CS2332", why, "--quantize w8a8 is faster there: prefill 1.4x to 1.6x, decode 1.3x."
+            )
         ]
     if eight_bit and isa == "avx2":
         why = (
             "On processors without AVX-512 vLLM's int8 products are faster than float32 for prompts and slower for decoding: "
             "prefill 1.5x, decode 0.3x on a 152M-parameter Llama, one thread, vLLM 0.32. The file is 0.56x of bf16."
         )
-        return [Skip("--quantize", "CS2332", why, "--prune channels=FRACTION is faster on any processor.")]
+        return [Diagnostic("--quantize", "CS2332", why, "--prune channels=FRACTION is faster on any processor.")]
     return []
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 from pathlib import Path
 
-from compile_sparse.compiler.runtimes import Device, InstallPlan, Packages, RequirementsOf
+from compile_sparse.compiler.runtimes.environments import Device, InstallPlan, Packages, RequirementsOf
 
 __all__ = ["VllmRuntime"]
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 
 from compile_sparse.backends.vllm.sparse24_layout import compress_24
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.weights import DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
 
 __all__ = ["SPARSE_RUN", "SparseTensor", "compressible"]
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 
-from compile_sparse.backends.huggingface.architecture import architecture_of
-from compile_sparse.backends.huggingface.tensors import Tensors
+from compile_sparse.backends.checkpoint.architecture import architecture_of
+from compile_sparse.backends.checkpoint.compressed_tensors import WEIGHT, encoded, quantization_config
+from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor, dequantized
+from compile_sparse.backends.checkpoint.tensors import Tensors
 from compile_sparse.backends.vllm.cache_scales import CACHE_SCHEME, cache_scales
-from compile_sparse.backends.vllm.coded import CodedTensor, decoded
-from compile_sparse.backends.vllm.compressed_tensors import WEIGHT, encoded, quantization_config
 from compile_sparse.backends.vllm.factored import FactoredTensor, multiplied
 from compile_sparse.backends.vllm.sparse24 import SPARSE_RUN, SparseTensor, compressible
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.schemes import Scheme
-from compile_sparse.compiler.stored_size import stored_form
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import TensorSource
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import Scheme
+from compile_sparse.compiler.ir.storage import stored_form
+from compile_sparse.compiler.ir.weights import TensorSource
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Storage", "StorageWriter", "storage_of"]
 
@@ -39,7 +39,7 @@ class Storage:
     """
 
     view: Program
-    coded: Mapping[str, CodedTensor] = field(default_factory=dict)
+    coded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     factored: Mapping[str, FactoredTensor] = field(default_factory=dict)
     sparse: Mapping[str, SparseTensor] = field(default_factory=dict)
     scales: Mapping[tuple[str, str], TensorSource] = field(default_factory=dict)
@@ -107,7 +107,7 @@ def storage_of(program: Program) -> Storage:
     Raises:
         Refusal: CS4304 for codes in a form that no checkpoint format has.
     """
-    view, coded = decoded(program)
+    view, coded = dequantized(program)
     view, factored = multiplied(view)
     scales = cache_scales(program)
     # vLLM takes one format per checkpoint: beside codes or scales zeros are stored as they are.
@@ -134,7 +134,7 @@ class StorageWriter:
     def encode(self, name: str, source: TensorSource) -> Mapping[str, TensorSource]:
         """What stands for ``name`` in the file."""
         stem = name.removesuffix(WEIGHT)
-        if isinstance(source, CodedTensor):
+        if isinstance(source, QuantizedTensor):
             self._coded.append(name)
             return encoded(name, source, self._dtype)
         if isinstance(source, FactoredTensor):

@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from compile_sparse.compiler.axes.sizes import Size, is_static, quotient, same_size, total
+from compile_sparse.compiler.ir.sizes import Size, is_static, quotient, same_size, total
 
 __all__ = [
     "Axis",

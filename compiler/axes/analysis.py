@@ -16,13 +16,13 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis, Conflict, find, is_dynamic, leaf, leaves
+from compile_sparse.compiler.axes.analysis_state import AnalysisState, Freeze, Label
 from compile_sparse.compiler.axes.groups import Anchor, Group, build_groups, leaf_at
-from compile_sparse.compiler.axes.ledger import Freeze, Label, Ledger
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules import labels_of
-from compile_sparse.compiler.axes.sizes import same_size, shape_of
-from compile_sparse.compiler.axes.step import Step
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.sizes import same_size, shape_of
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["CACHE_ROLES", "Analysis", "analyse", "changeable_roles"]
 
@@ -84,7 +84,7 @@ def analyse(program: Program, *, interface_may_change: frozenset[str] = CACHE_RO
         program: any program; weights are not read, shapes suffice.
         interface_may_change: roles of inputs and outputs whose static axes may shrink. All others are frozen.
     """
-    ledger = Ledger(stored=frozenset(program.bindings))
+    ledger = AnalysisState(stored=frozenset(program.bindings))
     inputs = {entry.placeholder: entry for entry in program.inputs}
     by_tensor: dict[str, Label] = {}
     for node in program.graph.nodes:
@@ -122,11 +122,11 @@ def analyse(program: Program, *, interface_may_change: frozenset[str] = CACHE_RO
     )
 
 
-def _visit(ledger: Ledger, node: fx.Node, value: Any) -> None:
+def _visit(ledger: AnalysisState, node: fx.Node, value: Any) -> None:
     if node.target is operator.getitem:
         _getitem(ledger, node)
         return
-    step = Step(node, ledger)
+    step = RuleContext(node, ledger)
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not any(isinstance(item, torch.Tensor) for item in values):
         step.freeze_unread_domains()  # sizes and scalars: nothing to label
@@ -154,7 +154,7 @@ def _visit(ledger: Ledger, node: fx.Node, value: Any) -> None:
     ledger.labels[node.name] = found
 
 
-def _getitem(ledger: Ledger, node: fx.Node) -> None:
+def _getitem(ledger: AnalysisState, node: fx.Node) -> None:
     source, place = node.args
     assert isinstance(source, fx.Node) and isinstance(place, int)  # the graph's form
     found = ledger.labels.get(source.name)
@@ -179,15 +179,15 @@ def _agrees(found: Label | tuple[Label, ...], value: Any) -> bool:
     return True
 
 
-def _tie_same_tensor(ledger: Ledger, node: fx.Node, label: Label, first: Label) -> None:
+def _tie_same_tensor(ledger: AnalysisState, node: fx.Node, label: Label, first: Label) -> None:
     if first is label:
         return
-    step = Step(node, ledger)
+    step = RuleContext(node, ledger)
     for mine, theirs in zip(label, first, strict=True):
         step.tie(mine, theirs)
 
 
-def _freeze_outputs(ledger: Ledger, program: Program, may_change: frozenset[str]) -> None:
+def _freeze_outputs(ledger: AnalysisState, program: Program, may_change: frozenset[str]) -> None:
     for node, output in zip(program.output_nodes, program.outputs, strict=True):
         if not isinstance(node, fx.Node) or not isinstance(ledger.labels.get(node.name), list):
             continue
@@ -200,7 +200,7 @@ def _freeze_outputs(ledger: Ledger, program: Program, may_change: frozenset[str]
             _freeze_all(ledger, [ledger.label(node)], f"model output '{output.name}' has a fixed shape", node)
 
 
-def _freeze_all(ledger: Ledger, labels: list[Label], reason: str, node: fx.Node) -> None:
+def _freeze_all(ledger: AnalysisState, labels: list[Label], reason: str, node: fx.Node) -> None:
     for label in labels:
         for axis in label:
             if not is_dynamic(axis):

@@ -9,8 +9,8 @@ from typing import Literal
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis, find, leaves
-from compile_sparse.compiler.axes.ledger import Contact, Freeze, Ledger, origin
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.axes.analysis_state import AnalysisState, AxisUse, Freeze, origin
+from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["Anchor", "Group", "Kind", "build_groups", "format_groups", "leaf_at"]
 
@@ -58,13 +58,15 @@ class Group:
     members: tuple[tuple[str, int], ...]
     roles: frozenset[str]
     frozen: tuple[Freeze, ...]
-    producers: tuple[Contact, ...]
-    consumers: tuple[Contact, ...]
+    producers: tuple[AxisUse, ...]
+    consumers: tuple[AxisUse, ...]
     anchor: Anchor
     kind: Kind
 
 
-def build_groups(program: Program, ledger: Ledger, frozen: Mapping[Axis, tuple[Freeze, ...]]) -> tuple[Group, ...]:
+def build_groups(
+    program: Program, ledger: AnalysisState, frozen: Mapping[Axis, tuple[Freeze, ...]]
+) -> tuple[Group, ...]:
     """One group per static leaf that meets a weight, ordered by first weight."""
     nodes = {node.name: node for node in program.graph.nodes}
     members: dict[Axis, dict[tuple[str, int], None]] = {}
@@ -130,15 +132,15 @@ def _kind(roles: frozenset[str]) -> Kind:
 
 
 def _contacts(
-    program: Program, nodes: Mapping[str, fx.Node], events: Sequence[tuple[Axis, Contact]]
-) -> dict[Axis, list[Contact]]:
+    program: Program, nodes: Mapping[str, fx.Node], events: Sequence[tuple[Axis, AxisUse]]
+) -> dict[Axis, list[AxisUse]]:
     """Contacts whose weight side is a stored tensor, by leaf."""
-    out: dict[Axis, list[Contact]] = {}
+    out: dict[Axis, list[AxisUse]] = {}
     for axis, contact in events:
         tensor = program.tensor_of(origin(nodes[contact.weight], choices=True))
         if tensor is None or (contact.operand and program.tensor_of(origin(nodes[contact.operand])) is not None):
             continue
-        named = Contact(contact.node, contact.operand, contact.dim, tensor)
+        named = AxisUse(contact.node, contact.operand, contact.dim, tensor)
         for found in leaves(axis):
             known = out.setdefault(found, [])
             if named not in known:

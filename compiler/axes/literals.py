@@ -16,10 +16,10 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis, factors, find, regroup
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.selection import Selection
-from compile_sparse.compiler.editing import op_name, schema_arguments
 from compile_sparse.compiler.errors import ModelError
+from compile_sparse.compiler.ir.edit import op_name, schema_arguments
 
 __all__ = ["regenerate"]
 

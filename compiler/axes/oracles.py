@@ -24,10 +24,10 @@ from torch import fx
 
 from compile_sparse.compiler.axes.algebra import factors, find, regroup
 from compile_sparse.compiler.axes.analysis import Analysis
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
-from compile_sparse.compiler.editing import op_name, schema_arguments
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["OracleReport", "compare", "interpret", "masked_outputs", "relative_error", "tolerance", "zeroed_outputs"]
 

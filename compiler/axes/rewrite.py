@@ -9,13 +9,13 @@ import torch
 
 from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.literals import regenerate
-from compile_sparse.compiler.axes.propagate import Shapes, repropagate
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
-from compile_sparse.compiler.axes.sizes import Size
-from compile_sparse.compiler.editing import fake_mode_of, swept
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.edit import eliminate_dead_code, fake_mode_of
+from compile_sparse.compiler.ir.fake_propagation import Shapes, propagate_fake_tensors
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.sizes import Size
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, TensorSource
 
 __all__ = ["rewrite"]
 
@@ -61,8 +61,8 @@ def rewrite(program: Program, analysis: Analysis, keep: KeepTables) -> Program:
                 node.meta["val"] = torch.empty(sizes, dtype=value.dtype, device=value.device)
         elif node.op == "call_function":
             regenerate(node, selection)
-    edited = swept(replace(edited, weights=program.weights.updated(sources)))
-    return repropagate(edited, expected)
+    edited = eliminate_dead_code(replace(edited, weights=program.weights.updated(sources)))
+    return propagate_fake_tensors(edited, expected)
 
 
 def _resized(value: torch.Tensor, sizes: list[Size]) -> list[Any]:

@@ -9,10 +9,10 @@ import torch
 
 from compile_sparse.compiler.axes.algebra import Axis, coords, factors, find, leaves
 from compile_sparse.compiler.axes.analysis import Analysis
+from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.groups import Anchor
-from compile_sparse.compiler.axes.ledger import Label
-from compile_sparse.compiler.axes.sizes import Size, total
 from compile_sparse.compiler.errors import ModelError
+from compile_sparse.compiler.ir.sizes import Size, total
 
 __all__ = ["Keep", "KeepTables", "Selection"]
 

@@ -27,7 +27,7 @@ from transformers.core_model_loading import (
     WeightConverter,
 )
 
-from compile_sparse.compiler.weights import DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
 
 __all__ = ["CannotAssemble", "assembled"]
 

@@ -11,7 +11,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 
 from compile_sparse.compiler.capture.assemble import CannotAssemble, assembled
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.weights import AbsentTensor, TensorSource
+from compile_sparse.compiler.ir.weights import AbsentTensor, TensorSource
 
 __all__ = ["bind_weights"]
 

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_sparse.compiler.editing import add_weight
-from compile_sparse.compiler.program import Binding, Program
-from compile_sparse.compiler.weights import ResidentTensor, TensorSource
+from compile_sparse.compiler.ir.edit import add_weight
+from compile_sparse.compiler.ir.program import Binding, Program
+from compile_sparse.compiler.ir.weights import ResidentTensor, TensorSource
 
 __all__ = ["fold_constants"]
 

@@ -25,11 +25,11 @@ from compile_sparse.compiler.capture.normalize import normalize
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.samples import Sample, sample_for
 from compile_sparse.compiler.capture.skeleton import build_skeleton, new_fake_mode, quiet_transformers
-from compile_sparse.compiler.editing import swept
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.program import Binding, Program
+from compile_sparse.compiler.ir.edit import eliminate_dead_code
+from compile_sparse.compiler.ir.program import Binding, Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, TensorSource, WeightStore
 from compile_sparse.compiler.progress import Progress, SilentProgress
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, TensorSource, WeightStore
 
 __all__ = ["SOURCE_FOLDER", "capture", "capture_model"]
 
@@ -165,7 +165,7 @@ def _program(
         kind=sample.kind,
         config=config,
     )
-    program = swept(fold_constants(program))
+    program = eliminate_dead_code(fold_constants(program))
     # Export binds every name of a tied tensor; which of them is used shows only now.
     return replace(program, aliases=_aliases(model, {b.tensor for b in program.bindings.values()}))
 

@@ -16,8 +16,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-from compile_sparse.compiler.editing import op_name, schema_arguments
-from compile_sparse.compiler.program import Binding
+from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.program import Binding
 
 __all__ = ["normalize"]
 

@@ -22,7 +22,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPI
 
 from compile_sparse.compiler.capture.folder import is_causal
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.program import Input, ModelKind, Output
+from compile_sparse.compiler.ir.program import Input, ModelKind, Output
 
 __all__ = ["Sample", "sample_for"]
 

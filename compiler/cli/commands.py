@@ -20,7 +20,7 @@ from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 from compile_sparse.compiler.errors import GateFailure, Refusal
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.api import CompileResult
+    from compile_sparse.api import CompileResult
 
 __all__ = ["cli"]
 
@@ -58,7 +58,7 @@ def compile_command(
     model: str, as_json: bool, no_verify: bool, gates: tuple[str, ...], eval_: Any, **options: Any
 ) -> None:
     """Compile MODEL for a target, measure it against the dense baseline, and report."""
-    from compile_sparse.compiler import api
+    from compile_sparse import api
 
     with TerminalProgress() as progress:
         failure = None
@@ -78,14 +78,14 @@ def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: An
 
     Exits with 4 when compiling would be refused.
     """
-    from compile_sparse.compiler import api
+    from compile_sparse import api
 
     with TerminalProgress() as progress:
         plan = api.explain(model, gates=gates, eval=eval_, progress=progress, **options)
     if as_json:
         print_json(plan)
     else:
-        from compile_sparse.compiler.table import plan_table
+        from compile_sparse.compiler.cli.tables import plan_table
 
         print_table([plan_table(plan)])
     return Refusal.exit_code if plan.get("refusals") else 0
@@ -104,7 +104,7 @@ def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: An
 @debug_option
 def verify_command(artifact: Path, as_json: bool, gates: tuple[str, ...], eval_: Any, **options: Any) -> None:
     """Measure an existing artifact again, against its own baseline."""
-    from compile_sparse.compiler import api
+    from compile_sparse import api
 
     with TerminalProgress() as progress:
         failure = None
@@ -123,8 +123,8 @@ def targets_command(ctx: click.Context, as_json: bool) -> None:
     """List the targets, or 'show NAME' one."""
     if ctx.invoked_subcommand is not None:
         return
-    from compile_sparse.compiler.table import targets_table
-    from compile_sparse.compiler.targets import load_targets
+    from compile_sparse.compiler.cli.tables import targets_table
+    from compile_sparse.compiler.targets.target import load_targets
 
     targets = [target.model_dump(mode="json") for target in load_targets().values()]
     if as_json:
@@ -139,7 +139,7 @@ def targets_command(ctx: click.Context, as_json: bool) -> None:
 @debug_option
 def show_target_command(name: str, as_json: bool) -> None:
     """Everything known about one target."""
-    from compile_sparse.compiler.targets import find_target
+    from compile_sparse.compiler.targets.target import find_target
 
     data = find_target(name).model_dump(mode="json")
     if as_json:
@@ -155,13 +155,13 @@ def show_target_command(name: str, as_json: bool) -> None:
 @debug_option
 def doctor_command(as_json: bool) -> None:
     """Show which runtimes work on this machine, and why the others don't."""
-    from compile_sparse.compiler import api
+    from compile_sparse import api
 
     probes = api.doctor()
     if as_json:
         print_json(probes)
         return
-    from compile_sparse.compiler.table import doctor_table
+    from compile_sparse.compiler.cli.tables import doctor_table
 
     print_table([doctor_table(probes)])
 
@@ -176,7 +176,7 @@ def _finish(result: CompileResult, failure: GateFailure | None, *, as_json: bool
     if as_json:
         print_json(result.report)
     else:
-        from compile_sparse.compiler.table import report_table
+        from compile_sparse.compiler.cli.tables import report_table
 
         print_table([report_table(result.report)])
         click.echo(str(result.report_path))

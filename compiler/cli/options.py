@@ -32,7 +32,7 @@ def _named_fractions(
                 parameter,
             )
         if key in named:
-            from compile_sparse.compiler.contradictions import refuse_repetition
+            from compile_sparse.compiler.recipes.conflicts import refuse_repetition
 
             first = f"--prune {key}={named[key]:g}"
             refuse_repetition(first, f"--prune {key}={text}", named[key], number, where="--prune")

@@ -39,7 +39,7 @@ def probe_command(
 
     Prints a table, and the lines that a target file would have. Not run on a GPU by us yet (unverified).
     """
-    from compile_sparse.compiler import api
+    from compile_sparse import api
 
     with TerminalProgress() as progress:
         result = api.probe(
@@ -55,7 +55,7 @@ def probe_command(
     if as_json:
         print_json(result)
     else:
-        from compile_sparse.compiler.probing.table import probe_table
+        from compile_sparse.compiler.microbench.table import probe_table
 
         print_table([probe_table(result)])
         if out is not None:

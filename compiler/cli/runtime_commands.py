@@ -11,7 +11,7 @@ from compile_sparse.compiler.cli.rendering import print_json, print_table
 from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 
 if TYPE_CHECKING:
-    from compile_sparse.compiler.runtimes import RuntimeStatus
+    from compile_sparse.compiler.runtimes.environments import RuntimeStatus
 
 __all__ = ["runtime_command"]
 
@@ -38,8 +38,8 @@ def install_command(name: str, as_json: bool, **options: Any) -> None:
 
     Packages come from where pip's own configuration says. An interrupted installation goes on where it stopped.
     """
-    from compile_sparse.compiler.runtime_install import install_runtime
-    from compile_sparse.compiler.runtimes import RuntimeStatus
+    from compile_sparse.compiler.runtimes.environments import RuntimeStatus
+    from compile_sparse.compiler.runtimes.install import install_runtime
 
     with TerminalProgress() as progress:
         record = install_runtime(name, progress=progress, **options)
@@ -56,8 +56,8 @@ def add_command(name: str, python: str, as_json: bool) -> None:
 
     The interpreter is started to find out what it has, and later to serve models: name only one that you trust.
     """
-    from compile_sparse.compiler.runtime_install import add_runtime
-    from compile_sparse.compiler.runtimes import RuntimeStatus
+    from compile_sparse.compiler.runtimes.environments import RuntimeStatus
+    from compile_sparse.compiler.runtimes.install import add_runtime
 
     with TerminalProgress() as progress:
         record = add_runtime(name, python, progress)
@@ -74,7 +74,7 @@ def list_command(name: str | None, as_json: bool) -> None:
 
 
 def _list(name: str | None, *, as_json: bool) -> None:
-    from compile_sparse.compiler.runtimes import find_kind, list_runtimes
+    from compile_sparse.compiler.runtimes.environments import find_kind, list_runtimes
 
     if name is not None:
         find_kind(name)
@@ -86,6 +86,6 @@ def _show(statuses: list[RuntimeStatus], *, as_json: bool) -> None:
     if as_json:
         print_json(found)
         return
-    from compile_sparse.compiler.table import runtimes_table
+    from compile_sparse.compiler.cli.tables import runtimes_table
 
     print_table([runtimes_table(found)])

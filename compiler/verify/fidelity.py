@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
+from compile_sparse.compiler.artifact.report import Fidelity
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.report import Fidelity
+from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
-from compile_sparse.compiler.worker import Worker
 
 __all__ = ["LARGEST_NOISE_NATS", "check_fidelity", "fidelity_bound", "has_dense_traces"]
 

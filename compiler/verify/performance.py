@@ -9,11 +9,19 @@ from typing import Any
 
 import numpy as np
 
+from compile_sparse.compiler.artifact.report import (
+    Interval,
+    Level,
+    MeasuredWorkload,
+    Percentiles,
+    Performance,
+    Ratios,
+    Speed,
+)
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.report import Interval, Level, MeasuredWorkload, Percentiles, Performance, Ratios, Speed
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.statistics import percentiles, ratio_of_rounds
-from compile_sparse.compiler.worker import Worker
-from compile_sparse.compiler.workload import Workload
 
 __all__ = ["BASELINE", "COMPILED", "measure_decoder", "measure_memory", "measure_samples", "measure_twin"]
 

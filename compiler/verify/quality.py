@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
+from compile_sparse.compiler.artifact.report import Quality, Slice
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.report import Quality, Slice
+from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.verify.fidelity import cosine, run_samples
 from compile_sparse.compiler.verify.performance import BASELINE, COMPILED
 from compile_sparse.compiler.verify.statistics import perplexity_ratio
-from compile_sparse.compiler.worker import Worker
 
 __all__ = ["measure_agreement", "measure_perplexity"]
 

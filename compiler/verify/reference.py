@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from compile_sparse.compiler.editing import op_name, swept
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.model_facts import context_length
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
+from compile_sparse.compiler.ir.model_facts import context_length
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress, Task
 
 __all__ = [
@@ -128,7 +128,7 @@ def with_float_activations(program: Program) -> Program:
     for node in list(edited.graph.nodes):
         if op_name(node) == "fake_quantize":
             node.replace_all_uses_with(node.args[0])
-    return swept(edited)
+    return eliminate_dead_code(edited)
 
 
 def _mean_difference(some: list[dict[str, list[float]]], others: list[dict[str, list[float]]]) -> float:

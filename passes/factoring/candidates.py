@@ -6,10 +6,10 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.linears import Linear, find_linears, makes_logits
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.skip import Skip
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.passes.factoring.allocation import Choices
 
 __all__ = ["Candidate", "Limit", "find_candidates", "limits"]
@@ -69,7 +69,7 @@ def _clause(target: str, phase: str, share: float, overhead: int) -> str:
     return f"for {phase} {target} runs two factors faster below {share:.0%} of the parameters{less}"
 
 
-def find_candidates(program: Program, context: PassContext) -> tuple[list[Candidate], list[Skip]]:
+def find_candidates(program: Program, context: PassContext) -> tuple[list[Candidate], list[Diagnostic]]:
     """Linears whose weight only they read, with the aligned ranks that pay; and a reason for every other linear."""
     linears, skips = find_linears(program)
     bounds = limits(program, context)
@@ -83,13 +83,19 @@ def find_candidates(program: Program, context: PassContext) -> tuple[list[Candid
     for linear in linears:
         shape = program.weights[linear.tensor].shape
         rows, columns = shape[1 - linear.axis], shape[linear.axis]
-        if makes_logits(program, linear.node):
-            skips.append(Skip(linear.tensor, "CS2501", "It makes the logits, where every error is felt directly."))
+        if is_lm_head(program, linear.node):
+            skips.append(
+                Diagnostic(linear.tensor, "CS2501", "It makes the logits, where every error is felt directly.")
+            )
         elif linear.tensor in tied or readers[linear.tensor] > 1:
-            skips.append(Skip(linear.tensor, "CS2501", "Its weight has another use, which needs the whole matrix."))
+            skips.append(
+                Diagnostic(linear.tensor, "CS2501", "Its weight has another use, which needs the whole matrix.")
+            )
         elif linear.tensor in program.masks:
             why = "It holds a pattern of zeros, which two factors would fill."
-            skips.append(Skip(linear.tensor, "CS2501", why, "Put low-rank before mask, as the order of stages says."))
+            skips.append(
+                Diagnostic(linear.tensor, "CS2501", why, "Put low-rank before mask, as the order of stages says.")
+            )
         else:
             bound = min(bounds, key=lambda limit: limit.parameters(rows * columns))
             ranks = _ranks(rows, columns, bound, context)
@@ -109,10 +115,10 @@ def _ranks(rows: int, columns: int, bound: Limit, context: PassContext) -> range
     return range(step, largest + 1, step)
 
 
-def _too_small(linear: Linear, rows: int, columns: int, bound: Limit, context: PassContext) -> Skip:
+def _too_small(linear: Linear, rows: int, columns: int, bound: Limit, context: PassContext) -> Diagnostic:
     alignment = context.target.alignment
     held, dense = alignment * (rows + columns), rows * columns
-    return Skip(
+    return Diagnostic(
         linear.tensor,
         "CS2502",
         f"At rank {alignment}, the lowest that {context.target.name} aligns to, the factors hold {alignment} * ({rows} + "

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.linears import Linear
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.ir.linears import Linear
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.passes.factoring.candidates import Candidate
 from compile_sparse.passes.factoring.factors import Factors, factor

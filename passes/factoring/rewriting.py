@@ -8,10 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import fx
 
-from compile_sparse.compiler.editing import add_weight, fake_mode_of, op_name, swept
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Binding, Program
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of, op_name
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Binding, Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, TensorSource
 from compile_sparse.passes.factoring.factors import Factors
 
 __all__ = ["FactorSources", "OnDemand", "replace_by_factors"]
@@ -80,7 +80,7 @@ def replace_by_factors(program: Program, factors: Mapping[str, FactorSources]) -
         with fake_mode_of(edited):
             first.meta["val"] = product(linear.input.meta["val"], inner.meta["val"])
         node.args = tuple(_swapped(arg, {linear.input: first, linear.weight: outer}) for arg in node.args)
-    return swept(replace(edited, bindings=bindings, weights=edited.weights.updated(added)))
+    return eliminate_dead_code(replace(edited, bindings=bindings, weights=edited.weights.updated(added)))
 
 
 def _swapped(argument: object, by: Mapping[fx.Node, fx.Node]) -> object:

@@ -13,11 +13,11 @@ from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_
 from compile_sparse.compiler.axes.groups import Group, Kind
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
-from compile_sparse.compiler.contract import PassContext, PassResult
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.passes.compensation.least_squares import refit
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable, eligible_groups, prunable_groups
 from compile_sparse.passes.pruning.obs import Removal
 from compile_sparse.passes.pruning.selection import (
@@ -28,7 +28,7 @@ from compile_sparse.passes.pruning.selection import (
     rank_by_score,
     with_closed_form,
 )
-from compile_sparse.passes.scores.registry import CRITERIA
+from compile_sparse.passes.reconstruction.least_squares import refit
 
 __all__ = ["AxisPruning", "CriterionName"]
 
@@ -50,7 +50,7 @@ class AxisPruning(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     name: ClassVar[str]
-    stage: ClassVar[str] = "structural"
+    phase: ClassVar[str] = "structural"
     kind: ClassVar[Kind]
     noun: ClassVar[str]
     """What a position is called in messages."""
@@ -166,7 +166,7 @@ class AxisPruning(BaseModel):
         keep: KeepTables,
         prunables: Sequence[Prunable],
         context: PassContext,
-    ) -> tuple[Program, dict[str, Any], list[Skip]]:
+    ) -> tuple[Program, dict[str, Any], list[Diagnostic]]:
         wanted = self.compensation or ("least-squares" if context.calibration is not None else "none")
         if wanted == "none" or context.calibration is None or context.plan_only:
             return pruned, {"compensation": wanted}, []
@@ -225,7 +225,7 @@ class AxisPruning(BaseModel):
             hint=f"Ask for {step / total:.3g} or more.",
         )
 
-    def _nothing_to_do(self, skips: Sequence[Skip]) -> ModelError:
+    def _nothing_to_do(self, skips: Sequence[Diagnostic]) -> ModelError:
         unaligned = any(skip.code == "CS2105" for skip in skips)
         reasons: list[str] = list(dict.fromkeys(f"{skip.where}: {skip.why}" for skip in skips))
         shown = reasons[:5] + ([f"... and {len(reasons) - 5} more."] if len(reasons) > 5 else [])
@@ -240,14 +240,14 @@ class AxisPruning(BaseModel):
         )
 
 
-def _not_refitted(name: str, wanted: str) -> Skip:
+def _not_refitted(name: str, wanted: str) -> Diagnostic:
     why = (
         "No linear layer that lost inputs has a bias of its own."
         if wanted == "bias"
         else "No linear layer with a stored weight of its own lost inputs, or the text is too short to describe those that did; "
         "products with one matrix per expert are not refitted."
     )
-    return Skip(name, "CS2115", why, "More calibration text may help; or set compensation: none.")
+    return Diagnostic(name, "CS2115", why, "More calibration text may help; or set compensation: none.")
 
 
 def _last_first(prunable: Prunable) -> Choice:

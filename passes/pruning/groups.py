@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from compile_sparse.compiler.axes.algebra import Axis, factors, find, leaves, segments
 from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group, Kind
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Prunable", "eligible_groups", "nearest_size", "prunable_groups"]
 
@@ -39,26 +39,26 @@ class Prunable:
 
 def eligible_groups(
     analysis: Analysis, kind: Kind, wanted: Callable[[Group], bool] = lambda group: True
-) -> tuple[list[Group], list[Skip]]:
+) -> tuple[list[Group], list[Diagnostic]]:
     """Free groups of one kind, and the reasons for the others.
 
     Two axes that form a grid (experts times channels of one tensor are not one; query heads within key heads are) are never
     both taken: removing a share of each would remove more than was asked for.
     """
-    skips: list[Skip] = []
+    skips: list[Diagnostic] = []
     groups: list[Group] = []
     for group in analysis.groups:
         if group.kind != kind or not wanted(group):
             continue
         if group.frozen:
-            skips.append(Skip(str(group.anchor), "CS2104", f"The axis may not change: {group.frozen[0]}."))
+            skips.append(Diagnostic(str(group.anchor), "CS2104", f"The axis may not change: {group.frozen[0]}."))
         elif group.size > 1:
             groups.append(group)
     taken: set[Axis] = set()
     for group in groups:
         if _crosses(analysis, group, taken):
             why = "It forms a grid with an axis already chosen; removing both would remove more than was asked for."
-            skips.append(Skip(str(group.anchor), "CS2109", why))
+            skips.append(Diagnostic(str(group.anchor), "CS2109", why))
         else:
             taken.add(group.leaf)
     return [group for group in groups if group.leaf in taken], skips
@@ -66,7 +66,7 @@ def eligible_groups(
 
 def prunable_groups(
     analysis: Analysis, groups: Sequence[Group], fraction: float, context: PassContext
-) -> tuple[list[Prunable], list[Skip], list[str]]:
+) -> tuple[list[Prunable], list[Diagnostic], list[str]]:
     """Sizes for every group; groups without an aligned size are skipped with the arithmetic.
 
     Returns:
@@ -76,7 +76,7 @@ def prunable_groups(
     gpus = context.target.tensor_parallel
     alignment = context.target.alignment * gpus
     found: list[Prunable] = []
-    skips: list[Skip] = []
+    skips: list[Diagnostic] = []
     notes: dict[str, None] = {}
     for group in groups:
         inner = _inner_sizes(analysis, group)
@@ -168,7 +168,7 @@ def _crosses(analysis: Analysis, group: Group, taken: set[Axis]) -> bool:
     return False
 
 
-def _unaligned(group: Group, fraction: float, inner: Sequence[int], step: int, target: Target) -> Skip:
+def _unaligned(group: Group, fraction: float, inner: Sequence[int], step: int, target: Target) -> Diagnostic:
     gpus = target.tensor_parallel
     elements = f" ({inner[0]} elements each)" if inner[0] > 1 else ""
     wanted = f"{fraction:g} of {group.size} positions{elements} leaves {group.size * (1.0 - fraction):g}"
@@ -176,7 +176,7 @@ def _unaligned(group: Group, fraction: float, inner: Sequence[int], step: int, t
         split = f" on each of {gpus} GPUs" if gpus > 1 else ""
         wanted += f"; the target's alignment is {target.alignment}{split}, so sizes are multiples of {step}"
     if step < group.size:
-        return Skip(str(group.anchor), "CS2105", f"{wanted}; the nearest is 0.", "Remove less.")
+        return Diagnostic(str(group.anchor), "CS2105", f"{wanted}; the nearest is 0.", "Remove less.")
     why = f"{wanted}, and no multiple of {step} is below {group.size}."
     hint = "Choose a target with a smaller alignment" + (", or fewer GPUs." if gpus > 1 else ".")
-    return Skip(str(group.anchor), "CS2105", why, hint)
+    return Diagnostic(str(group.anchor), "CS2105", why, hint)

@@ -12,13 +12,13 @@ from compile_sparse.compiler.axes.algebra import Axis, coords, find
 from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.axes.selection import Keep
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.linears import Linear, find_linears
-from compile_sparse.passes.compensation.matching import objective_of
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.linears import Linear, find_linears
+from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable
 from compile_sparse.passes.pruning.obs import Consumer, Removal, removal_order
-from compile_sparse.passes.scores.registry import CRITERIA
+from compile_sparse.passes.reconstruction.matching import objective_of
 from compile_sparse.passes.statistics.gram import Gram, each_gram
 
 __all__ = ["Choice", "keep_table", "kept_sizes", "outer_of", "rank_by_obs", "rank_by_score", "with_closed_form"]

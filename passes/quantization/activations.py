@@ -9,14 +9,14 @@ from typing import Literal
 import torch
 from torch import fx
 
-from compile_sparse.compiler.linears import Linear
-from compile_sparse.compiler.ops.quantization import FP4_MAX, FP8_MAX
-from compile_sparse.compiler.schemes import ActivationFormat
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, TensorSource
+from compile_sparse.compiler.ir.linears import Linear
+from compile_sparse.compiler.ir.ops.quantization import FP4_MAX, FP8_MAX
+from compile_sparse.compiler.ir.quantization_schemes import ActivationFormat
+from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, TensorSource
 from compile_sparse.passes.quantization.edits import Edits
-from compile_sparse.passes.round_to_nearest import as_stored
+from compile_sparse.passes.quantization.round_to_nearest import as_stored
 
-__all__ = ["NVFP4_TOP", "OUTPUT_FORMAT", "ActivationCoder"]
+__all__ = ["NVFP4_TOP", "OUTPUT_FORMAT", "ActivationQuantizer"]
 
 ours = torch.ops.compile_sparse
 _TOPS = {"int8-static": 127.0, "fp8-static": FP8_MAX}
@@ -26,7 +26,7 @@ OUTPUT_FORMAT: ActivationFormat = "int8-static"
 """How outputs are coded, where they are."""
 
 
-class ActivationCoder:
+class ActivationQuantizer:
     """One quantizer per distinct input, and one per output that is asked for.
 
     Args:

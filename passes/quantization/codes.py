@@ -7,9 +7,9 @@ from functools import partial
 
 import torch
 
-from compile_sparse.compiler.schemes import WeightFormat
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, RoundedTensor, TensorSource
-from compile_sparse.passes.round_to_nearest import (
+from compile_sparse.compiler.ir.quantization_schemes import WeightFormat
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, DowncastTensor, TensorSource
+from compile_sparse.passes.quantization.round_to_nearest import (
     quantize_channels,
     quantize_fp8_blocks,
     quantize_fp8_channels,
@@ -66,7 +66,7 @@ def _with_stored_scale(made: Mapping[str, TensorSource], stored: torch.dtype) ->
     """What the scales are stored in counts for the size; their values are representable in it already."""
     scale = made["scale"]
     shorter = stored != torch.float32 and scale.dtype == torch.float32
-    return {**made, "scale": RoundedTensor(scale, stored)} if shorter else dict(made)
+    return {**made, "scale": DowncastTensor(scale, stored)} if shorter else dict(made)
 
 
 class CodeMemory:

@@ -8,9 +8,9 @@ from typing import Any, Literal
 
 from torch import fx
 
-from compile_sparse.compiler.editing import add_weight, fake_mode_of, swept
-from compile_sparse.compiler.program import Binding, Program, SparsityMask
-from compile_sparse.compiler.weights import TensorSource
+from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of
+from compile_sparse.compiler.ir.program import Binding, Program, SparsityMask
+from compile_sparse.compiler.ir.weights import TensorSource
 
 __all__ = ["Edits"]
 
@@ -64,4 +64,4 @@ class Edits:
             bindings=self._bindings,
             masks={**self.program.masks, **masks},
         )
-        return swept(program)
+        return eliminate_dead_code(program)

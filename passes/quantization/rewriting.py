@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import fx
 
-from compile_sparse.compiler.linears import Linear, makes_logits
-from compile_sparse.compiler.program import CODES, Program, SparsityMask
-from compile_sparse.compiler.schemes import Scheme, WeightFormat
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, TensorSource
-from compile_sparse.passes.quantization.activations import NVFP4_TOP, ActivationCoder
+from compile_sparse.compiler.ir.linears import Linear, is_lm_head
+from compile_sparse.compiler.ir.program import CODES, Program, SparsityMask
+from compile_sparse.compiler.ir.quantization_schemes import Scheme, WeightFormat
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.passes.quantization.activations import NVFP4_TOP, ActivationQuantizer
 from compile_sparse.passes.quantization.codes import CodeMemory, code_sources
 from compile_sparse.passes.quantization.edits import Edits
 
@@ -45,7 +45,7 @@ class Rewriter:
         self.program, self.scheme = program, scheme
         self._linears, self._stored = linears, stored
         self._edits = Edits(program)
-        self._activations = ActivationCoder(
+        self._activations = ActivationQuantizer(
             self._edits, scheme.activations, ranges=ranges, per_tensor=per_tensor, stored=stored
         )
         self._memory = CodeMemory()
@@ -62,7 +62,7 @@ class Rewriter:
     def quantize(self, linear: Linear) -> None:
         """Rewrite one linear layer."""
         fmt = self.scheme.weights
-        if fmt.kind == "int" and fmt.bits == 4 and makes_logits(self.program, linear.node):
+        if fmt.kind == "int" and fmt.bits == 4 and is_lm_head(self.program, linear.node):
             fmt = WeightFormat("int", 8, fmt.group)
         linear.node.replace_input_with(linear.weight, self._dequantized(linear, fmt))
         if self.scheme.activations:

@@ -7,10 +7,10 @@ from dataclasses import replace
 
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.differentiate import language_loss
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.training import ProgramModule, language_loss
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 
 __all__ = ["output_fisher", "output_fisher_diagonal"]
@@ -106,7 +106,7 @@ def _mean_over_tokens(
         return observe
 
     text = _spread(calibration, max_windows)
-    module, observers = program.module(trainable=()), {name: observer(name) for name in widths}
+    module, observers = ProgramModule(program, trainable=()), {name: observer(name) for name in widths}
     with progress.task("differentiate layer outputs", total=len(text)) as task:
         for inputs in text.feeds(program):
             ids = inputs[next(entry.name for entry in program.inputs if entry.role == "input_ids")]

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 
 __all__ = ["Gram", "each_gram", "input_grams"]

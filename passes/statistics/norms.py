@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 
 __all__ = ["feature_norms"]

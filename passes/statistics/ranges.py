@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import fx
 
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["largest_magnitudes", "magnitude_percentiles"]
 

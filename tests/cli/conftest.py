@@ -68,7 +68,7 @@ class FakeApi(types.ModuleType):
     """Records calls; ``raises`` makes the next call fail."""
 
     def __init__(self):
-        super().__init__("compile_sparse.compiler.api")
+        super().__init__("compile_sparse.api")
         self.calls: list[tuple[str, tuple, dict]] = []
         self.raises: BaseException | None = None
         self.plan = PLAN
@@ -99,7 +99,7 @@ def api(monkeypatch):
     import compile_sparse.compiler
 
     fake = FakeApi()
-    monkeypatch.setitem(sys.modules, "compile_sparse.compiler.api", fake)
+    monkeypatch.setitem(sys.modules, "compile_sparse.api", fake)
     monkeypatch.setattr(compile_sparse.compiler, "api", fake, raising=False)
     return fake
 

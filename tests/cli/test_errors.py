@@ -112,13 +112,13 @@ def test_a_real_interrupt_reaches_a_real_process(tmp_path):
     script = """
 import sys, time, types
 import compile_sparse.compiler
-fake = types.ModuleType("compile_sparse.compiler.api")
+fake = types.ModuleType("compile_sparse.api")
 def compile(model, **options):
     with options["progress"].task("slow"):
         print("started", flush=True)
         time.sleep(60)
 fake.compile = compile
-sys.modules[fake.__name__] = compile_sparse.compiler.api = fake
+sys.modules[fake.__name__] = compile_sparse.api = fake
 from compile_sparse.compiler.cli.main import main
 sys.argv = ["compile-sparse", "M", "--target", "null"]
 main()

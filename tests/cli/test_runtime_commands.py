@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from compile_sparse.compiler import runtime_install, runtimes
-from compile_sparse.compiler.runtimes import RuntimeRecord, RuntimeStatus
+from compile_sparse.compiler.runtimes import environments as runtimes
+from compile_sparse.compiler.runtimes import install as runtime_install
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord, RuntimeStatus
 
 RECORD = RuntimeRecord(
     name="vllm",

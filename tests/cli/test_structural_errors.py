@@ -11,10 +11,11 @@ import pytest
 import torch
 import transformers as hf
 
-from compile_sparse.compiler import compilation, plan
 from compile_sparse.compiler.capture import ModelFolder, capture
 from compile_sparse.compiler.cli.main import run
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.pipeline import compilation
+from compile_sparse.compiler.planning import plan
 
 LAYERS, HIDDEN, MLP, HEADS, HEAD = 2, 8, 24, 2, 4
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import format_groups
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 
 
 def test_groups_of_a_tiny_llama(tiny_llama_program: Program) -> None:

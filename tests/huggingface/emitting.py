@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Anchor
 from compile_sparse.compiler.axes.rewrite import rewrite
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.verify.reference import sample_inputs
 
 __all__ = ["load", "outputs", "pruned", "same", "tolerance"]

@@ -10,14 +10,14 @@ import pytest
 import torch
 import transformers as hf
 
-from compile_sparse.backends.huggingface.checkpoint import write_checkpoint
-from compile_sparse.backends.huggingface.tensors import Stack, read_tensors
+from compile_sparse.backends.checkpoint.checkpoint import write_checkpoint
+from compile_sparse.backends.checkpoint.tensors import Stack, read_tensors
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.depth import drop_branches
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.residual import find_blocks
+from compile_sparse.compiler.residual.branches import find_blocks
+from compile_sparse.compiler.residual.remove import drop_branches
 from tests.huggingface.emitting import pruned, same
 
 SIZES: dict[str, Any] = {

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
+from compile_sparse.backends.checkpoint.checkpoint import plan_checkpoint, write_checkpoint
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from tests.huggingface.emitting import pruned, same
 

@@ -12,16 +12,16 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 
-from compile_sparse.backends.huggingface.architecture import architecture_of
-from compile_sparse.backends.huggingface.checkpoint import write_checkpoint
-from compile_sparse.backends.huggingface.disk_form import on_disk
-from compile_sparse.backends.huggingface.shards import write_shards
+from compile_sparse.backends.checkpoint.architecture import architecture_of
+from compile_sparse.backends.checkpoint.checkpoint import write_checkpoint
+from compile_sparse.backends.checkpoint.disk_form import on_disk
+from compile_sparse.backends.checkpoint.shards import write_shards
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.file_digests import digest_file
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.files.digests import digest_file
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, ResidentTensor
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.weights import AbsentTensor, DerivedTensor, ResidentTensor
 from tests.huggingface.emitting import load, same
 
 

@@ -15,11 +15,11 @@ import torch
 import transformers as hf
 from safetensors.torch import load_file
 
-from compile_sparse.backends.huggingface.checkpoint import write_checkpoint
-from compile_sparse.compiler.depth import drop_branches
-from compile_sparse.compiler.program import Program
+from compile_sparse.backends.checkpoint.checkpoint import write_checkpoint
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.residual import find_blocks
+from compile_sparse.compiler.residual.branches import find_blocks
+from compile_sparse.compiler.residual.remove import drop_branches
 from tests.huggingface.emitting import outputs, pruned, tolerance
 
 

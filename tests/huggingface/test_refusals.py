@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from compile_sparse.backends.checkpoint.checkpoint import plan_checkpoint, write_checkpoint
+from compile_sparse.backends.checkpoint.gate import Gate, Verdict
 from compile_sparse.backends.huggingface import HuggingFaceBackend
-from compile_sparse.backends.huggingface.checkpoint import plan_checkpoint, write_checkpoint
-from compile_sparse.backends.huggingface.gate import Gate, Verdict
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.quantize import Quantize
 from tests.huggingface.emitting import pruned, same
@@ -98,10 +98,10 @@ def test_the_gate_sees_a_change_of_one_weight_in_a_thousand(
     factor: float, tiny_llama_program: Program, tmp_path: Path
 ) -> None:
     """The bound is far above rounding and far below what a wrong head count does."""
-    from compile_sparse.backends.huggingface.architecture import architecture_of
-    from compile_sparse.backends.huggingface.tensors import read_tensors
+    from compile_sparse.backends.checkpoint.architecture import architecture_of
+    from compile_sparse.backends.checkpoint.tensors import read_tensors
     from compile_sparse.compiler.capture.skeleton import new_fake_mode
-    from compile_sparse.compiler.weights import ResidentTensor
+    from compile_sparse.compiler.ir.weights import ResidentTensor
 
     program = tiny_llama_program
     architecture = architecture_of(program.config)
@@ -115,8 +115,8 @@ def test_the_gate_sees_a_change_of_one_weight_in_a_thousand(
 
 
 def test_half_precision_is_judged_in_float32(tiny_llama_program: Program) -> None:
-    from compile_sparse.backends.huggingface.gate import _in_float32
-    from compile_sparse.compiler.weights import DerivedTensor, WeightStore
+    from compile_sparse.backends.checkpoint.gate import _in_float32
+    from compile_sparse.compiler.ir.weights import DerivedTensor, WeightStore
 
     half = {
         name: DerivedTensor(source.shape, torch.bfloat16, lambda source=source: source.load().bfloat16())

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compile_sparse.backends.huggingface.candidates import Cache, Change, candidates, sliced_lists
-from compile_sparse.backends.huggingface.search import matching
-from compile_sparse.backends.huggingface.tensors import Stack
+from compile_sparse.backends.checkpoint.candidates import Cache, Change, candidates, sliced_lists
+from compile_sparse.backends.checkpoint.search import matching
+from compile_sparse.backends.checkpoint.tensors import Stack
 
 CONFIG = {"width": 64, "heads": 8, "groups": 4, "mlp": 88, "limit": 64, "flag": True, "part_config": {"deep": 88}}
 

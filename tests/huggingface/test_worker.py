@@ -9,15 +9,15 @@ import numpy as np
 import pytest
 import torch
 
+from compile_sparse.backends.checkpoint.checkpoint import write_checkpoint
 from compile_sparse.backends.huggingface import HuggingFaceBackend
-from compile_sparse.backends.huggingface.checkpoint import write_checkpoint
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.verify.reference import sample_inputs
-from compile_sparse.compiler.worker import Worker
 from tests.huggingface.emitting import pruned
 
 WINDOWS = [[5, 17, 40, 8, 33, 2, 71, 9, 12, 50], [9, 3, 3, 60, 1, 44, 7, 7, 90, 11]]

@@ -11,10 +11,10 @@ import pytest
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.contract import Lowered, PassContext
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import Lowered, PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.quantize import Quantize
 from tests.onnxruntime.models import build
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.residual.units import UnitKind
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.prune_layers import PruneLayers
-from compile_sparse.passes.pruning.units import UnitKind
 from tests.onnxruntime.conftest import ProgramOf
 from tests.onnxruntime.running import fp32_tolerance, run, session
 

@@ -13,9 +13,9 @@ from torch.export import Dim
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.backends.onnxruntime.lowering import rehearse, write_graph
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.execute import Executor
+from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.targets.target import find_target
 from tests.onnxruntime.running import run, session
 from tests.toys import Applied, toy_program
 

@@ -22,12 +22,14 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
-from compile_sparse.compiler import compilation, plan, verification
 from compile_sparse.compiler.capture import ModelFolder, capture
 from compile_sparse.compiler.cli.main import run
-from compile_sparse.compiler.contract import Lowered
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.weights import ResidentTensor
+from compile_sparse.compiler.extension.contract import Lowered
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import ResidentTensor
+from compile_sparse.compiler.pipeline import compilation
+from compile_sparse.compiler.pipeline import remeasure as verification
+from compile_sparse.compiler.planning import plan
 from tests.random_weights import randomised
 
 SMALL = ("--workload", "prompt=8,output=4,rounds=3")

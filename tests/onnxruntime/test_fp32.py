@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from compile_sparse.backends.onnxruntime.lowering import write_graph
-from compile_sparse.compiler.execute import Executor, decoder_inputs
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.progress import SilentProgress
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
 from tests.onnxruntime.models import DECODERS, ENCODERS

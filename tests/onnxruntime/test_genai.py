@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from compile_sparse.compiler.execute import decoder_inputs
+from compile_sparse.compiler.execution.executor import decoder_inputs
 from tests.onnxruntime.conftest import FolderOf
 from tests.onnxruntime.running import run, session
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.quantize import Quantize
 from tests.models import example_inputs

@@ -19,11 +19,11 @@ from torch import nn
 from compile_sparse.backends.onnxruntime import linear
 from compile_sparse.backends.onnxruntime.lowering import write_graph
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.quantize import Quantize
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
 from tests.onnxruntime.running import fp32_tolerance, run, session

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend, worker
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.targets.target import find_target
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
 
 

@@ -7,9 +7,9 @@ import os
 
 import pytest
 
-from compile_sparse.compiler.artifact import Staging, read_artifact
+from compile_sparse.compiler.artifact.manifest import Manifest, Source, Tool
+from compile_sparse.compiler.artifact.reader import Staging, read_artifact
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.manifest import Manifest, Source, Tool
 
 
 @pytest.fixture

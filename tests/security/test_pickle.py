@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from compile_sparse.compiler.artifact import read_artifact
-from compile_sparse.compiler.cache import Cache
+from compile_sparse.compiler.artifact.reader import read_artifact
 from compile_sparse.compiler.errors import CompileSparseError
-from compile_sparse.compiler.recipe import load_recipe
+from compile_sparse.compiler.files.cache import Cache
+from compile_sparse.compiler.recipes.recipe import load_recipe
 
 ROOT = Path(__file__).parents[2]
 SOURCES = sorted(path for folder in ("compiler", "passes", "backends") for path in (ROOT / folder).rglob("*.py"))

@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.recipe import load_recipe, recipe_from_yaml
-from compile_sparse.compiler.yaml_lines import MAX_BYTES, parse_yaml
+from compile_sparse.compiler.files.yaml_lines import MAX_BYTES, parse_yaml
+from compile_sparse.compiler.recipes.recipe import load_recipe, recipe_from_yaml
 
 
 def _laughs(levels, width):

@@ -13,16 +13,16 @@ import numpy as np
 import pytest
 
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
-from compile_sparse.compiler.building import Building, chosen_target
-from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.contract import Lowered, PassContext
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.extension.contract import Lowered, PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
+from compile_sparse.compiler.pipeline.building import Building, chosen_target
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.stored_size import rounded, torch_dtype
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.workload import Workload
-from compile_sparse.passes.mask import Mask
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
 from tests.tensorrt.models import CONTEXT, VOCABULARY, build
 
@@ -62,10 +62,10 @@ def passed(program: Program, target: Target, scheme: str, sparsity: str) -> Prog
     """``program`` after the passes that are asked for, as it will be stored."""
     context = PassContext(target=target, progress=SilentProgress(), calibration=calibration_for(program))
     if sparsity:
-        program = Mask(pattern=sparsity).run(program, context).program
+        program = Sparsify(pattern=sparsity).run(program, context).program
     if scheme:
         program = Quantize(scheme=scheme).run(program, context).program
-    return rounded(program, torch_dtype(target.baseline_precision))
+    return cast_weights(program, torch_dtype(target.baseline_precision))
 
 
 @pytest.fixture(scope="session")

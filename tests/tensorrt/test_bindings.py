@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from compile_sparse.backends.tensorrt import bindings
+from compile_sparse.backends.tensorrt.engine import bindings
 from tests.tensorrt.graphs import dynamic, linear, save
 from tests.tensorrt.vendor_stubs import repair, write_stubs
 
@@ -36,16 +36,14 @@ def test_one_vendor_per_process(trt: Any) -> None:
 
 
 def test_nothing_is_chosen_by_importing() -> None:
-    script = (
-        "import compile_sparse.backends.tensorrt.bindings as b, sys\nassert 'tensorrt_rtx' not in sys.modules\nb.trt"
-    )
+    script = "import compile_sparse.backends.tensorrt.engine.bindings as b, sys\nassert 'tensorrt_rtx' not in sys.modules\nb.trt"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
     assert "no bindings are chosen yet" in done.stderr
 
 
 def test_what_the_builder_is_told(trt: Any) -> None:
-    from compile_sparse.backends.tensorrt.network_build import _configure
-    from compile_sparse.backends.tensorrt.observers import Log
+    from compile_sparse.backends.tensorrt.engine.network_build import _configure
+    from compile_sparse.backends.tensorrt.engine.observers import Log
 
     log = Log(driverless=True)
     builder = trt.Builder(log)
@@ -58,7 +56,7 @@ def test_what_the_builder_is_told(trt: Any) -> None:
 
 
 def test_what_is_kept_of_the_log(trt: Any) -> None:
-    from compile_sparse.backends.tensorrt.observers import Log
+    from compile_sparse.backends.tensorrt.engine.observers import Log
 
     severity = trt.ILogger.Severity
     said = [
@@ -110,8 +108,8 @@ class Config:
 def test_timing_caches_of_others_are_replaced(
     stored: bytes | None, used: bytes, warned: bool, trt: Any, tmp_path: Path
 ) -> None:
-    from compile_sparse.backends.tensorrt.network_build import _load_timing_cache
-    from compile_sparse.backends.tensorrt.observers import Log
+    from compile_sparse.backends.tensorrt.engine.network_build import _load_timing_cache
+    from compile_sparse.backends.tensorrt.engine.observers import Log
 
     config, log, path = Config(), Log(driverless=False), tmp_path / "timing.cache"
     if stored is not None:
@@ -124,7 +122,7 @@ def test_timing_caches_of_others_are_replaced(
 
 @pytest.mark.filterwarnings("ignore:.*Timing cache operations are no-ops:DeprecationWarning")
 def test_a_timing_cache_is_written_after_a_build(trt: Any, tmp_path: Path) -> None:
-    from compile_sparse.backends.tensorrt.network_build import run_build
+    from compile_sparse.backends.tensorrt.engine.network_build import run_build
 
     path, cache = save(linear("fp16"), tmp_path), tmp_path / "timing.cache"
     seen: list[int] = []

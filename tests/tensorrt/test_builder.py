@@ -19,12 +19,12 @@ import onnx
 import psutil
 import pytest
 
-from compile_sparse.backends.tensorrt import builder
-from compile_sparse.backends.tensorrt.build_errors import explain, source_module
-from compile_sparse.backends.tensorrt.build_progress import TOTAL, BuildProgress
-from compile_sparse.backends.tensorrt.builder import BuildRequest, Built, build
-from compile_sparse.backends.tensorrt.capabilities import built_for
-from compile_sparse.backends.tensorrt.gpu import Gpu
+from compile_sparse.backends.tensorrt.engine import builder
+from compile_sparse.backends.tensorrt.engine.build_errors import explain, source_module
+from compile_sparse.backends.tensorrt.engine.build_progress import TOTAL, BuildProgress
+from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, Built, build
+from compile_sparse.backends.tensorrt.engine.capabilities import built_for
+from compile_sparse.backends.tensorrt.engine.gpu import Gpu
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.progress import SilentProgress
 from tests.tensorrt.graphs import MODULE, K, N, decoder, decoder_profiles, dynamic, linear, save
@@ -56,7 +56,7 @@ def test_an_engine_is_written_whole_with_its_digest(tmp_path: Path) -> None:
     assert len(content) > 2 * K * N, "the weights are in it"
     assert built.builder == "tensorrt_rtx"
     assert built.compute_capability == "8.0"
-    assert built.stand_in == built.gpu == ""
+    assert built.substitute == built.gpu == ""
     assert built.version.split(".")[0].isdigit()
     assert built.flags == ("SPARSE_WEIGHTS",)
     assert built.seconds > 0
@@ -92,8 +92,8 @@ def test_formats_need_hardware_that_has_them(
 def test_a_stand_in_says_so(tmp_path: Path) -> None:
     built = check(save(linear("fp16"), tmp_path), "9.0")
     assert built.compute_capability == "8.9"
-    assert "9.0" in built.stand_in
-    assert "8.9 stood in" in built.stand_in
+    assert "9.0" in built.substitute
+    assert "8.9 stood in" in built.substitute
     expected = {
         "8.0": "SM80",
         "8.6": "SM86",
@@ -104,7 +104,7 @@ def test_a_stand_in_says_so(tmp_path: Path) -> None:
         "12.0": "SM120",
     }
     assert {asked: built_for(asked).name for asked in expected} == expected
-    assert [asked for asked in expected if built_for(asked).stand_in] == ["8.7", "9.0", "10.0"]
+    assert [asked for asked in expected if built_for(asked).substitute] == ["8.7", "9.0", "10.0"]
     with pytest.raises(Refusal, match="CS4410") as caught:
         built_for("7.0")
     assert "8.0, 8.6, 8.7, 8.9, 9.0, 10.0, 12.0" in caught.value.why
@@ -312,7 +312,7 @@ def test_an_interrupted_build_leaves_nothing(tmp_path: Path) -> None:
 def test_a_build_ends_with_the_process_that_asked(tmp_path: Path) -> None:
     """Nobody reads its progress: it stops at the next step instead of going on for hours."""
     path, engine = save(decoder(), tmp_path), tmp_path / "model.engine"
-    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.builder_worker", "tensorrt_rtx"]
+    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.engine.builder_worker", "tensorrt_rtx"]
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )

@@ -15,7 +15,7 @@ import torch
 
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, read_description
 from compile_sparse.backends.tensorrt.processor import probe_runtime
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.targets.target import find_target
 from tests.shell import Shell, shell
 from tests.tensorrt.models import VOCABULARY, build
 

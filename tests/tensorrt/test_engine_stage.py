@@ -12,17 +12,17 @@ from typing import Any
 
 import pytest
 
-from compile_sparse.backends.tensorrt import engine_stage
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
-from compile_sparse.backends.tensorrt.builder import BuildRequest, Built
 from compile_sparse.backends.tensorrt.description import read_description
-from compile_sparse.compiler.compilation import judged
-from compile_sparse.compiler.contract import Probe
-from compile_sparse.compiler.measure import TWIN, Measured, folder_bytes
+from compile_sparse.backends.tensorrt.engine import engine_stage
+from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, Built
+from compile_sparse.compiler.artifact.report import Change, Fidelity, Interval, ModelSection, Report
+from compile_sparse.compiler.extension.contract import Probe
+from compile_sparse.compiler.pipeline.compilation import judge
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.report import Change, Fidelity, Interval, ModelSection, Report
+from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.verify.measure import TWIN, Measured, folder_bytes
 from compile_sparse.compiler.verify.performance import COMPILED, measure_twin
-from compile_sparse.compiler.workload import Workload
 from tests.tensorrt.conftest import ProgramOf, passed, target_called
 
 Requests = list[BuildRequest]
@@ -40,7 +40,7 @@ def _answer(request: BuildRequest, nodes: list[str]) -> Built:
         version="11.4.0",
         compute_capability="8.0",
         gpu="NVIDIA A100-SXM4-80GB",
-        stand_in="",
+        substitute="",
         flags=("SPARSE_WEIGHTS",) if request.sparse else (),
         seconds=1.0,
         peak_rss_bytes=1,
@@ -62,7 +62,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Requests:
 
     def build(request: BuildRequest, progress: Any) -> Built:
         requests.append(request)
-        from compile_sparse.backends.tensorrt.sparse_gate import check_sparsity
+        from compile_sparse.backends.tensorrt.sparsity.sparse_gate import check_sparsity
 
         return _answer(request, [row.node for row in check_sparsity(request.onnx) if row.state == "2:4"])
 
@@ -170,9 +170,9 @@ def test_the_report_has_the_ratio_per_profile(
     report = Report(target="trt-a100", verdict="unverified", model=size, sparsity=section)
     fine = Fidelity(top1_agreement=1.0, mean_abs_logprob_diff=0.0)
     measured = Measured(None, fine, fine, None, None, twin_ratio(None))
-    found = judged(report, measured, ("sparse_layers>=9",))
+    found = judge(report, measured, ("sparse_layers>=9",))
     assert found.sparsity is not None
     assert found.sparsity.profiles is not None
     assert found.sparsity.profiles["prefill"].twin == twin_ratio(None)["prefill"]
     assert [gate.passed for gate in found.gates] == [True]
-    assert not judged(report, measured, ("sparse_layers>=10",)).gates[0].passed
+    assert not judge(report, measured, ("sparse_layers>=10",)).gates[0].passed

@@ -18,7 +18,7 @@ from compile_sparse.backends.tensorrt.description import (
     Value,
     read_description,
 )
-from compile_sparse.backends.tensorrt.engines import Here, check_engine, choose_engine
+from compile_sparse.backends.tensorrt.engine.engines import Here, check_engine, choose_engine
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 
 CONTENT = b"an engine" * 100

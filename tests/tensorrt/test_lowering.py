@@ -24,16 +24,16 @@ import transformers as hf
 
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.backends.tensorrt.description import read_description
-from compile_sparse.backends.tensorrt.sparse_gate import check_sparsity
-from compile_sparse.backends.tensorrt.stand_in import StandIn
+from compile_sparse.backends.tensorrt.run.reference_session import ReferenceRuntime
+from compile_sparse.backends.tensorrt.sparsity.sparse_gate import check_sparsity
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import ModelError, Refusal
-from compile_sparse.compiler.execute import Executor, decoder_inputs
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.verify.reference import sample_inputs, with_float_activations
-from compile_sparse.compiler.weights import ResidentTensor
 from compile_sparse.passes.quantize import Quantize
 from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, target_called
 from tests.tensorrt.models import DECODERS, OTHERS, VOCABULARY
@@ -44,7 +44,7 @@ PROMPT, GENERATED = 8, 16
 
 def _outputs(folder: Folder) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
     """The program's output and the file's: of a whole sequence, and of a prompt followed by single tokens."""
-    program, session = folder.program, StandIn(folder.path, 1)
+    program, session = folder.program, ReferenceRuntime(folder.path, 1)
     if program.kind != "decoder":
         inputs = sample_inputs(program, 0, batch=2, length=32)
         expected = Executor(program).run({name: torch.from_numpy(value) for name, value in inputs.items()})

@@ -9,9 +9,9 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from compile_sparse.backends.tensorrt import constant_zeros
-from compile_sparse.backends.tensorrt.constant_zeros import Constant, Groups, is_all_zero
-from compile_sparse.backends.tensorrt.sparse_gate import check_sparsity, require_pattern
+from compile_sparse.backends.tensorrt.sparsity import constant_zeros
+from compile_sparse.backends.tensorrt.sparsity.constant_zeros import Constant, Groups, is_all_zero
+from compile_sparse.backends.tensorrt.sparsity.sparse_gate import check_sparsity, require_pattern
 from compile_sparse.compiler.errors import Refusal
 
 K, N = 64, 16

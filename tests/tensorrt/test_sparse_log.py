@@ -7,17 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from compile_sparse.backends.tensorrt.inspector import kernels_by_profile
-from compile_sparse.backends.tensorrt.layer_names import nodes_of, profile_of, split_list
-from compile_sparse.backends.tensorrt.sparse_gate import GemmRow
-from compile_sparse.backends.tensorrt.sparse_log import (
+from compile_sparse.backends.tensorrt.sparsity.inspector import kernels_by_profile
+from compile_sparse.backends.tensorrt.sparsity.layer_names import nodes_of, profile_of, split_list
+from compile_sparse.backends.tensorrt.sparsity.sparse_gate import GemmRow
+from compile_sparse.backends.tensorrt.sparsity.sparse_log import (
     LayerList,
     Selection,
     memory_lines,
     selections,
     selections_by_profile,
 )
-from compile_sparse.backends.tensorrt.sparse_report import sparse_report
+from compile_sparse.backends.tensorrt.sparsity.sparse_report import sparse_report
 
 _RECORDED = Path(__file__).with_name("recorded")
 _NAMES = ("mm", "nn")

@@ -8,10 +8,10 @@ import pytest
 import yaml
 
 from compile_sparse.backends.targets import folder
+from compile_sparse.compiler.cli.tables import targets_table
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.table import targets_table
-from compile_sparse.compiler.targets import Target, find_target, with_precision
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.targets.target import Target, find_target, with_precision
 from compile_sparse.compiler.version_numbers import older
 
 CAPABILITIES = {
@@ -87,7 +87,7 @@ def test_kept_widths_fit_every_group_and_sparse_kernel(target: Target) -> None:
     pattern = target.pattern("2:4")
     assert pattern is not None
     groups = [SCHEMES[name].weights.group for name in target.schemes]
-    for multiple in (pattern.inner_multiple, pattern.outer_multiple, *filter(None, groups)):
+    for multiple in (pattern.in_features_multiple, pattern.out_features_multiple, *filter(None, groups)):
         assert target.alignment % multiple == 0
 
 
@@ -99,8 +99,8 @@ def test_two_of_four_pays_where_a_record_says_so(target: Target) -> None:
     assert pattern.int8_outputs
     # NVIDIA's bound is C and K > 256: the sizes named are the first multiples above it.
     for least, multiple in (
-        (pattern.least_inner, pattern.inner_multiple),
-        (pattern.least_outer, pattern.outer_multiple),
+        (pattern.min_in_features, pattern.in_features_multiple),
+        (pattern.min_out_features, pattern.out_features_multiple),
     ):
         assert least % multiple == 0
         assert least - multiple <= 256 < least

@@ -14,18 +14,18 @@ import transformers as hf
 from safetensors import safe_open
 from torch import fx
 
-from compile_sparse.backends.tensorrt import unified_layout as layout
-from compile_sparse.backends.tensorrt.unified import write_unified
-from compile_sparse.backends.vllm.coded import decoded
+from compile_sparse.backends.checkpoint import modelopt_layout as layout
+from compile_sparse.backends.checkpoint.modelopt import write_unified
+from compile_sparse.backends.checkpoint.quantized_tensor import dequantized
 from compile_sparse.compiler.axes.oracles import relative_error, tolerance
-from compile_sparse.compiler.editing import add_weight, op_name
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import CODES, Binding, Program
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.edit import add_weight, op_name
+from compile_sparse.compiler.ir.program import CODES, Binding, Program
+from compile_sparse.compiler.ir.storage import cast_weights
+from compile_sparse.compiler.ir.weights import ResidentTensor
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.skip import Skip
-from compile_sparse.compiler.stored_size import rounded
-from compile_sparse.compiler.weights import ResidentTensor
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize_cache import QuantizeCache
@@ -46,7 +46,7 @@ DEPTH = PruneLayers(fraction=0.5, criterion="deepest", compensation="none")
 
 def per_tensor(program: Program, *, together: bool = True) -> Program:
     """A program whose fp8 weights have equal scales in all channels, and (``together``) in all layers."""
-    _, coded = decoded(program)
+    _, coded = dequantized(program)
     peaks = {name: float(tensor.load().abs().max()) for name, tensor in coded.items()}
     changes = {}
     for name, tensor in coded.items():
@@ -60,13 +60,13 @@ def per_tensor(program: Program, *, together: bool = True) -> Program:
 def made(name: str) -> Program:
     """The program that is written in format ``name``."""
     if name == "plain":
-        return rounded(llama(), torch.bfloat16)
+        return cast_weights(llama(), torch.bfloat16)
     if name == "FP8":
         return per_tensor(quantized(llama(), "fp8-static"))
     return quantized(llama(), SCHEME.get(name, "nvfp4"))
 
 
-def written(program: Program, folder: Path) -> tuple[dict[str, str], list[Skip]]:
+def written(program: Program, folder: Path) -> tuple[dict[str, str], list[Diagnostic]]:
     folder.mkdir()
     return write_unified(program, folder, SilentProgress())
 
@@ -91,7 +91,7 @@ def disagreements(program: Program, folder: Path, algorithm: str | None) -> list
     Two products are rounded on either side (codes times scale; for fp4 by a divisor whose reciprocal is rounded as well).
     """
     tensors = read(folder)
-    _, coded = decoded(program)
+    _, coded = dequantized(program)
     found = []
     for name, tensor in coded.items():
         wanted = tensor.load()
@@ -139,7 +139,7 @@ def test_nvfp4_is_stored_as_vllms_loader_wants_it(tmp_path: Path) -> None:
         "weight_scale_2": ["float32", []],
         "input_scale": ["float32", []],
     }
-    parts = decoded(made("NVFP4"))[1]["model.layers.1.mlp.down_proj.weight"].parts
+    parts = dequantized(made("NVFP4"))[1]["model.layers.1.mlp.down_proj.weight"].parts
     for ours, theirs in (("input_scale", "input_scale"), ("global_scale", "weight_scale_2")):
         assert float(found[stem + theirs]) * float(parts[ours].load()) == pytest.approx(1, rel=2 * EPS)
     quantization = content(tmp_path / "out", "hf_quant_config.json")["quantization"]
@@ -184,7 +184,7 @@ def test_a_wrong_layout_would_be_noticed(
     program = made(name)
     monkeypatch.setattr(layout, attribute, mutate(getattr(layout, attribute)))
     written(program, tmp_path / "out")
-    assert len(disagreements(program, tmp_path / "out", name)) == len(decoded(program)[1])
+    assert len(disagreements(program, tmp_path / "out", name)) == len(dequantized(program)[1])
 
 
 def logits(program: Program) -> torch.Tensor:
@@ -193,7 +193,7 @@ def logits(program: Program) -> torch.Tensor:
 
 def test_transformers_computes_the_program(tmp_path: Path) -> None:
     program, _ = run_passes(llama(), [DEPTH, PruneChannels(fraction=1 / 3, compensation="none")], context())
-    program = rounded(program, torch.bfloat16)
+    program = cast_weights(program, torch.bfloat16)
     files, skips = written(program, tmp_path / "out")
     assert set(files) == {path.name for path in (tmp_path / "out").iterdir()} and not skips
     model = hf.LlamaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
@@ -219,13 +219,13 @@ def test_transformers_computes_the_decoded_checkpoint(name: str, tmp_path: Path)
         for key in model.state_dict()
     }
     model.load_state_dict(state)
-    plain, _ = decoded(program)
+    plain, _ = dequantized(program)
     with torch.no_grad():
         found = model(torch.tensor(IDS)).logits
     assert relative_error(found, logits(plain)) <= tolerance(plain)
 
 
-def refused(program: Program, folder: Path, code: str) -> Skip:
+def refused(program: Program, folder: Path, code: str) -> Diagnostic:
     """The one reason; the folder is empty."""
     files, skips = written(program, folder)
     assert files == {} and list(folder.iterdir()) == []
@@ -257,7 +257,7 @@ def test_formats_that_few_readers_have_are_said(name: str, codes: list[str], tmp
     assert [skip.code for skip in written(made(name), tmp_path / "out")[1]] == codes
 
 
-def dequantized(program: Program, module: str) -> fx.Node:
+def dequantizing_node(program: Program, module: str) -> fx.Node:
     """The node that gives the first weight whose name has ``module`` in it."""
     nodes = [node for node in program.graph.nodes if op_name(node) == "dequantize_weight"]
     return next(node for node in nodes if module in str(program.tensor_of(node.args[0])))
@@ -266,7 +266,7 @@ def dequantized(program: Program, module: str) -> fx.Node:
 def with_coded_output(program: Program) -> Program:
     """The program with the output of one down projection coded, as sparse int8 engines want it."""
     edited = program.clone()
-    weight = dequantized(edited, "down_proj")
+    weight = dequantizing_node(edited, "down_proj")
     node = next(iter(weight.users))
     bindings = dict(edited.bindings)
     source = ResidentTensor(torch.tensor([0.1]))
@@ -291,8 +291,8 @@ def test_coded_outputs_and_caches_have_no_place(tmp_path: Path) -> None:
 def test_joined_layers_are_coded_together_or_not_at_all(tmp_path: Path) -> None:
     program = made("FP8_PER_CHANNEL_PER_TOKEN")
     edited = program.clone()
-    _, coded = decoded(program)
-    node = dequantized(edited, "k_proj")
+    _, coded = dequantized(program)
+    node = dequantizing_node(edited, "k_proj")
     name = str(edited.tensor_of(node.args[0])).removesuffix(CODES)
     bindings, source = dict(edited.bindings), ResidentTensor(coded[name].load())
     linear = next(iter(node.users))
@@ -307,7 +307,7 @@ def test_layers_of_different_size_are_refused(tmp_path: Path) -> None:
     uneven = PruneChannels(fraction=1 / 3, allocation="global", compensation="none")
     target = gpu().model_copy(update={"alignment": 1})
     program, _ = run_passes(llama(), [uneven], context(target))
-    assert refused(rounded(program, torch.bfloat16), tmp_path / "out", "CS4206").hint
+    assert refused(cast_weights(program, torch.bfloat16), tmp_path / "out", "CS4206").hint
 
 
 def test_encoders_are_not_written(tiny_bert_program: Program, tmp_path: Path) -> None:

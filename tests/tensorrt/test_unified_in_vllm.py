@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.runtimes import RuntimeRecord
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 from tests.tensorrt.test_unified import logits, made, written
 from tests.vllm.conftest import registered_runtimes, runtime  # noqa: F401  (fixtures)
 from tests.vllm.layouts import IDS, PASSED_ON

@@ -22,18 +22,18 @@ from onnx import helper, numpy_helper
 
 from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt import processor
-from compile_sparse.backends.tensorrt.decode_graph import GreedyStep, prefill
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, EngineRecord, Profile, Value
-from compile_sparse.backends.tensorrt.engine_session import CacheOnDevice, EngineSession
-from compile_sparse.backends.tensorrt.engines import Here
-from compile_sparse.backends.tensorrt.gpu import Gpu, find_gpu
-from compile_sparse.backends.tensorrt.io_binding import bind, fitting_profile
-from compile_sparse.backends.tensorrt.portable import portable_model
-from compile_sparse.backends.tensorrt.stand_in import StandIn
-from compile_sparse.backends.tensorrt.worker import main
+from compile_sparse.backends.tensorrt.engine.engines import Here
+from compile_sparse.backends.tensorrt.engine.gpu import Gpu, find_gpu
+from compile_sparse.backends.tensorrt.run.decode_graph import GreedyStep, prefill
+from compile_sparse.backends.tensorrt.run.engine_session import CacheOnDevice, EngineSession
+from compile_sparse.backends.tensorrt.run.io_binding import bind, fitting_profile
+from compile_sparse.backends.tensorrt.run.portable import portable_model
+from compile_sparse.backends.tensorrt.run.reference_session import ReferenceRuntime
+from compile_sparse.backends.tensorrt.run.worker import main
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.compiler.worker import Worker
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.targets.target import find_target
 from tests.tensorrt.graphs import DECODER, K, decoder, decoder_profiles, linear, save
 
 if find_spec("onnxruntime") is None:
@@ -139,7 +139,7 @@ def through_the_cache(model: Any, ids: np.ndarray[Any, Any], first: int = PROMPT
 def test_prefill_and_sixteen_steps_equal_the_full_forward(
     precision: str, folder: Path, exact: Path, tokens: np.ndarray[Any, Any]
 ) -> None:
-    model = StandIn(folder if precision == "float16" else exact, 1)
+    model = ReferenceRuntime(folder if precision == "float16" else exact, 1)
     ids = tokens[:, :LENGTH]
     expected = full_forward(folder if precision == "float16" else exact, ids)
     limit = tolerance(precision, expected)
@@ -172,7 +172,7 @@ def test_attributes_within_branches_are_left_out(tmp_path: Path) -> None:
 
 
 def test_sequences_stay_within_the_cache(folder: Path) -> None:
-    model = StandIn(folder, 1)
+    model = ReferenceRuntime(folder, 1)
     with pytest.raises(RequestError, match="49 tokens do not fit the cache, which holds 48"):
         model.generation(1, DECODER["max_length"] + 1)
     generation = model.generation(1, 3)
@@ -183,7 +183,7 @@ def test_sequences_stay_within_the_cache(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Worker]:
-    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.worker", "stand-in"]
+    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker", "stand-in"]
     with Worker(command) as worker:
         worker.call("load", name="compiled", folder=str(folder), threads=1, device="cuda", sequence=64, sequences=2)
         yield worker
@@ -292,7 +292,7 @@ def test_an_engine_worker_without_a_gpu_says_what_is_missing(folder: Path) -> No
     path.mkdir(exist_ok=True)
     text = described_engine.model_copy(update={"engines": (record,)}).model_dump_json()
     (path / DESCRIPTION_FILE).write_text(text)
-    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.worker", "engine"]
+    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker", "engine"]
     with Worker(command) as worker, pytest.raises(EnvironmentFailure, match="CS5204") as caught:
         worker.call("load", name="compiled", folder=str(path), threads=1, device="cuda")
     assert "CS4422" in caught.value.why or "CS5210" in caught.value.why
@@ -350,7 +350,7 @@ class Context:
 
 class Engine:
     def __init__(self, folder: Path) -> None:
-        self.model = StandIn(folder, 1)
+        self.model = ReferenceRuntime(folder, 1)
         self.description = self.model.description
         self.calls: list[tuple[str, tuple[int, ...]]] = []
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 import transformers as hf
 
-from compile_sparse.compiler.runtimes import RuntimeRecord, find_runtime, runtimes_folder
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord, find_runtime, runtimes_folder
 from tests.random_weights import randomised
 
 _RUNTIMES = runtimes_folder()  # before any test moves the cache

@@ -16,15 +16,15 @@ import transformers as hf
 from safetensors.torch import load_file
 
 from compile_sparse.backends.vllm.checkpoint import write
-from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.editing import swept
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.edit import eliminate_dead_code
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.ir.storage import cast_weights
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.stored_size import rounded
-from compile_sparse.compiler.targets import Target, find_target
+from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.passes.quantize import Quantize
 
 __all__ = ["IDS", "Answer", "calibration", "context", "emit", "gpu", "llama", "quantized", "read_back", "tied_llama"]
@@ -84,7 +84,7 @@ def tied_llama() -> Program:
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     by_tensor[embedding].replace_all_uses_with(by_tensor[head])
     config = {**edited.config, "tie_word_embeddings": True}
-    return swept(replace(edited, config=config, aliases={embedding: head}))
+    return eliminate_dead_code(replace(edited, config=config, aliases={embedding: head}))
 
 
 def gpu() -> Target:
@@ -106,7 +106,7 @@ def context(target: Target | None = None) -> PassContext:
 def quantized(program: Program, scheme: str, target: Target | None = None, **options: Any) -> Program:
     """As compiling does it: quantize, then round what is left to bf16."""
     made = Quantize(scheme=scheme, **options).run(program, context(target)).program  # type: ignore[arg-type]
-    return rounded(made, torch.bfloat16)
+    return cast_weights(made, torch.bfloat16)
 
 
 def emit(program: Program, folder: Path, target: Target | None = None) -> dict[str, Any]:

@@ -10,15 +10,15 @@ import numpy as np
 import pytest
 
 from compile_sparse.backends.vllm.backend import VllmBackend
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import Lowered, Pass, PassContext
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.extension.contract import Lowered, Pass, PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runtimes import find_runtime
-from compile_sparse.compiler.stored_size import rounded, torch_dtype
-from compile_sparse.compiler.targets import Target, find_target, load_targets
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.environments import find_runtime
+from compile_sparse.compiler.targets.target import Target, find_target, load_targets
 from compile_sparse.compiler.verify.reference import write_reference
-from compile_sparse.compiler.worker import Worker
 
 __all__ = ["SEQUENCE", "artifact", "here", "load", "text"]
 
@@ -63,10 +63,10 @@ def artifact(
     for step in passes:
         done = step.run(done, PassContext(target=goal, progress=QUIET, calibration=calibration)).program
     dtype = torch_dtype(goal.baseline_precision)
-    done = rounded(done, dtype)
+    done = cast_weights(done, dtype)
     (out / "model").mkdir(parents=True)
     lowered = VllmBackend().lower(change(done), goal, out / "model", QUIET)
-    write_reference(done, out, text=windows, seed=0, progress=QUIET, windows=4, dense=rounded(program, dtype))
+    write_reference(done, out, text=windows, seed=0, progress=QUIET, windows=4, dense=cast_weights(program, dtype))
     return done, lowered
 
 

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import transformers as hf
 
-from compile_sparse.compiler import plan
 from compile_sparse.compiler.cli.main import run
-from compile_sparse.compiler.runtimes import RuntimeRecord, write_record
+from compile_sparse.compiler.planning import plan
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord, write_record
 
 SIZES: dict[str, Any] = {
     "hidden_size": 256,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from compile_sparse.compiler.runtimes import RuntimeRecord
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 from tests.shell import shell
 from tests.vllm.lowering import here
 

@@ -16,22 +16,22 @@ import torch
 import transformers as hf
 from safetensors import safe_open
 
-from compile_sparse.backends.vllm import compressed_tensors
+from compile_sparse.backends.checkpoint import compressed_tensors
 from compile_sparse.backends.vllm.backend import VllmBackend
+from compile_sparse.compiler.artifact.report import Fidelity
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.contract import Pass
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import Pass
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.ir.weights import DerivedTensor
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.report import Fidelity
-from compile_sparse.compiler.runtimes import RuntimeRecord
-from compile_sparse.compiler.schemes import SCHEMES
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bound
 from compile_sparse.compiler.verify.verdict import wrong_model
-from compile_sparse.compiler.weights import DerivedTensor
-from compile_sparse.compiler.worker import Worker
 from compile_sparse.passes.low_rank import LowRank
-from compile_sparse.passes.mask import Mask
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_layers import PruneLayers
@@ -85,7 +85,7 @@ def skip_unless_run(scheme: str) -> None:
         pytest.skip(f"{here().name} does not run {scheme}")
 
 
-def judged(worker: Worker, name: str, folder: Path, noise: float) -> Fidelity:
+def judge(worker: Worker, name: str, folder: Path, noise: float) -> Fidelity:
     load(worker, name, folder)
     return check_fidelity(worker, name, folder, QUIET, noise=noise)
 
@@ -102,7 +102,7 @@ ACTIVATIONS = [name for name, scheme in SCHEMES.items() if scheme.activations]
 def test_weight_only_schemes(worker: Worker, noise: float, program: Program, scheme: str, tmp_path: Path) -> None:
     skip_unless_run(scheme)
     artifact(program, [Quantize(scheme=scheme)], tmp_path)  # type: ignore[arg-type]
-    found = judged(worker, scheme, tmp_path, noise)
+    found = judge(worker, scheme, tmp_path, noise)
     assert is_right(found), found
     assert found.mean_abs_logprob_diff <= max(2 * noise, 1e-3)  # type: ignore[operator]
 
@@ -115,7 +115,7 @@ def test_coded_activations_after_pruning(
     passes: list[Pass] = [PruneChannels(fraction=0.25), eight_bit(runtime, scheme)]
     _, lowered = artifact(program, passes, tmp_path)
     assert lowered.form["config"] == {"intermediate_size": 384}
-    found = judged(worker, scheme, tmp_path, noise)
+    found = judge(worker, scheme, tmp_path, noise)
     assert is_right(found), found
     assert found.logprob_bound < 0.3  # type: ignore[operator]
 
@@ -140,7 +140,7 @@ def test_layers_of_different_size(
         program = capture_model(randomised(hf.LlamaForCausalLM(config)))
     _, lowered = artifact(program, [*passes, eight_bit(runtime)], tmp_path)
     assert lowered.form["plugin"] == "vllm_plugin"
-    found = judged(worker, kind, tmp_path, noise)
+    found = judge(worker, kind, tmp_path, noise)
     assert is_right(found), found
 
 
@@ -154,14 +154,14 @@ def test_low_rank_layers(worker: Worker, noise: float, program: Program, tmp_pat
     ranks = config["quantization_config"]["ranks"]
     stored = {name: source.shape[0] for name, source in done.weights.items() if name.endswith(".inner.weight")}
     assert ranks == {name.removesuffix(".inner.weight"): rank for name, rank in stored.items()}
-    assert is_right(judged(worker, "low rank", tmp_path, noise))
+    assert is_right(judge(worker, "low rank", tmp_path, noise))
 
 
 def test_two_of_four(worker: Worker, noise: float, program: Program, tmp_path: Path) -> None:
     """Experimental: values and positions in the file, dense products in vLLM."""
-    _, lowered = artifact(program, [Mask(pattern="2:4")], tmp_path)
+    _, lowered = artifact(program, [Sparsify(pattern="2:4")], tmp_path)
     assert lowered.form["weights"] == "2:4 values and positions, experimental"
-    assert is_right(judged(worker, "2:4", tmp_path, noise))
+    assert is_right(judge(worker, "2:4", tmp_path, noise))
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         values = file.get_slice("model.layers.0.mlp.up_proj.weight_values")
         places = file.get_slice("model.layers.0.mlp.up_proj.weight_indices")
@@ -189,7 +189,7 @@ def test_other_families(worker: Worker, noise: float, family: str, tmp_path: Pat
     model = capture_model(randomised(FAMILIES[family]()))
     _, lowered = artifact(model, [GLOBAL], tmp_path)
     assert lowered.form["plugin"] == "vllm_plugin"
-    found = judged(worker, family, tmp_path, noise)
+    found = judge(worker, family, tmp_path, noise)
     assert is_right(found), found
 
 
@@ -207,7 +207,7 @@ def test_swapped_nibbles_load_and_are_rejected(
 ) -> None:
     monkeypatch.setattr(compressed_tensors, "pack_codes", _swapped_nibbles)
     artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path)
-    found = judged(worker, "swapped nibbles", tmp_path, noise)
+    found = judge(worker, "swapped nibbles", tmp_path, noise)
     (gate,) = wrong_model({"fidelity": found.model_dump()}, fidelity_bound(quantized=True))
     assert not gate["passed"]
     assert found.mean_abs_logprob_diff > 10 * found.logprob_bound  # type: ignore[operator]
@@ -231,7 +231,7 @@ def test_scales_along_the_wrong_axis_load_and_are_rejected(
     worker: Worker, noise: float, program: Program, tmp_path: Path
 ) -> None:
     artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path, change=_wrong_axis)
-    found = judged(worker, "wrong axis", tmp_path, noise)
+    found = judge(worker, "wrong axis", tmp_path, noise)
     assert not is_right(found)
     assert found.mean_abs_logprob_diff > 10 * found.logprob_bound  # type: ignore[operator]
 
@@ -244,7 +244,7 @@ def test_overflowing_int8_products_are_noticed(
         pytest.skip(f"{here().name} has no w8a8")
     artifact(program, [Quantize(scheme="w8a8")], tmp_path)
     said = VllmBackend().cannot_run(tmp_path / "model", here())
-    found = judged(worker, "eight bits", tmp_path, noise)
+    found = judge(worker, "eight bits", tmp_path, noise)
     if runtime.facts.get("int8_saturates"):
         assert "overflows" in said
         assert not is_right(found)
@@ -287,7 +287,7 @@ def test_a_model_that_needs_the_plugin_says_so_without_it(
         load(bare, "without", tmp_path)
     assert "CompileSparseLlamaForCausalLM" in caught.value.why
     assert "add this model's folder vllm_plugin to PYTHONPATH" in caught.value.why
-    assert judged(worker, "with a stranger's plugin", tmp_path, noise).top1_agreement == 1.0
+    assert judge(worker, "with a stranger's plugin", tmp_path, noise).top1_agreement == 1.0
     assert not (tmp_path / "canary").exists()
 
 

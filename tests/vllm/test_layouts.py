@@ -11,21 +11,21 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from compile_sparse.backends.vllm import compressed_tensors as format_
+from compile_sparse.backends.checkpoint import compressed_tensors as format_
+from compile_sparse.backends.checkpoint.quantized_tensor import dequantized
 from compile_sparse.backends.vllm.checkpoint import plan, write
-from compile_sparse.backends.vllm.coded import decoded
 from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.ir.storage import cast_weights
+from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.runtimes import RuntimeRecord
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.stored_size import rounded
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.verify.reference import with_float_activations
-from compile_sparse.compiler.weights import DerivedTensor, TensorSource
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize import Quantize
@@ -55,7 +55,7 @@ class Written:
 
 
 MODELS: dict[str, Callable[[], Program]] = {
-    "plain": lambda: rounded(llama(), torch.bfloat16),
+    "plain": lambda: cast_weights(llama(), torch.bfloat16),
     **{scheme: lambda scheme=scheme: quantized(llama(), scheme) for scheme in SCHEMES},  # type: ignore[misc]
     "w8a8-reduced": lambda: quantized(llama(), "w8a8-static", reduce_range=True),
     "pruned": lambda: quantized(pruned(), "w8a8-static"),
@@ -145,7 +145,7 @@ def disagreements(written: Written) -> list[str]:
 
     Two products are rounded on either side (codes times scale, by a divisor for fp4).
     """
-    _, coded = decoded(written.program)
+    _, coded = dequantized(written.program)
     assert len(written.answer.weights) == len(coded) + 1, "every linear layer but the last is quantized"
     found = []
     for (name, tensor), read in zip(coded.items(), read_in_order(written), strict=True):
@@ -157,7 +157,7 @@ def disagreements(written: Written) -> list[str]:
 
 def read_in_order(written: Written) -> list[torch.Tensor]:
     """What was read for each coded tensor, whose layers may have had other numbers."""
-    _, coded = decoded(written.program)
+    _, coded = dequantized(written.program)
     kept = sorted({int(name.split(".")[2]) for name in coded})
     names = [name.removesuffix(".weight").split(".") for name in coded]
     places = [[*parts[:2], str(kept.index(int(parts[2]))), *parts[3:]] for parts in names]
@@ -206,7 +206,7 @@ def test_a_wrong_layout_would_be_noticed(read: Callable[[str], Written], name: s
     written = read(name)
     assert not written.answer.failure
     scheme, *_ = MUTANTS[name]
-    assert len(disagreements(written)) == len(decoded(written.program)[1]), scheme
+    assert len(disagreements(written)) == len(dequantized(written.program)[1]), scheme
     assert relative_error(written.answer.plain, logits(with_float_activations(written.program))) > 0.01
 
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from compile_sparse.compiler.capture import capture_model
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.runtimes import RuntimeRecord
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 from compile_sparse.passes.prune_channels import PruneChannels
 from tests.random_weights import randomised
 from tests.vllm.conftest import small_config
@@ -161,10 +161,10 @@ def test_a_server_that_ignores_the_interrupt_is_ended_with_its_children(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("tests.vllm.serving.STOP_SECONDS", 0.2)
-    stand_in = tmp_path / "stand_in"
-    stand_in.write_text(STAND_IN.format(python=sys.executable))
-    os.chmod(stand_in, stat.S_IRWXU)
-    with serve(stand_in, tmp_path, log=tmp_path / "log") as server:
+    impostor = tmp_path / "impostor"
+    impostor.write_text(STAND_IN.format(python=sys.executable))
+    os.chmod(impostor, stat.S_IRWXU)
+    with serve(impostor, tmp_path, log=tmp_path / "log") as server:
         assert len(members(server.group)) == 2
         assert stream(server, "/v1/completions", prompt=[1]).tokens == [7]
         with pytest.raises(ServingFailure, match=r"without \[DONE\]"):

@@ -12,14 +12,14 @@ import torch
 from safetensors import safe_open
 
 from compile_sparse.backends.vllm.checkpoint import write
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import Pass, PassContext
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.storage import cast_weights
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.stored_size import rounded
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.passes.mask import Mask
+from compile_sparse.compiler.targets.target import find_target
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.passes.quantize_cache import QuantizeCache
@@ -34,7 +34,7 @@ def written(program: Program, passes: list[Pass], out: Path) -> tuple[dict[str, 
     context = PassContext(TARGET, SilentProgress(), calibration=CalibrationStream(WINDOWS))
     for step in passes:
         program = step.run(program, context).program
-    write(rounded(program, torch.bfloat16), TARGET, out, SilentProgress())
+    write(cast_weights(program, torch.bfloat16), TARGET, out, SilentProgress())
     with safe_open(out / "model.safetensors", "pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     return json.loads((out / "config.json").read_text()), tensors
@@ -42,7 +42,7 @@ def written(program: Program, passes: list[Pass], out: Path) -> tuple[dict[str, 
 
 def ranges(program: Program, role: str) -> list[float]:
     """Largest magnitude of what each layer appends to its cache, on the windows."""
-    from compile_sparse.compiler.execute import Executor, decoder_inputs
+    from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 
     found = Executor(program).run(decoder_inputs(program, torch.tensor(WINDOWS)))
     return [float(found[o.name].abs().max()) for o in program.outputs if o.role == role]
@@ -85,7 +85,7 @@ def test_a_cache_whose_scales_vllm_would_not_find_is_refused(captured: Captured,
 
 def test_zeros_beside_cache_scales_are_stored_as_they_are(captured: Captured, tmp_path: Path) -> None:
     """vLLM takes one format per checkpoint: the scales need compressed-tensors, so the zeros stay in dense weights."""
-    config, tensors = written(captured("llama"), [Mask(pattern="2:4"), QuantizeCache()], tmp_path)
+    config, tensors = written(captured("llama"), [Sparsify(pattern="2:4"), QuantizeCache()], tmp_path)
     assert config["quantization_config"]["quant_method"] == "compressed-tensors"
     weight = tensors["model.layers.0.mlp.up_proj.weight"]
     assert float((weight == 0).float().mean()) == pytest.approx(0.5)
@@ -100,8 +100,8 @@ def test_experts_are_stored_in_the_targets_precision(captured: Captured, tmp_pat
 
 
 def test_sparse_weights_that_gpus_cannot_share_are_refused(captured: Captured, tmp_path: Path) -> None:
-    program = Mask(pattern="2:4").run(captured("llama"), PassContext(TARGET, SilentProgress())).program
+    program = Sparsify(pattern="2:4").run(captured("llama"), PassContext(TARGET, SilentProgress())).program
     goal = TARGET.model_copy(update={"device": "cuda", "tensor_parallel": 4})
     with pytest.raises(Refusal, match="CS4308") as caught:  # 88 channels: 22 inputs of the down projection per GPU
-        write(rounded(program, torch.bfloat16), goal, tmp_path, SilentProgress())
+        write(cast_weights(program, torch.bfloat16), goal, tmp_path, SilentProgress())
     assert "88 inputs are no multiple of 32" in caught.value.why

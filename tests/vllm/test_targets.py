@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from compile_sparse.backends.vllm.backend import VllmBackend
-from compile_sparse.compiler.runtimes import RuntimeRecord, write_record
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.targets import find_target, load_targets, split_over
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.runtimes.environments import RuntimeRecord, write_record
+from compile_sparse.compiler.targets.target import find_target, load_targets, split_over
 from compile_sparse.compiler.version_numbers import older
 
 TARGETS = sorted(name for name, target in load_targets().items() if target.backend == "vllm")

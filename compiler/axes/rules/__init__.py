@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import torch
 
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules import (
     attention,
     constants,
@@ -24,7 +25,6 @@ from compile_sparse.compiler.axes.rules import (
     spatial,
 )
 from compile_sparse.compiler.axes.rules.registry import Labels, rule_for
-from compile_sparse.compiler.axes.step import Step
 
 __all__ = ["labels_of"]
 
@@ -43,7 +43,7 @@ _FAMILIES = (
 )
 
 
-def labels_of(step: Step) -> Labels | None:
+def labels_of(step: RuleContext) -> Labels | None:
     """Labels of the node's outputs, or None when no rule covers it."""
     target = step.node.target
     if not isinstance(target, torch._ops.OpOverload):

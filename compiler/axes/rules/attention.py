@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from compile_sparse.compiler.axes.algebra import find, is_dynamic, leaf, product
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__: list[str] = []
 
 
 @rule("scaled_dot_product_attention")
-def attention(step: Step) -> Labels | None:
+def attention(step: RuleContext) -> Labels | None:
     """``softmax(q k^T * scale + mask) v``; ``q: [..., H, S, D]``, ``k: [..., K, T, D]``, ``v: [..., K, T, E]``.
 
     With ``enable_gqa``, query heads are ``K * queries per key head``, in that order.

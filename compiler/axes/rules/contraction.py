@@ -8,16 +8,16 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis, find
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__: list[str] = []
 
 
 @rule("linear")
-def linear(step: Step) -> Labels:
+def linear(step: RuleContext) -> Labels:
     """``y[..., o] = sum_i x[..., i] W[o, i] + b[o]``."""
     x, weight, bias = step.label("input"), step.label("weight"), step.optional("bias")
     step.tie(x[-1], weight[1])
@@ -29,14 +29,14 @@ def linear(step: Step) -> Labels:
 
 
 @rule("mm", "bmm", "matmul")
-def matmul(step: Step) -> Labels | None:
+def matmul(step: RuleContext) -> Labels | None:
     """``y[..., m, n] = sum_k a[..., m, k] b[..., k, n]``; leading dimensions broadcast."""
     left, right = step.node.args[0], step.node.args[1]
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)  # tensors by schema
     return _product(step, left, right, step.value)
 
 
-def _product(step: Step, left: fx.Node, right: fx.Node, value: torch.Tensor) -> Label | None:
+def _product(step: RuleContext, left: fx.Node, right: fx.Node, value: torch.Tensor) -> Label | None:
     a, b = step.label(left), step.label(right)
     if len(a) < 2 or len(b) < 2:
         return None
@@ -57,7 +57,7 @@ def _product(step: Step, left: fx.Node, right: fx.Node, value: torch.Tensor) -> 
 
 
 @rule("addmm", "baddbmm")
-def addmm(step: Step) -> Labels | None:
+def addmm(step: RuleContext) -> Labels | None:
     """``beta * c + alpha * (a @ b)``."""
     _, left, right = step.node.args[:3]
     assert isinstance(left, fx.Node) and isinstance(right, fx.Node)  # tensors by schema
@@ -68,7 +68,7 @@ def addmm(step: Step) -> Labels | None:
 
 
 @rule("einsum")
-def einsum(step: Step) -> Labels | None:
+def einsum(step: RuleContext) -> Labels | None:
     """Letters are axes; letters missing on the right are summed over. ``...`` stands for leading dimensions that broadcast."""
     tensors = step.arguments["tensors"]
     terms, result = _spelled_out(step.arguments["equation"].replace(" ", ""), [n.meta["val"].ndim for n in tensors])
@@ -108,7 +108,7 @@ def _spelled_out(equation: str, ranks: list[int]) -> tuple[list[str], str]:
 
 
 @rule("transformers::grouped_mm_fallback", "_grouped_mm")
-def grouped_mm(step: Step) -> Labels | None:
+def grouped_mm(step: RuleContext) -> Labels | None:
     """Rows ``x[t, k]`` in runs, one run per expert: ``y[t, n] = sum_k x[t, k] W[e(t), k, n]``, ends of runs in ``offs[e]``."""
     tensors = step.operands
     if len(tensors) < 3:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 
 from compile_sparse.compiler.axes.algebra import Axis, factors, find, product, regroup
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
 from compile_sparse.compiler.axes.rules.spatial import freeze_space, output_space
-from compile_sparse.compiler.axes.step import Step
 
 __all__: list[str] = []
 
@@ -16,7 +16,7 @@ _TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
 
 @rule("convolution", "conv1d", "conv2d", "conv3d", *_TRANSPOSED)
-def convolution(step: Step) -> Labels | None:
+def convolution(step: RuleContext) -> Labels | None:
     """``y[n, o, ...] = sum_{i, k} x[n, i, ...] W[o, i, k]``; transposed, the weight is ``W[i, o, k]``.
 
     With ``groups``, channels are ``groups * rest`` on both sides and only the rest is summed over: a whole group may go, or the
@@ -38,7 +38,7 @@ def convolution(step: Step) -> Labels | None:
     return [source[0], outputs, *output_space(step, step.value, 2, "it counts places in the output of a convolution")]
 
 
-def _plain(step: Step, source: Label, weight: Label, groups: int) -> Axis | None:
+def _plain(step: RuleContext, source: Label, weight: Label, groups: int) -> Axis | None:
     """``W: [groups * out, in, ...]``, input channels ``groups * in``."""
     if groups == 1:
         _summed(step, step.tie(source[1], weight[1]))
@@ -53,7 +53,7 @@ def _plain(step: Step, source: Label, weight: Label, groups: int) -> Axis | None
     return weight[0]
 
 
-def _transposed(step: Step, source: Label, weight: Label, groups: int) -> Axis | None:
+def _transposed(step: RuleContext, source: Label, weight: Label, groups: int) -> Axis | None:
     """``W: [groups * in, out, ...]``, input channels ``groups * in``, output channels ``groups * out``."""
     step.tie(source[1], weight[0])
     if groups == 1:
@@ -73,7 +73,7 @@ def _grouped(channels: Axis, groups: int) -> list[Axis] | None:
     return regroup(factors(channels), [groups, size // groups]) if isinstance(size, int) else None
 
 
-def _summed(step: Step, axis: Axis) -> None:
+def _summed(step: RuleContext, axis: Axis) -> None:
     if find(axis).size != 1:
         step.contract(step.arguments["input"], 1, step.arguments["weight"], axis)
         step.role(axis, "conv_in")

@@ -1,7 +1,7 @@
 """Operators that address an axis by values.
 
-An axis addressed by data is frozen, unless the values are known to be positions *along an axis* (a domain, see ``Step``): then
-the two are the same axis, and both shrink together. That is how expert choice by top-k stays prunable.
+An axis addressed by data is frozen, unless the values are known to be positions *along an axis* (a domain, see ``RuleContext``):
+then the two are the same axis, and both shrink together. That is how expert choice by top-k stays prunable.
 """
 
 from __future__ import annotations
@@ -10,14 +10,14 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis, find, is_dynamic, one
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of, size_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of, size_of
 
 __all__: list[str] = []
 
 
-def _address(step: Step, axis: Axis, index: fx.Node, data: str = "its positions are addressed by data") -> None:
+def _address(step: RuleContext, axis: Axis, index: fx.Node, data: str = "its positions are addressed by data") -> None:
     domain = step.domain(index)
     if domain is not None and find(domain).size == find(axis).size:
         step.tie(axis, domain)
@@ -31,7 +31,7 @@ def _address(step: Step, axis: Axis, index: fx.Node, data: str = "its positions 
 
 
 @rule("embedding")
-def embedding(step: Step) -> Labels:
+def embedding(step: RuleContext) -> Labels:
     """``W[v, d]`` read by row."""
     weight, indices = step.label("weight"), step.label("indices")
     _address(step, weight[0], step.arguments["indices"], "ids look its rows up, so any of them may be needed")
@@ -42,7 +42,7 @@ def embedding(step: Step) -> Labels:
 
 
 @rule("index")
-def index(step: Step) -> Labels | None:
+def index(step: RuleContext) -> Labels | None:
     """Advanced indexing by integer tensors; other dimensions pass through."""
     source, given = step.label(step.first), step.arguments["indices"]
     where = [place for place, item in enumerate(given) if item is not None]
@@ -61,7 +61,7 @@ def index(step: Step) -> Labels | None:
 
 
 @rule("index_put")
-def index_put(step: Step) -> Labels:
+def index_put(step: RuleContext) -> Labels:
     """Writes at positions given by data: nothing static may change."""
     for node in step.operands:
         for axis in step.label(node):
@@ -71,7 +71,7 @@ def index_put(step: Step) -> Labels:
 
 
 @rule("index_select")
-def index_select(step: Step) -> Labels:
+def index_select(step: RuleContext) -> Labels:
     """Positions along one dimension."""
     out = step.label(step.first)
     dim = step.arguments["dim"] % len(out)
@@ -82,7 +82,7 @@ def index_select(step: Step) -> Labels:
 
 
 @rule("gather")
-def gather(step: Step) -> Labels | None:
+def gather(step: RuleContext) -> Labels | None:
     """``x[i[p]]`` along ``dim``; along the others x and i run together."""
     source, picked = step.label(step.first), step.label("index")
     dim = step.arguments["dim"] % len(source)
@@ -98,7 +98,7 @@ def gather(step: Step) -> Labels | None:
 
 
 @rule("topk")
-def topk(step: Step) -> Labels:
+def topk(step: RuleContext) -> Labels:
     """Largest ``k`` and their positions; the positions' domain is the searched axis."""
     source = step.label(step.first)
     dim = step.arguments["dim"] % len(source)
@@ -109,7 +109,7 @@ def topk(step: Step) -> Labels:
 
 
 @rule("sort")
-def sort(step: Step) -> Labels:
+def sort(step: RuleContext) -> Labels:
     """Order depends on values; a domain survives because deletion keeps the order of positions."""
     source = step.label(step.first)
     dim = step.arguments.get("dim", -1) % len(source)
@@ -122,7 +122,7 @@ def sort(step: Step) -> Labels:
 
 
 @rule("histc")
-def histc(step: Step) -> Labels | None:
+def histc(step: RuleContext) -> Labels | None:
     """Counts per position, when bins are exactly the positions of a domain."""
     domain, bins = step.domain(step.first), step.arguments["bins"]
     if domain is None or find(domain).size != bins:
@@ -133,7 +133,7 @@ def histc(step: Step) -> Labels | None:
 
 
 @rule("one_hot")
-def one_hot(step: Step) -> Labels | None:
+def one_hot(step: RuleContext) -> Labels | None:
     """A new dimension per position of a domain."""
     domain, classes = step.domain(step.first), step.arguments["num_classes"]
     if domain is None or find(domain).size != classes:

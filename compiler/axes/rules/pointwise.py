@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 
 from compile_sparse.compiler.axes.algebra import find, segment
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__ = ["labels"]
 
@@ -20,7 +20,7 @@ _UNTAGGED |= {"hardswish", "log_sigmoid"}
 _SEVERAL_OUTPUTS = {"frexp"}
 
 
-def labels(step: Step) -> Labels | None:
+def labels(step: RuleContext) -> Labels | None:
     """The broadcast of all tensor operands, for an operator torch tags as pointwise."""
     target = step.node.target
     assert isinstance(target, torch._ops.OpOverload)  # the dispatcher checks
@@ -33,7 +33,7 @@ def labels(step: Step) -> Labels | None:
 
 
 @rule("where")
-def where(step: Step) -> Labels | None:
+def where(step: RuleContext) -> Labels | None:
     """``where(condition, a, b)``; the one-argument form returns positions."""
     if "self" not in step.arguments or "other" not in step.arguments:
         return None
@@ -41,7 +41,7 @@ def where(step: Step) -> Labels | None:
 
 
 @rule("prelu")
-def prelu(step: Step) -> Labels:
+def prelu(step: RuleContext) -> Labels:
     """``x`` where positive, else ``x`` times one slope, or one per channel (dimension 1)."""
     out, slope = step.label("self"), step.label("weight")
     if slope and find(slope[0]).size != 1:
@@ -50,7 +50,7 @@ def prelu(step: Step) -> Labels:
 
 
 @rule("glu")
-def glu(step: Step) -> Labels | None:
+def glu(step: RuleContext) -> Labels | None:
     """``first half * sigmoid(second half)`` along ``dim``: the halves are one axis twice."""
     out = step.label(step.first)
     dim = step.arguments["dim"] % len(out)
@@ -63,14 +63,14 @@ def glu(step: Step) -> Labels | None:
 
 
 @rule("clone", "contiguous", "alias", "detach", "_to_copy", "to", "lift_fresh_copy", "type_as")
-def copy(step: Step) -> Labels | None:
+def copy(step: RuleContext) -> Labels | None:
     """Same values, perhaps another dtype or memory layout."""
     step.pass_domain(step.first)
     return step.label(step.first)
 
 
 @rule("dropout", "native_dropout")
-def dropout(step: Step) -> Labels | None:
+def dropout(step: RuleContext) -> Labels | None:
     """Identity in evaluation; random in training, which is not labelled."""
     if step.name == "native_dropout" or step.arguments.get("train", True):
         return None
@@ -78,7 +78,7 @@ def dropout(step: Step) -> Labels | None:
 
 
 @rule("zeros_like", "ones_like", "empty_like", "full_like")
-def filled_like(step: Step) -> Labels:
+def filled_like(step: RuleContext) -> Labels:
     """Constants of an operand's shape; the operand's values are not read."""
     step.domain(step.first)
     return step.label(step.first)

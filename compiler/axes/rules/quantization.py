@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from compile_sparse.compiler.axes.algebra import factors, find, regroup
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.step import Step
 
 __all__: list[str] = []
 
 
 @rule("compile_sparse::dequantize_weight")
-def dequantize_weight(step: Step) -> Labels | None:
+def dequantize_weight(step: RuleContext) -> Labels | None:
     """``q * scale``: output channels share the scale's first axis; whole groups may go, positions within a group may not."""
     q, scale = step.label("q"), step.label("scale")
     axis, group = step.arguments["axis"], step.arguments["group_size"]
@@ -32,7 +32,7 @@ def dequantize_weight(step: Step) -> Labels | None:
 
 
 @rule("compile_sparse::quantize_dynamic")
-def quantize_dynamic(step: Step) -> Labels:
+def quantize_dynamic(step: RuleContext) -> Labels:
     """Codes with one scale for the whole tensor: its range is taken over the kept positions."""
     source = step.label("x")
     for axis in source:
@@ -41,13 +41,13 @@ def quantize_dynamic(step: Step) -> Labels:
 
 
 @rule("compile_sparse::dequantize_activation")
-def dequantize_activation(step: Step) -> Labels:
+def dequantize_activation(step: RuleContext) -> Labels:
     """Element by element."""
     return step.label("codes")
 
 
 @rule("compile_sparse::fake_quantize")
-def fake_quantize(step: Step) -> Labels:
+def fake_quantize(step: RuleContext) -> Labels:
     """Run-time scales are taken over the kept positions of a row; groups within a row may not lose some of theirs."""
     source = step.label("x")
     name = step.arguments["format"]

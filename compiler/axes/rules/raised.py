@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from compile_sparse.compiler.axes.algebra import concatenation, factors, find, is_dynamic, leaf, product, regroup
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__: list[str] = []
 
 
 @rule("compile_sparse::rms_norm")
-def rms_norm(step: Step) -> Labels:
+def rms_norm(step: RuleContext) -> Labels:
     """Statistics over the last dimension, then a scale per position of it."""
     out = step.label("x")
     step.tie(out[-1], step.label("weight")[0])
@@ -21,7 +21,7 @@ def rms_norm(step: Step) -> Labels:
 
 
 @rule("compile_sparse::residual_rms_norm")
-def residual_rms_norm(step: Step) -> Labels:
+def residual_rms_norm(step: RuleContext) -> Labels:
     """Norm of a sum, and the sum."""
     total = step.broadcast([step.label("x"), step.label("residual")], shape_of(step.value[0]))
     step.tie(total[-1], step.label("weight")[0])
@@ -30,7 +30,7 @@ def residual_rms_norm(step: Step) -> Labels:
 
 
 @rule("compile_sparse::cached_attention")
-def cached_attention(step: Step) -> Labels | None:
+def cached_attention(step: RuleContext) -> Labels | None:
     """Grouped-query attention on merged heads: query ``K * copies * D``, key ``K * D``, value ``K * E``."""
     query, key, value = step.label("query"), step.label("key"), step.label("value")
     past_key, past_value = step.label("past_key"), step.label("past_value")

@@ -9,17 +9,17 @@ from __future__ import annotations
 import torch
 
 from compile_sparse.compiler.axes.algebra import factors, find, is_dynamic, leaf, one, regroup
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules import pointwise
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__: list[str] = []
 
 
 @rule("mean", "sum", "amax", "amin", "var", "std", "any", "all", "prod", "logsumexp", "linalg_vector_norm", "norm")
-def reduce(step: Step) -> Labels:
+def reduce(step: RuleContext) -> Labels:
     """The reduced dimensions go, or become size 1 with ``keepdim``."""
     source = step.label(step.first)
     asked = step.arguments.get("dim")
@@ -29,7 +29,7 @@ def reduce(step: Step) -> Labels:
     return _reduced(step, source, [dim % len(source) for dim in dims] if source else [])
 
 
-def _reduced(step: Step, source: Label, dims: list[int]) -> Label:
+def _reduced(step: RuleContext, source: Label, dims: list[int]) -> Label:
     for dim in dims:
         step.role(source[dim], f"reduce_{step.name}")
     if step.arguments.get("keepdim", False):
@@ -38,7 +38,7 @@ def _reduced(step: Step, source: Label, dims: list[int]) -> Label:
 
 
 @rule("max", "min")
-def extremum(step: Step) -> Labels | None:
+def extremum(step: RuleContext) -> Labels | None:
     """Three operators in one name: pointwise with ``other``, values and positions with ``dim``, or over everything."""
     if "other" in step.arguments:
         return pointwise.labels(step)
@@ -52,7 +52,7 @@ def extremum(step: Step) -> Labels | None:
 
 
 @rule("argmax", "argmin")
-def position(step: Step) -> Labels | None:
+def position(step: RuleContext) -> Labels | None:
     """Positions along the reduced axis: its values index that axis."""
     source, dim = step.label(step.first), step.arguments.get("dim")
     if not isinstance(dim, int):
@@ -62,7 +62,7 @@ def position(step: Step) -> Labels | None:
 
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax", "_safe_softmax")
-def softmax(step: Step) -> Labels:
+def softmax(step: RuleContext) -> Labels:
     """Normalised over ``dim``."""
     out = step.label(step.first)
     step.role(out[step.arguments["dim"] % len(out)], "softmax")
@@ -70,7 +70,7 @@ def softmax(step: Step) -> Labels:
 
 
 @rule("cumsum", "cumprod", "logcumsumexp")
-def scan(step: Step) -> Labels:
+def scan(step: RuleContext) -> Labels:
     """Running sums or products over the kept positions."""
     out = step.label(step.first)
     step.role(out[step.arguments["dim"] % len(out)], "scan")
@@ -78,7 +78,7 @@ def scan(step: Step) -> Labels:
 
 
 @rule("layer_norm", "rms_norm", "native_layer_norm")
-def norm(step: Step) -> Labels:
+def norm(step: RuleContext) -> Labels:
     """Statistics over the last dimensions, then a scale and shift per position of them."""
     source = step.label("input")
     count = len(step.arguments["normalized_shape"])
@@ -96,7 +96,7 @@ def norm(step: Step) -> Labels:
 
 
 @rule("group_norm")
-def group_norm(step: Step) -> Labels | None:
+def group_norm(step: RuleContext) -> Labels | None:
     """Channels are ``groups * rest``; statistics over the rest and space. A whole group may go, or the same rest in each."""
     source, groups = step.label("input"), step.arguments["num_groups"]
     channels = find(source[1]).size
@@ -116,7 +116,7 @@ def group_norm(step: Step) -> Labels | None:
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training")
-def batch_norm(step: Step) -> Labels | None:
+def batch_norm(step: RuleContext) -> Labels | None:
     """Per channel with stored statistics (evaluation)."""
     if step.arguments.get("training"):
         return None
@@ -131,7 +131,7 @@ def batch_norm(step: Step) -> Labels | None:
 
 
 @rule("instance_norm")
-def instance_norm(step: Step) -> Labels | None:
+def instance_norm(step: RuleContext) -> Labels | None:
     """Per sample and channel, with statistics over space or stored ones."""
     if step.arguments["use_input_stats"] and step.arguments["running_mean"] is not None:  # training: updates them
         return None

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeAlias
 
-from compile_sparse.compiler.axes.ledger import Label
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 
 __all__ = ["Labels", "Rule", "rule", "rule_for"]
 
 Labels: TypeAlias = Label | tuple[Label, ...]
 """A list for one tensor, a tuple of lists for several."""
 
-Rule: TypeAlias = Callable[[Step], Labels | None]
+Rule: TypeAlias = Callable[[RuleContext], Labels | None]
 """Labels of the node's output(s), or None when the rule does not cover this call (its axes are then frozen)."""
 
 _RULES: dict[str, Rule] = {}

@@ -17,16 +17,16 @@ from compile_sparse.compiler.axes.algebra import (
     regroup,
     segment,
 )
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import Size, is_static, quotient, same_size, shape_of, size_of, total
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import Size, is_static, quotient, same_size, shape_of, size_of, total
 
 __all__: list[str] = []
 
 
 @rule("view", "reshape", "_unsafe_view", "flatten", "unflatten")
-def reshape(step: Step) -> Labels | None:
+def reshape(step: RuleContext) -> Labels | None:
     """Match old and new dimensions in minimal runs of equal size; each run is a product, regrouped.
 
     A run that cannot be aligned freezes only its own dimensions.
@@ -71,7 +71,7 @@ def _run(old: list[Size], new: list[Size], i: int, j: int) -> tuple[int, int]:
     return i, j
 
 
-def _regrouped(step: Step, axes: Label, sizes: list[Size]) -> Label:
+def _regrouped(step: RuleContext, axes: Label, sizes: list[Size]) -> Label:
     if len(sizes) == 1:
         return [product(axes)]
     try:
@@ -84,7 +84,7 @@ def _regrouped(step: Step, axes: Label, sizes: list[Size]) -> Label:
 
 
 @rule("expand")
-def expand(step: Step) -> Labels:
+def expand(step: RuleContext) -> Labels:
     """Stretched dimensions are new axes: copies that may be thinned without touching the source."""
     source = step.label(step.first)
     padded = [one()] * (step.value.ndim - len(source)) + source
@@ -101,7 +101,7 @@ def expand(step: Step) -> Labels:
 
 
 @rule("unsqueeze")
-def unsqueeze(step: Step) -> Labels:
+def unsqueeze(step: RuleContext) -> Labels:
     """A new dimension of size 1."""
     out = step.label(step.first)
     out.insert(step.arguments["dim"] % step.value.ndim, one())
@@ -110,7 +110,7 @@ def unsqueeze(step: Step) -> Labels:
 
 
 @rule("squeeze")
-def squeeze(step: Step) -> Labels:
+def squeeze(step: RuleContext) -> Labels:
     """Dimensions of size 1 go."""
     source = step.label(step.first)
     asked = step.arguments.get("dim")
@@ -124,7 +124,7 @@ def squeeze(step: Step) -> Labels:
 
 
 @rule("transpose")
-def transpose(step: Step) -> Labels:
+def transpose(step: RuleContext) -> Labels:
     """Two dimensions change places."""
     out = step.label(step.first)
     a, b = step.arguments["dim0"] % len(out), step.arguments["dim1"] % len(out)
@@ -134,14 +134,14 @@ def transpose(step: Step) -> Labels:
 
 
 @rule("t", "numpy_T")
-def reverse_dimensions(step: Step) -> Labels:
+def reverse_dimensions(step: RuleContext) -> Labels:
     """All dimensions in reverse."""
     step.pass_domain(step.first)
     return step.label(step.first)[::-1]
 
 
 @rule("permute")
-def permute(step: Step) -> Labels:
+def permute(step: RuleContext) -> Labels:
     """Dimensions in another order."""
     source = step.label(step.first)
     step.pass_domain(step.first)
@@ -149,7 +149,7 @@ def permute(step: Step) -> Labels:
 
 
 @rule("cat", "concat")
-def cat(step: Step) -> Labels:
+def cat(step: RuleContext) -> Labels:
     """Concatenation: a sum along ``dim``, ties along every other dimension."""
     # Legacy empty tensors of shape [0] may be mixed in; they add nothing.
     labels = [step.label(node) for node in step.arguments["tensors"] if node.meta["val"].ndim == step.value.ndim]
@@ -172,7 +172,7 @@ def cat(step: Step) -> Labels:
 
 
 @rule("stack")
-def stack(step: Step) -> Labels:
+def stack(step: RuleContext) -> Labels:
     """Equal shapes side by side in a new dimension: a list of operands, none of which may go."""
     labels = [step.label(node) for node in step.arguments["tensors"]]
     dim = step.arguments.get("dim", 0) % step.value.ndim
@@ -183,7 +183,7 @@ def stack(step: Step) -> Labels:
 
 
 @rule("slice")
-def slice_(step: Step) -> Labels | None:
+def slice_(step: RuleContext) -> Labels | None:
     """A run of positions is a part of a sum; a stride is the outer axis of ``outer * step``."""
     out = step.label(step.first)
     dim = step.arguments.get("dim", 0) % len(out)
@@ -216,7 +216,7 @@ def slice_(step: Step) -> Labels | None:
     return out
 
 
-def _part(step: Step, axis: Axis, start: int, stop: int) -> Axis:
+def _part(step: RuleContext, axis: Axis, start: int, stop: int) -> Axis:
     """Positions ``start .. stop - 1``; an axis that cannot be cut there (windows of a padded image) freezes alone."""
     try:
         return segment(axis, start, stop)
@@ -227,7 +227,7 @@ def _part(step: Step, axis: Axis, start: int, stop: int) -> Axis:
 
 
 @rule("narrow")
-def narrow(step: Step) -> Labels | None:
+def narrow(step: RuleContext) -> Labels | None:
     """``length`` positions from ``start``."""
     out = step.label(step.first)
     dim = step.arguments["dim"] % len(out)
@@ -242,7 +242,7 @@ def narrow(step: Step) -> Labels | None:
 
 
 @rule("select")
-def select(step: Step) -> Labels:
+def select(step: RuleContext) -> Labels:
     """One fixed position: that dimension may not change."""
     out = step.label(step.first)
     dim = step.arguments["dim"] % len(out)
@@ -253,7 +253,7 @@ def select(step: Step) -> Labels:
 
 
 @rule("unbind")
-def unbind(step: Step) -> Labels:
+def unbind(step: RuleContext) -> Labels:
     """Every position on its own: that dimension may not change."""
     source = step.label(step.first)
     dim = step.arguments.get("dim", 0) % len(source)
@@ -263,7 +263,7 @@ def unbind(step: Step) -> Labels:
 
 
 @rule("split", "split_with_sizes", "chunk")
-def split(step: Step) -> Labels | None:
+def split(step: RuleContext) -> Labels | None:
     """Consecutive parts of a sum."""
     source = step.label(step.first)
     dim = step.arguments.get("dim", 0) % len(source)
@@ -281,7 +281,7 @@ def split(step: Step) -> Labels | None:
 
 
 @rule("repeat_interleave")
-def repeat_interleave(step: Step) -> Labels | None:
+def repeat_interleave(step: RuleContext) -> Labels | None:
     """Each position ``repeats`` times in a row: ``x * copies``."""
     repeats, dim = step.arguments.get("repeats"), step.arguments.get("dim")
     if not isinstance(repeats, int) or not isinstance(dim, int):
@@ -295,7 +295,7 @@ def repeat_interleave(step: Step) -> Labels | None:
 
 
 @rule("repeat")
-def repeat(step: Step) -> Labels:
+def repeat(step: RuleContext) -> Labels:
     """The whole tensor again and again: ``copies * x``, and copies may be thinned without touching the source."""
     source = step.label(step.first)
     padded = [one()] * (step.value.ndim - len(source)) + source
@@ -306,7 +306,7 @@ def repeat(step: Step) -> Labels:
     return out
 
 
-def _copies(step: Step, axis: Axis, count: Any, size: Size) -> Axis:
+def _copies(step: RuleContext, axis: Axis, count: Any, size: Size) -> Axis:
     if isinstance(count, int) and count > 0:
         copies = leaf(count)
         step.role(copies, "broadcast")
@@ -320,7 +320,7 @@ def _copies(step: Step, axis: Axis, count: Any, size: Size) -> Axis:
 
 
 @rule("tril", "triu", "flip", "roll", "constant_pad_nd", "pad", "diff")
-def positional(step: Step) -> Labels:
+def positional(step: RuleContext) -> Labels:
     """What happens depends on the position, so no position may go. Dimensions not named by the operator are unaffected."""
     source = step.label(step.first)
     touched = _positional_dimensions(step, len(source))
@@ -335,7 +335,7 @@ def positional(step: Step) -> Labels:
     return out
 
 
-def _positional_dimensions(step: Step, rank: int) -> set[int]:
+def _positional_dimensions(step: RuleContext, rank: int) -> set[int]:
     every = set(range(rank))
     if step.name in ("tril", "triu"):
         return {rank - 2, rank - 1}
@@ -347,6 +347,6 @@ def _positional_dimensions(step: Step, rank: int) -> set[int]:
     return every
 
 
-def _freeze_static(step: Step, axis: Axis, reason: str) -> None:
+def _freeze_static(step: RuleContext, axis: Axis, reason: str) -> None:
     if not is_dynamic(axis):
         step.freeze(axis, reason)

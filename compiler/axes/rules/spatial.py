@@ -10,10 +10,10 @@ from collections.abc import Iterable
 import torch
 
 from compile_sparse.compiler.axes.algebra import Axis, factors, find, is_dynamic, product, regroup
-from compile_sparse.compiler.axes.ledger import Label
+from compile_sparse.compiler.axes.analysis_state import Label
+from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
-from compile_sparse.compiler.axes.sizes import shape_of
-from compile_sparse.compiler.axes.step import Step
+from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__ = ["freeze_space", "output_space"]
 
@@ -22,7 +22,7 @@ _INNER = "the order of positions inside a patch is fixed"
 _PLACES = "it counts places in space"
 
 
-def freeze_space(step: Step, axes: Iterable[Axis], reason: str) -> None:
+def freeze_space(step: RuleContext, axes: Iterable[Axis], reason: str) -> None:
     """Static dimensions of space may not change."""
     for axis in axes:
         if not is_dynamic(axis):
@@ -30,7 +30,7 @@ def freeze_space(step: Step, axes: Iterable[Axis], reason: str) -> None:
             step.role(axis, "space")
 
 
-def output_space(step: Step, value: torch.Tensor, lead: int, reason: str) -> Label:
+def output_space(step: RuleContext, value: torch.Tensor, lead: int, reason: str) -> Label:
     """Frozen axes for the dimensions after the first ``lead``."""
     out = [step.frozen(size, reason) for size in shape_of(value)[lead:]]
     for axis in out:
@@ -38,7 +38,7 @@ def output_space(step: Step, value: torch.Tensor, lead: int, reason: str) -> Lab
     return out
 
 
-def _spatial(step: Step, rank: int, what: str) -> Labels | None:
+def _spatial(step: RuleContext, rank: int, what: str) -> Labels | None:
     """The last ``rank`` dimensions are replaced, what stands before them passes; several outputs are alike."""
     source = step.label(step.first)
     lead = len(source) - rank
@@ -58,7 +58,7 @@ def _spatial(step: Step, rank: int, what: str) -> Labels | None:
     *(f"max_pool{rank}d_with_indices" for rank in (2, 3)),
     *(f"_adaptive_avg_pool{rank}d" for rank in (2, 3)),
 )
-def pool(step: Step) -> Labels | None:
+def pool(step: RuleContext) -> Labels | None:
     """Maximum or mean over patches of space; positions of maxima are positions in space."""
     return _spatial(step, int(step.name.partition("d_with")[0].rstrip("d")[-1]), "pooling")
 
@@ -73,13 +73,13 @@ def pool(step: Step) -> Labels | None:
     "_upsample_bicubic2d_aa",
     "upsample_trilinear3d",
 )
-def resample(step: Step) -> Labels | None:
+def resample(step: RuleContext) -> Labels | None:
     """Interpolation over space."""
     return _spatial(step, int(step.name.removesuffix("_aa")[-2]), "interpolation")
 
 
 @rule("im2col")
-def im2col(step: Step) -> Labels | None:
+def im2col(step: RuleContext) -> Labels | None:
     """``[n, c, h, w] -> [n, c * patch, windows]``."""
     source = step.label(step.first)
     if len(source) != 4:
@@ -91,7 +91,7 @@ def im2col(step: Step) -> Labels | None:
 
 
 @rule("col2im")
-def col2im(step: Step) -> Labels | None:
+def col2im(step: RuleContext) -> Labels | None:
     """``[n, c * patch, windows] -> [n, c, h, w]``, overlaps added."""
     source = step.label(step.first)
     if len(source) != 3:
@@ -103,7 +103,7 @@ def col2im(step: Step) -> Labels | None:
 
 
 @rule("pixel_shuffle")
-def pixel_shuffle(step: Step) -> Labels | None:
+def pixel_shuffle(step: RuleContext) -> Labels | None:
     """``[..., c * r * r, h, w] -> [..., c, h * r, w * r]``."""
     source = step.label(step.first)
     channels = _outer_of(step, source[-3], step.arguments["upscale_factor"] ** 2)
@@ -113,7 +113,7 @@ def pixel_shuffle(step: Step) -> Labels | None:
 
 
 @rule("pixel_unshuffle")
-def pixel_unshuffle(step: Step) -> Labels:
+def pixel_unshuffle(step: RuleContext) -> Labels:
     """``[..., c, h * r, w * r] -> [..., c * r * r, h, w]``."""
     source = step.label(step.first)
     freeze_space(step, source[-2:], "pixel unshuffle moves space into channels")
@@ -122,7 +122,7 @@ def pixel_unshuffle(step: Step) -> Labels:
     return [*source[:-3], product([source[-3], inner]), *output_space(step, step.value, lead, _PLACES)]
 
 
-def _outer_of(step: Step, axis: Axis, inner: int) -> Axis | None:
+def _outer_of(step: RuleContext, axis: Axis, inner: int) -> Axis | None:
     size = find(axis).size
     if not isinstance(size, int):
         return None
@@ -132,7 +132,7 @@ def _outer_of(step: Step, axis: Axis, inner: int) -> Axis | None:
 
 
 @rule("channel_shuffle")
-def channel_shuffle(step: Step) -> Labels | None:
+def channel_shuffle(step: RuleContext) -> Labels | None:
     """Channels ``groups * rest`` become ``rest * groups``."""
     source = step.label(step.first)
     size, groups = find(source[1]).size, step.arguments["groups"]
@@ -143,7 +143,7 @@ def channel_shuffle(step: Step) -> Labels | None:
 
 
 @rule("unfold")
-def unfold(step: Step) -> Labels:
+def unfold(step: RuleContext) -> Labels:
     """Windows along one dimension, which is frozen; their positions are a new last dimension."""
     out = step.label(step.first)
     dim = step.arguments["dimension"] % len(out)

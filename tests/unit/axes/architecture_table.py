@@ -9,8 +9,8 @@ from pathlib import Path
 
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Group
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.residual import find_branches
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.residual.branches import find_branches
 from tests.models import MODELS, build_model
 
 __all__ = ["COLUMNS", "TABLE", "architecture_table", "column_of"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.unit.axes.architecture_table import TABLE, architecture_table
 
 

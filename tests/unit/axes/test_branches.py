@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from compile_sparse.compiler.axes.oracles import interpret, relative_error, tolerance
-from compile_sparse.compiler.depth import drop_branches
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.residual import Branch, find_branches
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.residual.branches import Branch, find_branches
+from compile_sparse.compiler.residual.remove import drop_branches
 from tests.models import MODELS, example_inputs
 
 WITHOUT = frozenset[str]()

@@ -18,7 +18,7 @@ from compile_sparse.compiler.axes.oracles import OracleReport, compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.rules import convolution, spatial
 from compile_sparse.compiler.errors import CompileSparseError
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.toys import ConvNet, toy_program
 from tests.unit.axes.test_models import random_keep
 

@@ -12,8 +12,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
-from compile_sparse.compiler.editing import op_name, swept
 from compile_sparse.compiler.errors import ModelError
+from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
 from tests.toys import toy_program
 
 HIDDEN, INNER, EXPERTS = 16, 24, 7  # the native kernel wants multiples of 16 bytes
@@ -27,7 +27,7 @@ def analysed(dtype: torch.dtype) -> Analysis:
     for parameter in block.parameters():
         parameter.data = torch.randn(parameter.shape) * 0.4
     sizes = {0: Dim("batch", min=2, max=9), 1: Dim("length", min=2, max=99)}
-    program = swept(toy_program(block.to(dtype), [torch.randn(2, 5, HIDDEN, dtype=dtype)], [sizes]))
+    program = eliminate_dead_code(toy_program(block.to(dtype), [torch.randn(2, 5, HIDDEN, dtype=dtype)], [sizes]))
     return analyse(program)
 
 

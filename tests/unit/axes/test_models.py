@@ -12,7 +12,7 @@ from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.groups import Anchor
 from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.encoders import GROUPS as ENCODER_GROUPS
 from tests.models import MODELS, example_inputs
 

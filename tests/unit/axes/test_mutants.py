@@ -15,10 +15,10 @@ from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.rules import shape
-from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import CompileSparseError
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.weights import ResidentTensor
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import ResidentTensor
 from tests.models import example_inputs
 from tests.toys import toy_program
 from tests.unit.axes.test_models import random_keep

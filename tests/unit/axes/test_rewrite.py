@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.propagate import repropagate
 from compile_sparse.compiler.axes.rewrite import rewrite
-from compile_sparse.compiler.axes.sizes import shape_of
 from compile_sparse.compiler.errors import CompileSparseError, ModelError
-from compile_sparse.compiler.program import Program, SparsityMask
-from compile_sparse.compiler.weights import DerivedTensor, TensorSource, WeightStore
+from compile_sparse.compiler.ir.fake_propagation import propagate_fake_tensors
+from compile_sparse.compiler.ir.program import Program, SparsityMask
+from compile_sparse.compiler.ir.sizes import shape_of
+from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource, WeightStore
 from tests.unit.axes.test_models import random_keep
 
 
@@ -74,19 +74,19 @@ def test_masked_tensors_are_refused(tiny_llama_program: Program) -> None:
 def test_repropagation_changes_nothing_on_a_sound_program(tiny_llama_program: Program) -> None:
     clone = tiny_llama_program.clone()
     before = {n.name: shape_of(n.meta["val"]) for n in clone.graph.nodes if isinstance(n.meta.get("val"), torch.Tensor)}
-    repropagate(clone, before)
+    propagate_fake_tensors(clone, before)
 
 
 def test_repropagation_names_the_node_that_does_not_fit(tiny_llama_program: Program) -> None:
     clone = tiny_llama_program.clone()
     node = next(n for n in clone.graph.nodes if n.target is torch.ops.aten.linear.default)
     with pytest.raises(CompileSparseError) as caught:
-        repropagate(clone, {node.name: [1, 2, 3]})
+        propagate_fake_tensors(clone, {node.name: [1, 2, 3]})
     assert caught.value.code == "CS2190"
     assert node.name in caught.value.where
     weight = node.args[1]
     assert isinstance(weight, torch.fx.Node)
     node.args = (node.args[0], next(n for n in clone.graph.nodes if n.name.endswith("inv_freq")))
     with pytest.raises(CompileSparseError) as caught:
-        repropagate(clone)
+        propagate_fake_tensors(clone)
     assert node.name in caught.value.where

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
 from compile_sparse.compiler.axes.groups import Group
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.targets import find_target
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.targets.target import find_target
 
 
 def test_a_fixed_cache_freezes_key_value_heads_but_not_channels(tiny_llama_program: Program) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.ir.program import Program
 from tests.models import build_model
 
 

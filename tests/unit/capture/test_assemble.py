@@ -25,9 +25,9 @@ from compile_sparse.compiler.capture.bind import bind_weights
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.skeleton import build_skeleton, new_fake_mode
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.weights import DerivedTensor, ResidentTensor, TensorSource
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import DerivedTensor, ResidentTensor, TensorSource
 
 UP, GATE = "experts.*.up.weight", "experts.*.gate.weight"
 

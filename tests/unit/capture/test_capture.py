@@ -13,12 +13,12 @@ from safetensors import safe_open
 
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.capture.fold import fold_constants
-from compile_sparse.compiler.editing import op_name, schema_arguments, swept
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name, schema_arguments
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor
 from tests.models import build_model, example_inputs
 from tests.toys import toy_program
 
@@ -161,7 +161,7 @@ def test_what_depends_on_no_input_is_folded_once() -> None:
     program = toy_program(module, [x])
     expected = Executor(program).run({"x0": x})["y0"]
     assert "cos" in {op_name(node) for node in program.graph.nodes}
-    folded = swept(fold_constants(program))
+    folded = eliminate_dead_code(fold_constants(program))
     verify_program(folded)
     assert [op_name(n) for n in folded.graph.nodes if n.op == "call_function"] == ["linear", "add"]
     (table,) = [name for name in folded.weights if name.startswith("folded")]

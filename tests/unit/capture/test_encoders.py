@@ -15,11 +15,11 @@ from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.capture.fold import fold_constants
-from compile_sparse.compiler.editing import op_name, swept
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.spec import verify_program
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.verify.reference import sample_inputs
 from tests.encoders import ENCODERS, t5_config, whisper_config
 from tests.models import build_model, example_inputs
@@ -181,7 +181,7 @@ def test_operators_with_several_outputs_are_folded_too() -> None:
 
     x = torch.randn(3, 2)
     program = toy_program(Applied(positions), [x])
-    folded = swept(fold_constants(program))
+    folded = eliminate_dead_code(fold_constants(program))
     verify_program(folded)
     assert [op_name(node) for node in folded.graph.nodes if node.op == "call_function"] == ["add"]
     assert torch.equal(Executor(folded).run({"x0": x})["y0"], positions(x))

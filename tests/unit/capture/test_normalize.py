@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from compile_sparse.compiler.capture.normalize import normalize
-from compile_sparse.compiler.editing import op_name, schema_arguments
+from compile_sparse.compiler.ir.edit import op_name, schema_arguments
 from tests.toys import Applied
 
 X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(0))

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["SCHEMES", "AddMM", "Fed", "Linear", "context", "target"]
 

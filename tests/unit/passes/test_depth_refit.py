@@ -7,16 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.depth import drop_branches
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.residual import find_branches
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.passes.compensation.least_squares import refit
+from compile_sparse.compiler.residual.branches import find_branches
+from compile_sparse.compiler.residual.remove import drop_branches
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.prune_layers import PruneLayers
+from compile_sparse.passes.reconstruction.least_squares import refit
 
 GENERATOR = torch.Generator().manual_seed(4)
 WINDOWS = CalibrationStream(tuple(tuple(torch.randint(3, 96, (24,), generator=GENERATOR).tolist()) for _ in range(24)))

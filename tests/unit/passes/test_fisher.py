@@ -7,10 +7,10 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.statistics.fisher import output_fisher, output_fisher_diagonal
 from tests.models import build_model

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.linears import find_linears
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.statistics import gram as module
 from compile_sparse.passes.statistics.gram import each_gram, input_grams

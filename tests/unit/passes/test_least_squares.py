@@ -10,14 +10,14 @@ import torch
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.weights import ResidentTensor
-from compile_sparse.passes.compensation.least_squares import refit
-from compile_sparse.passes.compensation.matching import objective_of
+from compile_sparse.passes.reconstruction.least_squares import refit
+from compile_sparse.passes.reconstruction.matching import objective_of
 
 GENERATOR = torch.Generator().manual_seed(1)
 WINDOWS = CalibrationStream(tuple(tuple(torch.randint(3, 96, (24,), generator=GENERATOR).tolist()) for _ in range(24)))

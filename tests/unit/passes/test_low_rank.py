@@ -10,19 +10,19 @@ from pydantic import ValidationError
 
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.rewrite import rewrite
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.program import Program, SparsityMask
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program, SparsityMask
+from compile_sparse.compiler.ir.storage import stored_bytes
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, WeightStore
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.stored_size import stored_bytes
-from compile_sparse.compiler.targets import FactoredProducts
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, WeightStore
-from compile_sparse.compiler.workload import Workload
+from compile_sparse.compiler.targets.target import LowRankGemms
+from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.passes.factoring.candidates import find_candidates
 from compile_sparse.passes.factoring.factors import Factors, factor
 from compile_sparse.passes.factoring.rewriting import FactorSources, OnDemand, replace_by_factors
@@ -36,9 +36,7 @@ from tests.unit.passes.running import context as toy_context
 EVERY = ("llama", "qwen2", "gpt2", "opt", "bert", "vit")
 
 
-def _context(
-    *, text: bool = False, alignment: int = 1, products: FactoredProducts | None = None, **options
-) -> PassContext:
+def _context(*, text: bool = False, alignment: int = 1, products: LowRankGemms | None = None, **options) -> PassContext:
     contract = target().model_copy(update={"alignment": alignment, "low_rank": products})
     return PassContext(contract, SilentProgress(), calibration=_stream() if text else None, **options)
 
@@ -206,8 +204,8 @@ def test_nothing_to_factor_is_an_error_with_the_arithmetic():
 # -- what the runtime says
 
 
-def _products(**values) -> FactoredProducts:
-    return FactoredProducts(**({"decode_pays_below": 1.0, "prefill_pays_below": 1.0, "measured": "x"} | values))
+def _products(**values) -> LowRankGemms:
+    return LowRankGemms(**({"decode_pays_below": 1.0, "prefill_pays_below": 1.0, "measured": "x"} | values))
 
 
 def test_equal_shares_that_do_not_pay_are_refused(tiny_llama_program):

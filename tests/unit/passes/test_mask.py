@@ -10,18 +10,18 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.mask_check import verify_masks
-from compile_sparse.compiler.program import Program, SparsityMask
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.program import Program, SparsityMask
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.ir.verify_masks import verify_masks
+from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.targets import Target, find_target
-from compile_sparse.compiler.weights import AbsentTensor, WeightStore
-from compile_sparse.passes.mask import Mask
+from compile_sparse.compiler.targets.target import Target, find_target
+from compile_sparse.passes.mask import Sparsify
 from tests.toys import ConvNet, toy_program
 from tests.unit.passes.running import AddMM, Fed, Linear, context, target
 
@@ -36,7 +36,7 @@ def weight() -> torch.Tensor:
 
 def masked(pattern: str, form: Form = Linear, values: torch.Tensor | None = None) -> Program:
     module = form(weight() if values is None else values)
-    return Mask(pattern=pattern).run(toy_program(module, [torch.zeros(3, DEPTH)]), context()).program
+    return Sparsify(pattern=pattern).run(toy_program(module, [torch.zeros(3, DEPTH)]), context()).program
 
 
 def rows(program: Program, form: Form) -> np.ndarray:
@@ -94,7 +94,7 @@ def test_equal_magnitudes_still_follow_the_pattern() -> None:
 
 def test_the_bias_and_the_input_program_are_untouched() -> None:
     program = toy_program(Linear(weight()), [torch.zeros(3, DEPTH)])
-    result = Mask(pattern="2:4").run(program, context())
+    result = Sparsify(pattern="2:4").run(program, context())
     assert result.modified
     assert result.requested == {"pattern": "2:4", "criterion": "magnitude"}
     assert result.achieved == {"tensors": 1, "zeros": ROWS * DEPTH // 2}
@@ -105,7 +105,7 @@ def test_the_bias_and_the_input_program_are_untouched() -> None:
 
 def test_the_logits_and_tied_embeddings_are_left_alone(tiny_llama_program: Program, tiny_gpt2_program: Program) -> None:
     for program, linears in ((tiny_llama_program, 14), (tiny_gpt2_program, 8)):
-        result = Mask(pattern="2:4").run(program, context())
+        result = Sparsify(pattern="2:4").run(program, context())
         verify_program(result.program)
         assert result.achieved["tensors"] == linears
         (skip,) = result.skips
@@ -114,7 +114,7 @@ def test_the_logits_and_tied_embeddings_are_left_alone(tiny_llama_program: Progr
 
 
 def test_gpt2_follows_the_pattern_along_its_first_axis(tiny_gpt2_program: Program) -> None:
-    result = Mask(pattern="2:4").run(tiny_gpt2_program, context()).program
+    result = Sparsify(pattern="2:4").run(tiny_gpt2_program, context()).program
     value = result.weights.load("transformer.h.0.mlp.c_fc.weight")
     assert value.shape == (64, 88)
     assert (value.t().reshape(-1, 4).count_nonzero(1) == 2).all()
@@ -132,7 +132,7 @@ def test_tensors_the_pattern_does_not_divide_are_explained() -> None:
 def test_planning_reads_no_weights(tiny_gpt2_program: Program) -> None:
     absent = {name: AbsentTensor(s.shape, s.dtype, name) for name, s in tiny_gpt2_program.weights.items()}
     blind = replace(tiny_gpt2_program, weights=WeightStore(absent))
-    planned, real = (Mask(pattern="2:4").run(p, context()) for p in (blind, tiny_gpt2_program))
+    planned, real = (Sparsify(pattern="2:4").run(p, context()) for p in (blind, tiny_gpt2_program))
     assert planned.achieved == real.achieved
     assert planned.program.masks == real.program.masks
     assert not planned.program.weights.has_values
@@ -140,7 +140,7 @@ def test_planning_reads_no_weights(tiny_gpt2_program: Program) -> None:
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:8", "0.5", "block=16x16:0.5"])
 def test_onnx_runtime_gains_nothing_and_the_reason_has_figures(pattern: str) -> None:
-    (skip,) = Mask(pattern=pattern).useless_on(find_target("ort-cpu"))
+    (skip,) = Sparsify(pattern=pattern).useless_on(find_target("ort-cpu"))
     assert skip.code == "CS4103"
     assert pattern in skip.where
     assert "Measured:" in skip.why
@@ -149,7 +149,7 @@ def test_onnx_runtime_gains_nothing_and_the_reason_has_figures(pattern: str) -> 
 
 
 def test_a_target_that_declares_nothing_gains_nothing() -> None:
-    (skip,) = Mask(pattern="2:4").useless_on(target())
+    (skip,) = Sparsify(pattern="2:4").useless_on(target())
     assert skip.code == "CS4103"
     assert "declares no kernel" in skip.why
 
@@ -157,8 +157,8 @@ def test_a_target_that_declares_nothing_gains_nothing() -> None:
 def test_a_target_whose_kernels_skip_the_zeros_is_content() -> None:
     pays = {"pattern": "2:4", "pays": True, "why": "Sparse tensor cores."}
     paying = type(target()).model_validate({**target().model_dump(), "sparse_patterns": [pays]})
-    assert not Mask(pattern="2:4").useless_on(paying)
-    assert Mask(pattern="1:4").useless_on(paying)
+    assert not Sparsify(pattern="2:4").useless_on(paying)
+    assert Sparsify(pattern="1:4").useless_on(paying)
 
 
 @pytest.mark.parametrize(
@@ -188,12 +188,12 @@ def test_a_target_whose_kernels_skip_the_zeros_is_content() -> None:
 )
 def test_bad_patterns_are_rejected(pattern: str) -> None:
     with pytest.raises(ValidationError):
-        Mask(pattern=pattern)
+        Sparsify(pattern=pattern)
 
 
 @pytest.mark.parametrize(("pattern", "share"), [("2:4", 0.5), ("1:4", 0.75), ("0.3", 0.3), ("block=4x4:.75", 0.75)])
 def test_the_share_of_zeros(pattern: str, share: float) -> None:
-    assert Mask(pattern=pattern).zero_fraction == pytest.approx(share)
+    assert Sparsify(pattern=pattern).zero_fraction == pytest.approx(share)
 
 
 # -- criteria that look at text
@@ -215,7 +215,7 @@ def fed(*inputs: torch.Tensor, goal: Target | None = None, plan_only: bool = Fal
 def wanda(pattern: str, form: Form = Linear) -> tuple[Program, np.ndarray]:
     """The masked program, and the scores ``|W[n, k]| ||x_k||`` in float64, ``[N, K]``."""
     program = toy_program(form(weight()), [torch.zeros(3, DEPTH)])
-    result = Mask(pattern=pattern, criterion="wanda").run(program, fed(*driven())).program
+    result = Sparsify(pattern=pattern, criterion="wanda").run(program, fed(*driven())).program
     verify_program(result)
     verify_masks(result, before=program)
     norms = np.sqrt((torch.cat(driven()).double().numpy() ** 2).sum(0))
@@ -272,7 +272,7 @@ def test_wanda_adds_up_what_all_layers_of_a_shared_weight_read() -> None:
     module = Twice()
     program = toy_program(module, [torch.zeros(3, 8)])
     x = torch.randn(5, 8, generator=torch.Generator().manual_seed(2))
-    result = Mask(pattern="0.5", criterion="wanda").run(program, fed(x)).program
+    result = Sparsify(pattern="0.5", criterion="wanda").run(program, fed(x)).program
     between = x.double() @ module.weight.double().T
     scores = (module.weight.double().abs() * (x.double().square().sum(0) + between.square().sum(0)).sqrt()).detach()
     zero = torch.zeros(8, 8, dtype=torch.bool).scatter(1, scores.argsort(1)[:, :4], True)
@@ -281,10 +281,10 @@ def test_wanda_adds_up_what_all_layers_of_a_shared_weight_read() -> None:
 
 def test_wanda_needs_text_but_not_to_plan(tiny_gpt2_program: Program) -> None:
     with pytest.raises(UsageError) as caught:
-        Mask(pattern="2:4", criterion="wanda").run(tiny_gpt2_program, fed())
+        Sparsify(pattern="2:4", criterion="wanda").run(tiny_gpt2_program, fed())
     assert caught.value.code == "CS1121"
-    planned = Mask(pattern="2:4", criterion="wanda").run(tiny_gpt2_program, fed(plan_only=True))
-    by_magnitude = Mask(pattern="2:4").run(tiny_gpt2_program, context())
+    planned = Sparsify(pattern="2:4", criterion="wanda").run(tiny_gpt2_program, fed(plan_only=True))
+    by_magnitude = Sparsify(pattern="2:4").run(tiny_gpt2_program, context())
     assert planned.achieved == by_magnitude.achieved
     assert planned.program.masks == by_magnitude.program.masks
     assert planned.requested == {"pattern": "2:4", "criterion": "wanda"}
@@ -296,7 +296,7 @@ def test_wanda_on_a_language_model_follows_its_text(tiny_llama_program: Program)
     windows = tuple(tuple((5 * i + 3 * j) % 90 + 3 for j in range(8 + i % 2)) for i in range(4))
     text = CalibrationStream(windows)
     given = PassContext(target(), SilentProgress(), calibration=text)
-    result = Mask(pattern="2:4", criterion="wanda").run(tiny_llama_program, given).program
+    result = Sparsify(pattern="2:4", criterion="wanda").run(tiny_llama_program, given).program
     verify_masks(result, before=tiny_llama_program)
     tensor = "model.layers.1.mlp.down_proj.weight"
     (linear,) = [each for each in find_linears(tiny_llama_program)[0] if each.tensor == tensor]
@@ -316,7 +316,7 @@ def test_wanda_on_a_language_model_follows_its_text(tiny_llama_program: Program)
 
 def test_a_convolution_follows_the_pattern_along_its_input_channels() -> None:
     program = toy_program(ConvNet(), [torch.zeros(2, 3, 8, 8)])
-    result = Mask(pattern="2:4").run(program, context())
+    result = Sparsify(pattern="2:4").run(program, context())
     verify_program(result.program)
     verify_masks(result.program, before=program)
     assert result.program.masks.keys() == {"inner.weight", "head.weight"}
@@ -329,7 +329,7 @@ def test_a_convolution_follows_the_pattern_along_its_input_channels() -> None:
     reasons = {skip.where: skip.why for skip in result.skips}
     assert "3 is not a multiple of 4" in reasons["stem.weight"]
     assert "10 groups" in reasons["depthwise.weight"]
-    plain = Mask(pattern="0.5").run(program, context())
+    plain = Sparsify(pattern="0.5").run(program, context())
     assert plain.program.masks.keys() == {"head.weight"}
     assert "only N:M" in next(skip.why for skip in plain.skips if skip.where == "inner.weight")
 
@@ -342,7 +342,7 @@ def test_each_position_of_a_kernel_is_ranked_by_the_norm_of_its_channel() -> Non
     module = Convolution(8, 4, 3, bias=False)
     x = torch.randn(2, 8, 6, 6, generator=torch.Generator().manual_seed(3)) * torch.logspace(-2, 2, 8)[:, None, None]
     program = toy_program(module, [torch.zeros(2, 8, 6, 6)])
-    result = Mask(pattern="2:4", criterion="wanda").run(program, fed(x)).program
+    result = Sparsify(pattern="2:4", criterion="wanda").run(program, fed(x)).program
     before, after = (p.weights.load("weight").numpy() for p in (program, result))
     norms = np.sqrt((x.double().numpy() ** 2).sum((0, 2, 3)))
     for out, high, wide in np.ndindex(4, 3, 3):
@@ -379,11 +379,11 @@ class Sizes(torch.nn.Module):
     ("rule", "left", "parts"),
     [
         ({}, "abc", ()),
-        ({"least_inner": 48}, "bc", ("32 inputs", "from 48 inputs on")),
-        ({"least_outer": 40}, "ab", ("32 outputs", "from 40 outputs on")),
-        ({"least_inner": 48, "least_outer": 40}, "b", ("from 48 inputs and 40 outputs on",)),
-        ({"inner_multiple": 32}, "ab", ("48 inputs", "in multiples of 32")),
-        ({"outer_multiple": 32}, "ac", ("48 outputs", "in multiples of 1, outputs of 32")),
+        ({"min_in_features": 48}, "bc", ("32 inputs", "from 48 inputs on")),
+        ({"min_out_features": 40}, "ab", ("32 outputs", "from 40 outputs on")),
+        ({"min_in_features": 48, "min_out_features": 40}, "b", ("from 48 inputs and 40 outputs on",)),
+        ({"in_features_multiple": 32}, "ab", ("48 inputs", "in multiples of 32")),
+        ({"out_features_multiple": 32}, "ac", ("48 outputs", "in multiples of 1, outputs of 32")),
     ],
 )
 @pytest.mark.parametrize("transposed", [False, True])
@@ -393,7 +393,7 @@ def test_layers_that_do_not_pay_stay_dense(
     module = TransposedSizes() if transposed else Sizes()
     program = toy_program(module, [torch.zeros(3, 32)])
     goal = sparse_target(**rule)
-    result = Mask(pattern="2:4").run(program, fed(goal=goal))
+    result = Sparsify(pattern="2:4").run(program, fed(goal=goal))
     assert result.program.masks.keys() == {f"{name}.weight" for name in left}
     assert {(skip.where, skip.code) for skip in result.skips} == {
         (f"{name}.weight", "CS2208") for name in "abc" if name not in left
@@ -422,14 +422,14 @@ class TransposedSizes(Sizes):
 
 def test_a_rule_for_one_pattern_says_nothing_about_others() -> None:
     program = toy_program(Sizes(), [torch.zeros(3, 32)])
-    result = Mask(pattern="1:4").run(program, fed(goal=sparse_target(least_inner=1000)))
+    result = Sparsify(pattern="1:4").run(program, fed(goal=sparse_target(min_in_features=1000)))
     assert len(result.program.masks) == 3
 
 
 def test_when_nothing_pays_the_sizes_and_the_rule_are_told() -> None:
     program = toy_program(Sizes(), [torch.zeros(3, 32)])
     with pytest.raises(ModelError) as caught:
-        Mask(pattern="2:4").run(program, fed(goal=sparse_target(least_inner=256)))
+        Sparsify(pattern="2:4").run(program, fed(goal=sparse_target(min_in_features=256)))
     assert caught.value.code == "CS2203"
     assert "32 inputs and 64 outputs" in caught.value.why
     assert "from 256 inputs on" in caught.value.why

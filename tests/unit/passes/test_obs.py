@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.passes.compensation.regression import Regression
 from compile_sparse.passes.pruning.obs import DAMPING, Consumer, removal_order
+from compile_sparse.passes.reconstruction.regression import Regression
 
 
 def layer(inputs: int, outputs: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

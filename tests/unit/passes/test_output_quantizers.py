@@ -7,19 +7,19 @@ from typing import Any
 import pytest
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.mask_check import verify_masks
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.ir.verify_masks import verify_masks
+from compile_sparse.compiler.lowering import raise_patterns
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.raising import raise_patterns
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.targets import Target
-from compile_sparse.passes.mask import Mask
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
 from tests.toys import toy_program
 from tests.unit.passes.running import Fed, target
@@ -56,7 +56,7 @@ def fed(goal: Target, plan_only: bool = False) -> PassContext:
 def chain(goal: Target, *, mask: bool = True, plan_only: bool = False, **options: Any) -> PassResult:
     program = toy_program(Chain(), [torch.zeros(6, 16)])
     if mask:
-        program = Mask(pattern="2:4").run(program, fed(goal)).program
+        program = Sparsify(pattern="2:4").run(program, fed(goal)).program
     options = {"scheme": "w8a8-static"} | options
     result = Quantize(**options).run(program, fed(goal, plan_only))
     verify_program(result.program)
@@ -94,7 +94,7 @@ def test_which_outputs_are_coded(int8_outputs: bool, mask: bool, option: str, co
 
 def test_only_masked_layers_are_coded() -> None:
     """The rule of the target leaves the layer of 24 inputs dense."""
-    result = chain(tensorrt_like(inner_multiple=16))
+    result = chain(tensorrt_like(in_features_multiple=16))
     assert result.program.masks.keys() == {"a.weight.codes", "b.weight.codes"}
     assert coded_outputs(result.program) == ["a", "b"]
 
@@ -115,7 +115,7 @@ def int8(value: torch.Tensor, peak: float) -> torch.Tensor:
 def test_the_program_is_the_one_written_by_hand() -> None:
     """Ranges are those of the program before it is quantized; float32 sums of equal terms in equal order are equal."""
     program = chain(tensorrt_like()).program
-    dense = Mask(pattern="2:4").run(toy_program(Chain(), [torch.zeros(6, 16)]), fed(tensorrt_like())).program
+    dense = Sparsify(pattern="2:4").run(toy_program(Chain(), [torch.zeros(6, 16)]), fed(tensorrt_like())).program
     load, linear = dense.weights.load, torch.nn.functional.linear
 
     def product(x: torch.Tensor, name: str, peak: float | None = None) -> torch.Tensor:
@@ -197,7 +197,7 @@ def test_layers_that_share_a_weight_keep_a_range_each() -> None:
 def test_schemes_of_tensorrt_on_its_kind_of_target(tiny_llama_program: Program, name: str) -> None:
     """One activation scale per tensor, logits in floating point, masked layers; every pattern is still recognised."""
     given = PassContext(tensorrt_like(), SilentProgress(), calibration=WINDOWS)
-    masked = Mask(pattern="2:4").run(tiny_llama_program, given).program
+    masked = Sparsify(pattern="2:4").run(tiny_llama_program, given).program
     made = Quantize(scheme=name)  # type: ignore[arg-type]
     assert made.contraction_multiple == {"w4a16": 128, "w4a16-g32": 32, "nvfp4": 16}.get(name, 1)
     result = made.run(masked, given)

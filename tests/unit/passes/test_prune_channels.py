@@ -10,18 +10,18 @@ from pydantic import ValidationError
 
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.oracles import compare
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import AbsentTensor, WeightStore
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.passes.criteria.activation import activation_scores
+from compile_sparse.passes.criteria.magnitude import magnitude_scores
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.pruning.groups import nearest_size
-from compile_sparse.passes.scores.activation import activation_scores
-from compile_sparse.passes.scores.magnitude import magnitude_scores
 from tests.models import example_inputs
 from tests.toys import toy_program
 

@@ -11,20 +11,20 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.depth import drop_branches
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, WeightStore
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.residual import Branch, find_branches
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.weights import AbsentTensor, ResidentTensor, WeightStore
+from compile_sparse.compiler.residual.branches import Branch, find_branches
+from compile_sparse.compiler.residual.remove import drop_branches
+from compile_sparse.compiler.residual.units import find_units
+from compile_sparse.passes.criteria.block_influence import block_influence
+from compile_sparse.passes.criteria.depth_ablation import MAX_WINDOWS, greedy_ablation
 from compile_sparse.passes.prune_layers import PruneLayers
-from compile_sparse.passes.pruning.units import find_units
-from compile_sparse.passes.scores.block_influence import block_influence
-from compile_sparse.passes.scores.depth_ablation import MAX_WINDOWS, greedy_ablation
 from tests.deep import DEPTH, deep_program
 from tests.toys import toy_program
 from tests.unit.passes.running import target

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 import torch
 
-from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import ModelError, Refusal
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.weights import AbsentTensor, WeightStore
-from compile_sparse.passes.mask import Mask
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
 from tests.models import example_inputs
 from tests.toys import toy_program
@@ -109,7 +109,7 @@ def test_zero_rows_have_scale_one_and_zero_codes(scheme: str) -> None:
 @pytest.mark.parametrize("form", [Linear, AddMM])
 @pytest.mark.parametrize("pattern", ["2:4", "0.5", "block=4x4:0.5"])
 def test_zeros_of_a_mask_stay_zero(scheme: str, form: type[Linear] | type[AddMM], pattern: str) -> None:
-    masked = Mask(pattern=pattern).run(toy_program(form(weight()), [torch.zeros(3, DEPTH)]), context()).program
+    masked = Sparsify(pattern=pattern).run(toy_program(form(weight()), [torch.zeros(3, DEPTH)]), context()).program
     zeros = masked.weights.load("weight") == 0
     assert zeros.float().mean() >= 0.5
     result = Quantize(scheme=scheme).run(masked, context()).program  # type: ignore[arg-type]

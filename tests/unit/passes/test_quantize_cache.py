@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.spec import verify_program
 from compile_sparse.passes.quantize_cache import QuantizeCache
 from tests.unit.passes.running import target
 

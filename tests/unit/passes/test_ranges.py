@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.schemes import SCHEMES
-from compile_sparse.compiler.targets import Target
+from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
 from tests.toys import toy_program

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 import torch
 
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext, PassResult
-from compile_sparse.compiler.editing import op_name
 from compile_sparse.compiler.errors import Refusal, UsageError
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.linears import find_linears
-from compile_sparse.compiler.ops.quantization import FP4_VALUES
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.ops.quantization import FP4_VALUES
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.schemes import SCHEMES, Scheme, SchemeName
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import AbsentTensor, WeightStore
+from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantize import Quantize
 from tests.toys import toy_program
 from tests.unit.passes.running import AddMM, Fed, Linear, target

@@ -9,13 +9,13 @@ import torch
 
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.groups import Group
-from compile_sparse.compiler.calibration import CalibrationStream
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.passes.scores.consumers import contracted_dim
-from compile_sparse.passes.scores.registry import CRITERIA
+from compile_sparse.passes.criteria.consumers import contracted_dim
+from compile_sparse.passes.criteria.registry import CRITERIA
 from tests.models import build_model
 from tests.toys import toy_program
 

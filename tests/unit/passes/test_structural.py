@@ -10,23 +10,23 @@ import torch
 
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.oracles import relative_error, tolerance
-from compile_sparse.compiler.calibration import CalibrationStream
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.execute import Executor, decoder_inputs
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import ResidentTensor
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.targets import Target
-from compile_sparse.compiler.weights import ResidentTensor
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.passes.criteria.ablation import ablation_scores
+from compile_sparse.passes.criteria.depth_ablation import loss_measure
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_experts import PruneExperts
 from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_width import PruneWidth
 from compile_sparse.passes.pruning.groups import eligible_groups, prunable_groups
 from compile_sparse.passes.quantize import Quantize
-from compile_sparse.passes.scores.ablation import ablation_scores
-from compile_sparse.passes.scores.depth_ablation import loss_measure
 
 GENERATOR = torch.Generator().manual_seed(2)
 WINDOWS = CalibrationStream(tuple(tuple(torch.randint(3, 96, (16,), generator=GENERATOR).tolist()) for _ in range(16)))
@@ -202,7 +202,7 @@ def test_ablation_finds_the_head_that_does_nothing(tiny_llama_program: Program) 
 def test_ablation_is_refused_where_it_would_take_too_long(
     tiny_llama_program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("compile_sparse.passes.scores.ablation.MOST_POSITIONS", 100)
+    monkeypatch.setattr("compile_sparse.passes.criteria.ablation.MOST_POSITIONS", 100)
     with pytest.raises(UsageError) as caught:
         PruneChannels(fraction=0.25, criterion="ablation").run(tiny_llama_program, context(calibration=WINDOWS))
     assert caught.value.code == "CS1128"

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from compile_sparse.compiler.contract import PassContext
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_heads import PruneHeads

@@ -7,15 +7,15 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from compile_sparse.compiler.contract import PassContext
-from compile_sparse.compiler.execute import Executor
-from compile_sparse.compiler.program import Program
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.verifier import verify_program
+from compile_sparse.compiler.lowering import raise_patterns
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.raising import raise_patterns
-from compile_sparse.compiler.runner import run_passes
-from compile_sparse.compiler.spec import verify_program
-from compile_sparse.compiler.targets import find_target
-from compile_sparse.passes.mask import Mask
+from compile_sparse.compiler.targets.target import find_target
+from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_conv import PruneConv
 from compile_sparse.passes.quantize import Quantize
@@ -33,7 +33,7 @@ def test_all_passes_verify_on_every_model(captured: Callable[[str], Program], na
     if name in CONVOLUTIONAL:
         passes = [PruneConv(fraction=0.25)]
     else:
-        passes = [PruneChannels(fraction=0.25), Mask(pattern="2:4"), Quantize(scheme=scheme)]
+        passes = [PruneChannels(fraction=0.25), Sparsify(pattern="2:4"), Quantize(scheme=scheme)]
     context = PassContext(target=find_target("null"), progress=SilentProgress())
     program, sections = run_passes(dense, passes, context, verify_each=True)
     verify_program(raise_patterns(program)[0], after="raising")

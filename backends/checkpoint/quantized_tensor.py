@@ -1,0 +1,147 @@
+"""Quantized weights as one tensor each: what a program means, and what a checkpoint stores."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, op_name, schema_arguments
+from compile_sparse.compiler.ir.linears import FORMS
+from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP
+from compile_sparse.compiler.ir.program import CODES, Binding, Program
+from compile_sparse.compiler.ir.quantization_schemes import Scheme, WeightFormat
+from compile_sparse.compiler.ir.weights import AbsentTensor, TensorSource
+
+__all__ = ["QuantizedTensor", "dequantized"]
+
+ours = torch.ops.compile_sparse
+
+
+@dataclass(frozen=True)
+class QuantizedTensor:
+    """A weight that is stored as codes. ``load`` gives the float values they stand for.
+
+    Attributes:
+        scheme: how the weight is coded, and the input of the linear layers that read it.
+        parts: ``codes``, ``scale`` and, where there are any, ``zero_point``, ``global_scale``, ``input_scale``.
+        shape: ``[N, K]``.
+        dtype: of the decoded values.
+    """
+
+    scheme: Scheme
+    parts: Mapping[str, TensorSource]
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+
+    def load(self) -> torch.Tensor:
+        values = {name: source.load() for name, source in self.parts.items()}
+        weights = self.scheme.weights
+        if weights.kind == "fp4":
+            return ours.dequantize_nvfp4(values["codes"], values["scale"], values["global_scale"])
+        if weights.block:
+            return ours.dequantize_block(values["codes"], values["scale"], weights.block)
+        return ours.dequantize_weight(
+            values["codes"], values["scale"], 1, weights.group, weights.bits, values.get("zero_point")
+        )
+
+
+def dequantized(program: Program) -> tuple[Program, dict[str, QuantizedTensor]]:
+    """The program without quantize and dequantize nodes, its coded weights as ``QuantizedTensor``; and those by tensor name.
+
+    Raises:
+        Refusal: CS4304 for codes in a form that no checkpoint format has.
+    """
+    edited = program.clone()
+    nodes = [node for node in edited.graph.nodes if node.op == "call_function"]
+    weights = [node for node in nodes if op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4")]
+    # All are read before anything changes: what quantizes an input is shared.
+    found = {node: (_tensor(edited, node), _coded(edited, node)) for node in weights}
+    bindings = dict(edited.bindings)
+    added: dict[str, TensorSource] = {}
+    for node, (tensor, made) in found.items():
+        source: TensorSource = made
+        if any(isinstance(part, AbsentTensor) for part in made.parts.values()):
+            source = AbsentTensor(made.shape, made.dtype, tensor)  # a plan: sizes only
+        added[tensor] = source
+        plain = add_weight(edited, bindings, f"{node.name}_decoded", Binding(tensor), source)
+        node.replace_all_uses_with(plain)
+    for node in nodes:
+        if op_name(node) == "fake_quantize":
+            node.replace_all_uses_with(node.args[0])
+    coded = dict(found.values())
+    result = replace(edited, weights=edited.weights.updated(added), bindings=bindings)
+    return eliminate_dead_code(result), coded
+
+
+def _tensor(program: Program, node: fx.Node) -> str:
+    name = program.tensor_of(node.args[0])
+    if name is None or not name.endswith(CODES):
+        raise _strange(node, "its codes are not stored under the name of a weight")
+    return name.removesuffix(CODES)
+
+
+def _coded(program: Program, node: fx.Node) -> QuantizedTensor:
+    given = schema_arguments(node)
+    codes = given.get("q", given.get("codes"))
+    shape = tuple(int(size) for size in codes.meta["val"].shape)
+    if given.get("axis", 1) != 1:
+        raise _strange(node, "its weight is stored transposed, [in, out]")
+    parts = {"codes": _stored(program, codes), "scale": _stored(program, given["scale"])}
+    name = op_name(node)
+    if name == "dequantize_nvfp4":
+        parts["global_scale"] = _stored(program, given["global_scale"])
+        weights = WeightFormat("fp4", 4, group=NVFP4_GROUP)
+    elif name == "dequantize_block":
+        weights = WeightFormat("fp8", 8, block=given["block"])
+    else:
+        floating = codes.meta["val"].dtype.is_floating_point
+        zero = given["zero_point"]
+        weights = WeightFormat(
+            "fp8" if floating else "int", 8 if floating else given["bits"], given["group_size"], symmetric=zero is None
+        )
+        if zero is not None:
+            parts["zero_point"] = _stored(program, zero)
+    activations, scale = _activations(program, node)
+    if scale is not None:
+        parts["input_scale"] = _stored(program, scale)
+    return QuantizedTensor(Scheme(weights, activations), parts, shape)
+
+
+def _activations(program: Program, node: fx.Node) -> tuple[Any, fx.Node | None]:
+    """Format and scale of what the linear layers that read this weight are given."""
+    found: dict[tuple[str, fx.Node | None], None] = {}
+    for user in node.users:
+        form = FORMS.get(op_name(user))
+        if form is None or user.args[form[1]] is not node:
+            raise _strange(node, f"it is read by {op_name(user)}, which is no linear layer")
+        source = user.args[form[0]]
+        quantized = isinstance(source, fx.Node) and op_name(source) == "fake_quantize"
+        if isinstance(source, fx.Node) and op_name(source) == "dequantize_activation":
+            raise _strange(node, "its input has one run-time scale for the whole tensor")
+        given = schema_arguments(source) if quantized else {}
+        found[given.get("format", ""), given.get("scale")] = None
+    if len(found) != 1:
+        raise _strange(node, "linear layers that share it quantize their inputs differently")
+    return next(iter(found))
+
+
+def _stored(program: Program, node: fx.Node) -> TensorSource:
+    name = program.tensor_of(node)
+    if name is None:
+        raise _strange(node, "its codes or scales are computed in the graph")
+    return program.weights[name]
+
+
+def _strange(node: fx.Node, why: str) -> Refusal:
+    return Refusal(
+        "CS4304",
+        "A quantized weight cannot be stored in a checkpoint.",
+        where=node.name,
+        why=f"No checkpoint format has this form: {why}.",
+        hint="Quantize with one of the target's schemes, or compile for ort-cpu.",
+    )

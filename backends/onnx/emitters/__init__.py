@@ -1,0 +1,1 @@
+"""Operators of the graph as nodes of standard ONNX, a file per kind."""

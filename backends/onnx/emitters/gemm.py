@@ -1,0 +1,88 @@
+"""Matrix products with weights: which operators they are, and the float form.
+
+``linear`` contracts axis 1 of its weight, ``addmm`` / ``mm`` / ``matmul`` axis 0. The weight is stored ``[K, N]``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import fx
+
+from compile_sparse.backends.onnx.dialect import STANDARD, Dialect
+from compile_sparse.backends.onnx.element_types import raw_values
+from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
+from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
+
+__all__ = ["Contract", "emits_gemms", "float_product"]
+
+Contract = Callable[[Emission, fx.Node, fx.Node, fx.Node, "fx.Node | None", int], str]
+"""``(emission, node, x, weight, bias, axis) -> name``; ``axis`` is the contracted one of the weight."""
+
+
+def emits_gemms(dialect: Dialect, contract: Contract) -> None:
+    """Register ``contract`` for every operator that multiplies by a matrix."""
+
+    @dialect.emits("aten::linear")
+    def _linear(emission: Emission, node: fx.Node) -> str:
+        given = arguments(node)
+        return contract(emission, node, given["input"], given["weight"], given["bias"], 1)
+
+    @dialect.emits("aten::addmm")
+    def _addmm(emission: Emission, node: fx.Node) -> str:
+        given = arguments(node)
+        if given["beta"] != 1 or given["alpha"] != 1:
+            raise Unsupported("addmm with factors")
+        return contract(emission, node, given["mat1"], given["mat2"], given["self"], 0)
+
+    @dialect.emits("aten::mm", "aten::bmm", "aten::matmul")
+    def _matmul(emission: Emission, node: fx.Node) -> str:
+        return contract(emission, node, node.args[0], node.args[1], None, 0)  # type: ignore[arg-type]
+
+
+@emits("aten::einsum")
+def _einsum(emission: Emission, node: fx.Node) -> str:
+    given = arguments(node)
+    operands = [emission.tensor(tensor, emission.dtype(node)) for tensor in given["tensors"]]
+    return emission.graph.call("Einsum", operands, hint=node.name, equation=given["equation"])
+
+
+def float_product(
+    emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int
+) -> str:
+    """``MatMul``, and ``Add`` where there is a bias."""
+    emission.count("MatMul")
+    product = emission.graph.call("MatMul", [emission.value(x), _inner_first(emission, weight, axis)], hint=node.name)
+    return product if bias is None else emission.graph.call("Add", [product, emission.value(bias)], hint=node.name)
+
+
+def _inner_first(emission: Emission, weight: fx.Node, axis: int) -> str:
+    """The float weight as ``[K, N]``."""
+    if axis == 0:
+        return emission.value(weight)
+    shared = any(not is_op(user, "aten::linear") for user in _readers(emission, weight))
+    if weight.op != "placeholder" or shared:
+        # A tied embedding is stored once; the runtime folds the transposition when it loads.
+        return emission.graph.call("Transpose", [emission.value(weight)], perm=[1, 0])
+    rows, columns = (int(size) for size in dimensions(weight))
+
+    def transposed(values: torch.Tensor) -> np.ndarray:
+        return raw_values(values.t())  # torch transposes 16-bit elements three times as fast as numpy
+
+    return emission.stored(weight, ".transposed", (columns, rows), change=transposed)
+
+
+def _readers(emission: Emission, weight: fx.Node) -> list[fx.Node]:
+    """Readers of the stored tensor, which may be bound to more than one placeholder."""
+    tensor = emission.program.tensor_of(weight)
+    return [
+        user
+        for node in emission.program.graph.nodes
+        if node is weight or (node.op == "placeholder" and emission.program.tensor_of(node) == tensor)
+        for user in node.users
+    ]
+
+
+emits_gemms(STANDARD, float_product)

@@ -1,0 +1,1 @@
+"""Engines: built, recorded and explained."""

@@ -1,0 +1,1 @@
+"""The program as strongly typed ONNX for TensorRT."""

@@ -1,0 +1,1 @@
+"""Engines and graphs, run and measured."""

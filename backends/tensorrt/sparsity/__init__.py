@@ -1,0 +1,1 @@
+"""Whether 2:4 weights reach sparse kernels."""

@@ -1,0 +1,1 @@
+"""The artifact folder: staged, published, read."""

@@ -1,0 +1,310 @@
+"""``report.json``: what was done to a model and what it measurably changed.
+
+Parts that were not measured are absent, never zero. Decoders report tokens and perplexity; encoders and vision models report
+``samples_s`` and the agreement of outputs in their place.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "Change",
+    "DiagnosticEntry",
+    "Fidelity",
+    "GateResult",
+    "GraphSparsity",
+    "Interval",
+    "Level",
+    "MeasuredWorkload",
+    "ModelSection",
+    "PassSection",
+    "Percentiles",
+    "Performance",
+    "Quality",
+    "Ratios",
+    "Report",
+    "RuntimeSection",
+    "Slice",
+    "SparseLayer",
+    "SparseProfile",
+    "SparseProfileLayer",
+    "SparseShape",
+    "Sparsity",
+    "Speed",
+]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class RuntimeSection(_Section):
+    """What executed the artifact."""
+
+    name: str
+    version: str = ""
+    device: str = ""
+
+
+class Change(_Section):
+    """A quantity of the dense baseline and of the compiled model."""
+
+    baseline: int = Field(ge=0)
+    compiled: int = Field(ge=0)
+
+
+class ModelSection(_Section):
+    """Size of the model."""
+
+    kind: Literal["decoder", "encoder", "vision", "audio"] | None = None
+    parameters: Change = Field(description="trained elements")
+    artifact_bytes: Change | None = Field(default=None, description="bytes of what the runtime loads")
+    zeros: float | None = Field(default=None, ge=0, le=1, description="share of stored weights that are zero, 0 to 1")
+
+
+class DiagnosticEntry(_Section):
+    """One thing left alone, and why."""
+
+    where: str
+    code: str
+    why: str
+    hint: str = ""
+
+
+class PassSection(_Section):
+    """What one pass was asked, and did."""
+
+    name: str
+    requested: dict[str, Any] = Field(default_factory=dict)
+    achieved: dict[str, Any] = Field(default_factory=dict)
+    seconds: float | None = Field(default=None, ge=0, description="wall-clock seconds")
+    peak_rss_bytes: int | None = Field(default=None, ge=0, description="highest resident memory, bytes")
+    skips: tuple[DiagnosticEntry, ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+class Fidelity(_Section):
+    """The runtime's output against the program run in torch, on the same inputs."""
+
+    tokens: int | None = Field(default=None, ge=0, description="decoders: positions compared")
+    samples: int | None = Field(default=None, ge=0, description="encoders and vision: inputs compared")
+    ties: int | None = Field(
+        default=None, ge=0, description="decoders: positions left out of top-1, the program's best two being too close"
+    )
+    mean_abs_logprob_diff: float | None = Field(default=None, ge=0, description="decoders, nats")
+    logprob_bound: float | None = Field(
+        default=None, ge=0, description="what rounding in the runtime's precision explains of that, nats"
+    )
+    max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
+    mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
+    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="share of equal arg-max, 0 to 1")
+    runtime: str | None = Field(
+        default=None, description="what ran the artifact where the target's own runtime could not be used"
+    )
+
+
+class MeasuredWorkload(_Section):
+    """What was run."""
+
+    batch: int = Field(ge=1, description="requests or samples at once")
+    prompt_tokens: int | None = Field(default=None, ge=1, description="decoders, tokens per request")
+    output_tokens: int | None = Field(default=None, ge=1, description="decoders, tokens per request")
+    rounds: int = Field(ge=1, description="alternating measurements of each model")
+    threads: int | None = Field(default=None, ge=1, description="CPU threads of the runtime")
+
+
+class Percentiles(_Section):
+    """A distribution, in the unit of its field."""
+
+    p50: float | None = None
+    p95: float | None = None
+    p99: float | None = None
+
+
+class Speed(_Section):
+    """Performance of one model."""
+
+    prefill_tok_s: float | None = Field(default=None, gt=0, description="prompt tokens per second, whole batch")
+    decode_tok_s: float | None = Field(default=None, gt=0, description="generated tokens per second, whole batch")
+    samples_s: float | None = Field(default=None, gt=0, description="encoders and vision: inputs per second")
+    ttft_ms: Percentiles | None = Field(default=None, description="time to first token, milliseconds")
+    tpot_ms: Percentiles | None = Field(default=None, description="time per output token, milliseconds")
+    latency_ms: Percentiles | None = Field(
+        default=None, description="encoders and vision: time per batch, milliseconds"
+    )
+    peak_rss_bytes: int | None = Field(default=None, ge=0, description="of the measuring process, bytes")
+    roofline: float | None = Field(
+        default=None,
+        ge=0,
+        description="bytes of the model folder over time per token and measured bandwidth",
+    )
+
+
+class Interval(_Section):
+    """Compiled over baseline, with its 95 % confidence interval."""
+
+    value: float = Field(gt=0)
+    ci95: tuple[float, float]
+
+
+class Ratios(_Section):
+    """Compiled over baseline. Rates above 1 are gains; times and bytes below 1 are."""
+
+    prefill_tok_s: Interval | None = None
+    decode_tok_s: Interval | None = None
+    samples_s: Interval | None = None
+    workload: Interval | None = Field(default=None, description="speed of the whole workload, from per-round totals")
+    ttft_ms: dict[str, Interval] | None = None
+    tpot_ms: dict[str, Interval] | None = None
+    peak_rss_bytes: Interval | None = None
+
+
+class Level(_Section):
+    """Speed with some number of requests at once."""
+
+    baseline: Speed
+    compiled: Speed
+    ratio: Ratios
+
+
+class Performance(Level):
+    """Baseline and compiled model, measured in alternation in one runtime."""
+
+    workload: MeasuredWorkload
+    concurrency: dict[str, Level] | None = Field(
+        default=None,
+        description="by number of requests at once, where several were asked for; the first is the one above",
+    )
+
+
+class Slice(_Section):
+    """Quality on one named set of inputs, compiled against baseline."""
+
+    ppl_baseline: float | None = Field(default=None, gt=0)
+    ppl_compiled: float | None = Field(default=None, gt=0)
+    ratio: float | None = Field(default=None, gt=0, description="of perplexities; below 1 is better")
+    ci95: tuple[float, float] | None = Field(default=None, description="of the ratio")
+    kl: float | None = Field(default=None, description="mean KL divergence from the baseline, nats")
+    top1_agreement: float | None = Field(default=None, ge=0, le=1)
+    mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="encoders: of output vectors")
+    samples: int | None = Field(default=None, ge=0, description="windows or inputs")
+    tokens: int | None = Field(default=None, ge=0, description="predicted tokens")
+
+
+class Quality(_Section):
+    """Quality by slice; the worst is the one with the highest perplexity ratio or the lowest agreement."""
+
+    slices: dict[str, Slice]
+    worst_slice: str | None = None
+
+
+class SparseLayer(_Section):
+    """A product that was made sparse, as the artifact's graph has it."""
+
+    node: str = Field(description="name of the product in the graph")
+    tensor: str = Field(description="name of its weight")
+    dtype: str = Field(description="how the weight is stored")
+    k: int = Field(ge=0, description="elements that are contracted")
+    n: int = Field(ge=0, description="outputs")
+    state: str = Field(description="the pattern, 'dense', 'K % M', or 'no constant'")
+    remarks: tuple[str, ...] = Field(default=(), description="what may keep it from a sparse kernel")
+
+
+class GraphSparsity(_Section):
+    """What the artifact's graph has, whatever a builder makes of it."""
+
+    states: dict[str, int] = Field(description="state -> products of the whole graph")
+    layers: tuple[SparseLayer, ...] = Field(default=(), description="those that were made sparse")
+    unintended: tuple[str, ...] = Field(default=(), description="products that have the pattern without being made so")
+
+
+class SparseProfileLayer(_Section):
+    """What a builder did with one product that was made sparse. A missing answer is not known."""
+
+    node: str
+    eligible: bool | None = Field(default=None, description="the builder saw the zeros")
+    chosen: bool | None = Field(default=None, description="the builder picked a sparse kernel, as its log says")
+    kernel: bool | None = Field(default=None, description="the engine's kernel is a sparse one, as its name says")
+
+
+class SparseShape(_Section):
+    """Products of one shape that were made sparse and stayed on dense kernels."""
+
+    k: int = Field(ge=0)
+    n: int = Field(ge=0)
+    dtype: str
+    layers: int = Field(ge=1)
+    example: str = Field(description="one of them")
+
+
+class SparseProfile(_Section):
+    """What a builder did for one optimization profile, in products that were made sparse."""
+
+    eligible: int | None = Field(default=None, ge=0, description="products whose zeros the builder saw")
+    chosen: int | None = Field(default=None, ge=0, description="products with a sparse kernel, from the builder's log")
+    kernels: int | None = Field(default=None, ge=0, description="products whose kernel in the engine is a sparse one")
+    logged_eligible: int | None = Field(
+        default=None, ge=0, description="layers that the builder counts, whoever meant them"
+    )
+    logged_chosen: int | None = Field(
+        default=None, ge=0, description="layers that the builder counts, whoever meant them"
+    )
+    layers: tuple[SparseProfileLayer, ...] | None = None
+    declined: tuple[SparseShape, ...] | None = Field(
+        default=None, description="shapes for which dense kernels were faster"
+    )
+    twin: Interval | None = Field(
+        default=None, description="speed of the sparse engine over one built without sparsity"
+    )
+
+
+class Sparsity(_Section):
+    """Whether zeros that were made in a pattern reach sparse kernels."""
+
+    pattern: str = Field(description="N:M along the contracted axis")
+    intended: int = Field(ge=0, description="products that were made sparse")
+    in_graph: GraphSparsity | None = None
+    profiles: dict[str, SparseProfile] | None = Field(
+        default=None, description="by optimization profile; absent: unverified"
+    )
+    unverified: str = Field(default="", description="why no builder chose kernels; empty when one did")
+    notes: tuple[str, ...] = ()
+
+
+class GateResult(_Section):
+    """A judged gate; see ``verify/gates.py``."""
+
+    gate: str
+    value: float | None
+    bound: float | None = None
+    passed: bool
+    why: str = ""
+
+
+class Report(_Section):
+    """The whole file."""
+
+    schema_version: Literal[1] = 1
+    target: str
+    verdict: Literal["faster", "smaller-only", "slower", "no-gain", "refused", "unverified"]
+    verdict_why: str = ""
+    runtime: RuntimeSection | None = None
+    model: ModelSection
+    passes: tuple[PassSection, ...] = ()
+    fidelity: Fidelity | None = None
+    performance: Performance | None = None
+    quality: Quality | None = None
+    sparsity: Sparsity | None = None
+    gates: tuple[GateResult, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_json(self) -> str:
+        """Text of ``report.json``: absent parts are left out, a gate's missing value stays ``null``."""
+        data = self.model_dump(mode="json", exclude_none=True)
+        if "gates" in data:
+            data["gates"] = [gate.model_dump(mode="json") for gate in self.gates]
+        return json.dumps(data, indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,103 @@
+"""Deployments: what a serving system wants beside or around a lowered model. Entry-point group ``compile_sparse.deployments``.
+
+A deployment adds a folder of its own name to an artifact, next to ``model/``. It changes nothing of the model and runs nothing.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import EntryPoint, entry_points
+from pathlib import Path
+from typing import Protocol, cast
+
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.targets.target import Target
+
+__all__ = ["Deployed", "Deployment", "find_deployment", "installed_deployments"]
+
+_GROUP = "compile_sparse.deployments"
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """What a deployment wrote.
+
+    Attributes:
+        files: paths relative to its folder -> sha256 hex digest.
+        limits: what whoever serves it must know, as sentences.
+    """
+
+    files: Mapping[str, str]
+    limits: Sequence[str] = ()
+
+
+class Deployment(Protocol):
+    """One serving system. The entry is a class without constructor arguments, registered under ``name``."""
+
+    name: str
+
+    def refusals(self, kind: str, target: Target) -> Sequence[Diagnostic]:
+        """Why a model cannot be deployed so (codes ``CS4...``), as far as it can be told before it is compiled.
+
+        Args:
+            kind: of the program: ``decoder``, ``text``, ``image``, ...
+            target: compiled for.
+        """
+        ...
+
+    def write(
+        self, model: Path, out: Path, *, name: str, target: Target, largest_batch: int, known: Mapping[str, str]
+    ) -> Deployed:
+        """Write into the empty folder ``out``, on the file system of ``model``: files may be hard links to its files.
+
+        Args:
+            model: the lowered folder, complete.
+            out: where to.
+            name: what the served model is called.
+            target: compiled for.
+            largest_batch: most requests or samples that are computed at once, where the model leaves it open.
+            known: sha256 of the model's files, computed when they were written (``Lowered.files``); others are read.
+
+        Raises:
+            Refusal: what was lowered cannot be deployed so.
+            UsageError: ``name`` is no name for this system.
+            EnvironmentFailure: a package is missing, or the disk failed.
+        """
+        ...
+
+
+def installed_deployments() -> dict[str, EntryPoint]:
+    """Entry points by name, sorted."""
+    return {entry.name: entry for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name)}
+
+
+def find_deployment(name: str) -> Deployment:
+    """An instance of the deployment called ``name``.
+
+    Raises:
+        UsageError: CS1061 when there is none, with the nearest name.
+        EnvironmentFailure: CS5012 when the package that provides it cannot be imported.
+    """
+    installed = installed_deployments()
+    if name not in installed:
+        near = difflib.get_close_matches(name, installed, n=1, cutoff=0.4)
+        raise UsageError(
+            "CS1061",
+            f"There is no deployment {name!r}.",
+            where="--emit",
+            why=f"Installed deployments: {', '.join(installed) or 'none'}.",
+            hint=f"Did you mean {near[0]!r}?" if near else "Leave it out, or install a package that provides it.",
+        )
+    try:
+        return cast(Deployment, installed[name].load()())
+    except (ImportError, AttributeError) as error:
+        raise EnvironmentFailure(
+            "CS5012",
+            f"Deployment {name!r} cannot be imported.",
+            where=f"entry point {installed[name].value}",
+            why=f"{type(error).__name__}: {error}",
+            hint="Reinstall the package that provides it.",
+        ) from error

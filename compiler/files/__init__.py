@@ -1,0 +1,1 @@
+"""Files and folders: durable writes, digests, the cache, YAML with line numbers."""

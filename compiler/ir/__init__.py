@@ -1,0 +1,1 @@
+"""The intermediate representation: program, weights, nodes, operators, and their verification."""

@@ -1,0 +1,94 @@
+"""Run every node on fake tensors again: the proof that a graph still fits together after an edit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from compile_sparse.compiler.errors import CompileSparseError
+from compile_sparse.compiler.ir.edit import fake_mode_of
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.sizes import Size, same_size, shape_of
+
+__all__ = ["Shapes", "propagate_fake_tensors"]
+
+Shapes = Sequence[Size] | tuple[Sequence[Size], ...]
+"""Expected shape of a node, or of each output of a node with several."""
+
+
+def propagate_fake_tensors(program: Program, expected: Mapping[str, Shapes] | None = None) -> Program:
+    """Recompute ``meta["val"]`` of every node from the placeholders' and check the shapes.
+
+    Nodes are computed from fake placeholders only, so this is independent of whatever a pass believed. Also checks that
+    weight placeholders have the shape and dtype of the stored tensor.
+
+    Args:
+        program: its graph's meta values are replaced in place; symbolic sizes of inputs stay symbolic.
+        expected: node name -> predicted shape. Nodes not named are only run.
+
+    Returns:
+        The same program.
+
+    Raises:
+        CompileSparseError: CS2190, an internal error naming the node; a pass produced a graph that does not fit.
+    """
+    expected = expected or {}
+    values: dict[fx.Node, Any] = {}
+    mode = fake_mode_of(program)
+    for node in program.graph.nodes:
+        if node.op == "output":
+            break
+        if node.op == "placeholder":
+            values[node] = node.meta.get("val")
+            _check_weight(program, node)
+        elif node.op == "call_function":
+            arguments = fx.map_arg(node.args, values.__getitem__)
+            keywords = fx.map_arg(node.kwargs, values.__getitem__)
+            try:
+                # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
+                with enable_python_dispatcher(), mode, torch.no_grad():
+                    values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise _internal(node, f"The operator rejects its arguments: {error}") from error
+            node.meta["val"] = values[node]
+        else:
+            values[node] = node.meta.get("val")
+        if node.name in expected:
+            _check_shape(node, values[node], expected[node.name])
+    return program
+
+
+def _check_weight(program: Program, node: fx.Node) -> None:
+    tensor = program.tensor_of(node)
+    if tensor is None:
+        return
+    source, value = program.weights[tensor], node.meta["val"]
+    if tuple(value.shape) != source.shape or value.dtype != source.dtype:
+        raise _internal(
+            node, f"The graph has {tuple(value.shape)} {value.dtype}, the stored tensor {source.shape} {source.dtype}."
+        )
+
+
+def _check_shape(node: fx.Node, value: Any, want: Shapes) -> None:
+    wanted = want if isinstance(want, tuple) else (want,)
+    got = value if isinstance(value, (tuple, list)) else (value,)
+    for shape, item in zip(wanted, got, strict=True):
+        if not isinstance(item, torch.Tensor):
+            continue
+        found = shape_of(item)
+        if len(found) != len(shape) or not all(same_size(a, b) for a, b in zip(found, shape, strict=True)):
+            raise _internal(node, f"Predicted shape {list(shape)}, computed {found}.")
+
+
+def _internal(node: fx.Node, why: str) -> CompileSparseError:
+    return CompileSparseError(
+        "CS2190",
+        "Internal error: a graph edit does not fit together.",
+        where=f"node '{node.name}' ({node.target})",
+        why=why,
+        hint="Please report this with the model's config and the recipe.",
+    )

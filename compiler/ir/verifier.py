@@ -1,0 +1,168 @@
+"""The legal IR, and the verifier that runs after every pass in tests and with ``--verify-each``.
+
+1. Nodes are placeholders, calls of torch operators (or ``operator`` functions on sizes and tuples) and one output.
+2. Every placeholder is bound to a stored tensor or is a declared input, and carries a value of the stored shape and dtype.
+3. Outputs match the declared outputs in number.
+4. Every tensor-valued call has a fake value, and running the call on its inputs' fake values gives the same shape and dtype.
+5. Nothing is dead.
+6. Integer codes are dequantized by matching scales; a mask annotation names a stored tensor, and its pattern and axis fit it.
+7. Masked tensors hold the zeros of their pattern, and no pass forgets a mask. This one reads weights:
+   ``compiler/ir/verify_masks.py``.
+"""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+
+from compile_sparse.compiler.ir.edit import fake_mode_of, is_pure, op_name, schema_arguments
+from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
+
+__all__ = ["InvalidProgram", "verify_program"]
+
+
+class InvalidProgram(RuntimeError):
+    """A pass broke the IR. Always a defect of the pass, never of the user's model."""
+
+
+def verify_program(program: Program, *, after: str = "capture") -> None:
+    """Check rules 1 to 6.
+
+    Raises:
+        InvalidProgram: naming the rule, the node and the pass it came ``after``.
+    """
+
+    def broken(rule: int, node: object, why: str) -> InvalidProgram:
+        return InvalidProgram(f"after {after}: rule {rule} broken at {node}: {why}")
+
+    program.graph.lint()
+    _check_placeholders(program, broken)
+    results = program.output_nodes
+    if len(results) != len(program.outputs):
+        raise broken(3, "output", f"{len(results)} values, {len(program.outputs)} declared")
+    mode = fake_mode_of(program)
+    for node in program.graph.nodes:
+        if node.op in ("placeholder", "output"):
+            continue
+        if node.op != "call_function" or not _legal_target(node.target):
+            raise broken(1, node.name, f"{node.op} of {node.target}")
+        if not node.users and is_pure(node):
+            raise broken(5, node.name, "nobody uses it")
+        _check_call(node, mode, broken)
+    for name in program.masks:
+        _check_mask(program, name, broken)
+
+
+def _legal_target(target: Any) -> bool:
+    return isinstance(target, torch._ops.OpOverload) or (
+        callable(target) and getattr(target, "__module__", "") in ("_operator", "math", "torch", "builtins")
+    )
+
+
+def _check_placeholders(program: Program, broken: Any) -> None:
+    declared = {i.placeholder for i in program.inputs}
+    for node in program.graph.nodes:
+        if node.op != "placeholder":
+            continue
+        binding = program.bindings.get(node.name)
+        if binding is None:
+            if node.name not in declared:
+                raise broken(2, node.name, "neither a weight nor an input")
+            continue
+        if binding.tensor not in program.weights:
+            raise broken(2, node.name, f"bound to {binding.tensor!r}, which is not stored")
+        source, value = program.weights[binding.tensor], node.meta.get("val")
+        if value is None or tuple(value.shape) != source.shape or value.dtype != source.dtype:
+            raise broken(2, node.name, f"value is {value}, stored {binding.tensor!r} is {source.shape} {source.dtype}")
+    names = [node.name for node in program.graph.nodes if node.op == "placeholder"]
+    missing = (declared | set(program.bindings)) - set(names)
+    if missing:
+        raise broken(2, sorted(missing), "declared but not in the graph")
+
+
+def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
+    recorded = node.meta.get("val")
+    if recorded is None:
+        raise broken(4, node.name, "it has no fake value")
+    if node.target is operator.getitem:
+        computed = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
+    else:
+        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+        # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
+        with enable_python_dispatcher(), mode, torch.no_grad():
+            try:
+                computed = node.target(*args, **kwargs)  # type: ignore[operator]
+            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                raise broken(4, node.name, f"it cannot run on its inputs: {error}") from error
+    if op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4"):
+        _check_scales(node, broken)
+    pairs = _tensors(recorded), _tensors(computed)
+    if len(pairs[0]) != len(pairs[1]):
+        raise broken(4, node.name, f"{len(pairs[0])} tensors recorded, its inputs give {len(pairs[1])}")
+    for before, now in zip(*pairs, strict=True):
+        if before.dtype != now.dtype or not _same_shape(before.shape, now.shape):
+            raise broken(
+                4,
+                node.name,
+                f"recorded {tuple(before.shape)} {before.dtype}, its inputs give {tuple(now.shape)} {now.dtype}",
+            )
+
+
+def _check_scales(node: fx.Node, broken: Any) -> None:
+    given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in schema_arguments(node).items()}
+    codes, scale, axis = given.get("q", given.get("codes")), given["scale"], given["axis"]
+    channels, depth = codes.shape[1 - axis], codes.shape[axis]
+    stored: tuple[torch.dtype, ...] = (torch.int8, torch.float8_e4m3fn)
+    wanted: tuple[int, ...]
+    if "block" in given:
+        wanted, stored = (-(-channels // given["block"]), -(-depth // given["block"])), (torch.float8_e4m3fn,)
+    elif "group_size" not in given:
+        wanted, stored = (channels, -(-depth // NVFP4_GROUP)), (torch.int8,)
+    else:
+        wanted = (channels, -(-depth // given["group_size"])) if given["group_size"] else (channels,)
+    zero = given.get("zero_point")
+    if zero is not None and tuple(zero.shape) != wanted:
+        raise broken(6, node.name, f"zero points {tuple(zero.shape)}, expected {wanted}")
+    if tuple(scale.shape) != wanted or codes.dtype not in stored:
+        raise broken(6, node.name, f"scales {tuple(scale.shape)} for {codes.dtype} codes, expected {wanted}")
+
+
+def _check_mask(program: Program, name: str, broken: Any) -> None:
+    mask = program.masks[name]
+    if name not in program.weights:
+        raise broken(6, name, "a mask names a tensor that is not stored")
+    try:
+        pattern = SparsityPattern.parse(mask.pattern)
+    except ValueError as error:
+        raise broken(6, name, f"its mask has no pattern {mask.pattern!r}: {error}") from error
+    shape = program.weights[name].shape
+    if pattern.run and not 0 <= mask.axis < len(shape):
+        raise broken(6, name, f"its mask runs along dimension {mask.axis} of {list(shape)}")
+    if misfit := pattern.misfit(shape, mask.axis):
+        raise broken(6, name, f"its mask {mask.pattern} does not fit. {misfit}")
+    if not 0 <= mask.fraction <= 1:
+        raise broken(6, name, f"its mask promises {mask.fraction} of zeros")
+
+
+def _tensors(value: Any) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, (tuple, list)) else []
+
+
+def _same_shape(left: torch.Size, right: torch.Size) -> bool:
+    return len(left) == len(right) and all(_same_size(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _same_size(left: Any, right: Any) -> bool:
+    if isinstance(left, int) and isinstance(right, int):
+        return left == right
+    a, b = (sympy.sympify(s.node.expr if isinstance(s, torch.SymInt) else s) for s in (left, right))
+    return bool(sympy.simplify(a - b) == 0)

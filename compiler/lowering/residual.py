@@ -1,0 +1,62 @@
+"""Raise a residual addition that feeds a norm.
+
+    total = add(x, r); rms_norm(total, w, eps)  ->  (normed, total) = residual_rms_norm(x, r, w, eps)
+
+Shapes of ``x`` and ``r`` are equal (no broadcasting). When one sum feeds several norms the first is fused and the others
+read the returned sum.
+"""
+
+from __future__ import annotations
+
+import operator
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.ir.nodes import (
+    arguments,
+    dimensions,
+    insert_call,
+    is_op,
+    module_of,
+    same_dimension,
+)
+from compile_sparse.compiler.ir.program import Program
+
+__all__ = ["raise_residual_norm"]
+
+
+def raise_residual_norm(program: Program) -> None:
+    """Edit the graph in place."""
+    graph = program.graph
+    for norm in list(graph.nodes):
+        if not is_op(norm, "compile_sparse::rms_norm"):
+            continue
+        total, weight, eps = norm.args
+        if not _is_plain_sum(total):
+            continue
+        value, normed = total.meta["val"], norm.meta["val"]
+        # At the sum, not at the norm: other readers of the sum may come before the norm.
+        with graph.inserting_after(total):
+            fused = graph.call_function(
+                torch.ops.compile_sparse.residual_rms_norm.default, (total.args[0], total.args[1], weight, eps)
+            )
+        fused.meta.update(module_of(norm), val=(normed, value))
+        with graph.inserting_after(fused):
+            summed = insert_call(graph, operator.getitem, (fused, 1), value=value)
+            first = insert_call(graph, operator.getitem, (fused, 0), value=normed)
+        norm.replace_all_uses_with(first)
+        graph.erase_node(norm)
+        total.replace_all_uses_with(summed)
+        graph.erase_node(total)
+
+
+def _is_plain_sum(node: fx.Node) -> bool:
+    if not is_op(node, "aten::add"):
+        return False
+    given = arguments(node)
+    left, right = given["self"], given["other"]
+    if given["alpha"] != 1 or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
+        return False
+    a, b = dimensions(left), dimensions(right)
+    return len(a) == len(b) >= 2 and all(same_dimension(x, y) for x, y in zip(a, b, strict=True))

@@ -1,8 +1,0 @@
-"""Our own torch operators: quantization and raised patterns, each with a reference implementation.
-
-Importing this package registers them under the ``compile_sparse`` namespace.
-"""
-
-from compile_sparse.compiler.ops import patterns, quantization
-
-__all__ = ["patterns", "quantization"]

@@ -1,0 +1,1 @@
+"""The jobs: compile, and measure an artifact again."""

@@ -1,0 +1,298 @@
+"""Everything a compilation needs, read and checked before any long work starts."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
+from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
+from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.errors import Refusal, UsageError
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.calibration_arrays import read_arrays
+from compile_sparse.compiler.execution.token_windows import load_tokenizer, read_windows
+from compile_sparse.compiler.extension.backends import find_backend
+from compile_sparse.compiler.extension.contract import Backend, Pass, PassContext, Probe, ZeroingPass
+from compile_sparse.compiler.extension.deployments import Deployment, find_deployment
+from compile_sparse.compiler.files.cache import cache_key
+from compile_sparse.compiler.ir.model_facts import context_length
+from compile_sparse.compiler.pipeline.building import chosen_target
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.recipes.recipe import Recipe
+from compile_sparse.compiler.targets.target import Target, find_target
+from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.version import code_identity, library_versions
+
+__all__ = ["Job", "TextReader", "baseline_key", "fit_workload", "longest_window", "prepare", "runtime_threads"]
+
+UNLIMITED = 1 << 30
+DEFAULT_WINDOW_TOKENS = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, a target and what to do.
+
+    Attributes:
+        folder: the opened model.
+        target, backend, probe: where it goes, and whether that runs here.
+        recipe, passes: what is done.
+        calibration: windows the passes observe, or None.
+        slices: evaluation windows by slice name.
+        workload: what speed is measured on, fitting the model's context.
+        useless: what the target cannot exploit although it was asked for.
+        deployments: what is written beside the model.
+    """
+
+    folder: ModelFolder
+    target: Target
+    backend: Backend
+    probe: Probe
+    recipe: Recipe
+    passes: tuple[Pass, ...]
+    calibration: CalibrationStream | None
+    slices: Mapping[str, Sequence[Sequence[int]]]
+    workload: Workload
+    useless: tuple[Diagnostic, ...]
+    deployments: tuple[Deployment, ...] = ()
+
+    @cached_property
+    def source_digest(self) -> str:
+        """sha256 identity of the source model."""
+        return self.folder.digest()
+
+    @cached_property
+    def canonical_recipe(self) -> dict[str, Any]:
+        """The recipe with digests of its files, as they were when the run began."""
+        return self.recipe.canonical()
+
+    def context(self, progress: Progress, *, plan_only: bool = False) -> PassContext:
+        """What the passes are given."""
+        return PassContext(
+            target=self.target,
+            progress=progress,
+            calibration=self.calibration,
+            plan_only=plan_only,
+            seed=self.recipe.seed,
+            contraction_multiple=math.lcm(*(getattr(step, "contraction_multiple", 1) for step in self.passes)),
+            workload=self.workload,
+        )
+
+    @cached_property
+    def key(self) -> str:
+        """Digest of everything the artifact depends on."""
+        return cache_key(
+            {
+                "kind": "artifact",
+                "source": self.source_digest,
+                "recipe": self.canonical_recipe,
+                "target": self.target.model_dump(mode="json"),
+                "tokenizer": self.folder.tokenizer_digest(),
+                "code": code_identity(),
+                "libraries": library_versions(),
+                "runtime": self.probe.version,
+                "processor": self.probe.processor,
+            }
+        )
+
+    @property
+    def vocabulary(self) -> int:
+        """Number of token ids; 0 for models without tokens."""
+        return int(getattr(self.folder.config, "vocab_size", 0) or 0)
+
+    def refuse_deployment(self, kind: str) -> None:
+        """Stop here when a model of this kind cannot be deployed as asked.
+
+        Raises:
+            Refusal: the first reason.
+        """
+        for deployment in self.deployments:
+            for skip in deployment.refusals(kind, self.target):
+                raise Refusal(
+                    skip.code,
+                    f"This model cannot be written for {deployment.name}.",
+                    where=skip.where,
+                    why=skip.why,
+                    hint=skip.hint,
+                )
+
+    def refuse_useless(self) -> None:
+        """Stop here when something was asked for that the target cannot exploit.
+
+        Raises:
+            Refusal: CS4103 with the arithmetic.
+        """
+        if self.useless:
+            first = self.useless[0]
+            raise Refusal(
+                first.code,
+                f"{self.target.name} gains nothing from {first.where}.",
+                where=first.where,
+                why=first.why,
+                hint=f"{first.hint} --allow-useless compiles it anyway.".strip(),
+            )
+
+
+def baseline_key(source_digest: str, target: Target, runtime_version: str) -> str:
+    """Cache key of the dense baseline of a model on a target."""
+    return cache_key(
+        {
+            "kind": "baseline",
+            "source": source_digest,
+            "target": target.model_dump(mode="json"),
+            "code": code_identity(),
+            "libraries": library_versions(),
+            "runtime": runtime_version,
+        }
+    )
+
+
+def fit_workload(workload: Workload, context: int | None) -> Workload:
+    """``workload`` when its requests fit the model's context; the default one is shortened to fit.
+
+    Raises:
+        UsageError: CS1040 when the user asked for requests that are too long.
+    """
+    length, usual = workload.prompt + workload.output, Workload()
+    if context is None or length <= context:
+        return workload
+    shorter = {"prompt": max(1, context // 2), "output": max(1, context // 4)}
+    if (workload.prompt, workload.output) == (usual.prompt, usual.output):
+        return workload.model_copy(update=shorter)
+    raise UsageError(
+        "CS1040",
+        f"The workload's requests of {length} tokens are longer than the model allows.",
+        where="--workload",
+        why=f"prompt={workload.prompt} and output={workload.output}; the model's longest sequence is {context} tokens.",
+        hint=f"For example --workload prompt={shorter['prompt']},output={shorter['output']}.",
+    )
+
+
+def runtime_threads(requested: int | None) -> int:
+    """Threads given to the runtime: the request, ``OMP_NUM_THREADS``, or the processors this process may use."""
+    if requested:
+        return requested
+    declared = os.environ.get("OMP_NUM_THREADS", "")
+    if declared.isdigit() and int(declared) > 0:
+        return int(declared)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+
+
+def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
+    """Open and check everything.
+
+    Raises:
+        UsageError, ModelError, Refusal: whatever is wrong with the model, target, recipe or data files.
+    """
+    find_target(target_name)  # a wrong name is said before the model is opened
+    passes = recipe.build_passes()
+    folder = open_folder(model)
+    text = TextReader(folder.config.to_dict(), folder.path)
+    longest = context_length(folder.config.to_dict())
+    context = longest if is_causal(folder.model_class) else None
+    workload = fit_workload(recipe.workload, context)
+    target = chosen_target(
+        target_name,
+        recipe.building,
+        workload,
+        context=longest,
+        longest_window=longest_window(recipe, longest),
+        causal=is_causal(folder.model_class),
+    )
+    backend = find_backend(target)
+    useless = tuple(
+        Diagnostic(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
+        for step in passes
+        if isinstance(step, ZeroingPass)
+        for skip in step.useless_on(target)
+    )
+    return Job(
+        folder=folder,
+        target=target,
+        backend=backend,
+        probe=backend.probe(target),
+        recipe=recipe,
+        passes=passes,
+        calibration=text.calibration(recipe),
+        slices=text.slices(recipe),
+        workload=workload,
+        deployments=tuple(find_deployment(name) for name in recipe.building.emit),
+        useless=useless,
+    )
+
+
+def longest_window(recipe: Recipe, context: int | None) -> int:
+    """Tokens of the longest text the artifact will be checked on."""
+    wanted = recipe.evaluation.sequence_length or DEFAULT_WINDOW_TOKENS
+    return min(wanted, context or wanted)
+
+
+def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
+    """What the zeros would amount to in this model, from the headers of its weight files."""
+    tensors = read_checkpoint(folder.path, torch.float32).values()
+    weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
+    if not weights:
+        return ""
+    return (
+        f"In this model: {step.zero_fraction:.0%} of {weights:,} matrix weights would be zero, the file would keep all "
+        f"{4 * weights / 1e6:,.1f} MB of them in fp32, and no multiplication would be skipped."
+    )
+
+
+class TextReader:
+    """Reads data files of a recipe as windows of a model's token ids.
+
+    Args:
+        config: the model's config as plain data.
+        folder: where tokenizer files are, or None.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path | None) -> None:
+        self._context = context_length(config) or UNLIMITED
+        self._vocabulary = int(config.get("vocab_size") or 0)
+        self._tokenizer = load_tokenizer(folder)
+        beginning = config.get("bos_token_id")
+        usable = isinstance(beginning, int) and 0 <= beginning < self._vocabulary
+        self._beginning = beginning if usable else None
+
+    def _read(self, file: str, samples: int, length: int | None) -> list[list[int]]:
+        if not self._vocabulary:
+            raise UsageError(
+                "CS1038",
+                "This model does not read text.",
+                where=Path(file).name,
+                why="It has no vocabulary.",
+                hint="Leave evaluation files out; agreement with the dense model is measured instead.",
+            )
+        return read_windows(
+            Path(file),
+            samples=samples,
+            length=length or min(DEFAULT_WINDOW_TOKENS, self._context),
+            vocabulary=self._vocabulary,
+            context=self._context,
+            tokenizer=self._tokenizer,
+            beginning=self._beginning,
+        )
+
+    def calibration(self, recipe: Recipe) -> CalibrationStream | None:
+        """Windows the passes observe, or None when the recipe has no calibration file."""
+        wanted = recipe.calibration
+        if wanted is None:
+            return None
+        if not self._vocabulary or wanted.file.endswith(".npz"):
+            return CalibrationStream((), arrays=read_arrays(Path(wanted.file), wanted.samples))
+        windows = self._read(wanted.file, wanted.samples, wanted.sequence_length)
+        return CalibrationStream(tuple(tuple(w) for w in windows))
+
+    def slices(self, recipe: Recipe) -> dict[str, list[list[int]]]:
+        """Evaluation windows by slice name."""
+        wanted = recipe.evaluation
+        return {name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()}

@@ -1,0 +1,198 @@
+"""Measure an existing artifact again, against the dense baseline of its own source model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compile_sparse.compiler.artifact.reader import Artifact, read_artifact, replace_report
+from compile_sparse.compiler.artifact.report import Change, ModelSection, Report
+from compile_sparse.compiler.capture import capture, open_folder
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.extension.backends import find_backend
+from compile_sparse.compiler.ir.model_facts import context_length
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
+from compile_sparse.compiler.pipeline.building import ENGINES, allow_foreign_engines, baseline_target, chosen_target
+from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, CompileResult, judge, raise_failed_gates
+from compile_sparse.compiler.pipeline.job import TextReader, baseline_key, fit_workload, longest_window, runtime_threads
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.recipes.flags import merge_options
+from compile_sparse.compiler.recipes.recipe import Evaluation, Recipe
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.verify.baseline import baseline_parameters, get_baseline
+from compile_sparse.compiler.verify.gates import parse_gate
+from compile_sparse.compiler.verify.measure import cannot_measure, folder_bytes, measure
+from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
+
+__all__ = ["verify_artifact"]
+
+FOREIGN = (
+    "The engines were not compared with those that were built (--allow-foreign-engine): "
+    "what was measured may be another model's."
+)
+
+
+def verify_artifact(
+    path: str | Path,
+    *,
+    eval: Mapping[str, str | Path] | None,
+    workload: str | None,
+    concurrency: str | Sequence[int] | None = None,
+    gates: Sequence[str],
+    model: str | Path | None,
+    allow_foreign_engine: bool = False,
+    progress: Progress,
+) -> CompileResult:
+    """Check the artifact's digests, measure it and replace its report.
+
+    Args:
+        path: the artifact.
+        eval: quality slices; without them perplexity is not measured.
+        workload: instead of the one it was compiled with.
+        concurrency: numbers of requests at once, instead of those it was compiled with.
+        gates: conditions on the new measurements, instead of those it was compiled with.
+        model: the dense model, needed when its baseline is no longer in the cache.
+        allow_foreign_engine: load engines that are not those which were built; the user vouches for them.
+        progress: where measuring is reported.
+
+    Raises:
+        UsageError: CS1021 to CS1023 when the artifact is incomplete or changed; CS1039 another model; CS1046 engines are
+            vouched for and the target has none.
+        EnvironmentFailure: CS5007 the runtime is not here; CS5008 the baseline is neither cached nor can be built.
+        GateFailure: CS3001.
+    """
+    trusted = ENGINES if allow_foreign_engine else ""
+    artifact = read_artifact(path, trusted=trusted)
+    _require_complete(artifact)
+    manifest, old = artifact.manifest, Report.model_validate(artifact.report)
+    config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
+    context = context_length(config)
+    compiled = Recipe.model_validate(
+        {key: manifest.recipe[key] for key in ("workload", "building") if key in manifest.recipe}
+        | {"evaluation": {**manifest.recipe["evaluation"], "slices": {}}}
+    )
+    target = chosen_target(
+        manifest.target,
+        compiled.building,
+        fit_workload(compiled.workload, context if old.model.kind == "decoder" else None),
+        context=context,
+        longest_window=longest_window(compiled, context),
+        causal=old.model.kind == "decoder",
+    )
+    target = allow_foreign_engines(target) if allow_foreign_engine else target
+    backend = find_backend(target)
+    probe = backend.probe(target)
+    if not probe.available:
+        raise EnvironmentFailure(
+            "CS5007",
+            f"{target.name} cannot be measured here.",
+            where=probe.runtime,
+            why=probe.why_not,
+            hint=probe.hint,
+        )
+    if reason := cannot_measure(backend, artifact.model, target):
+        raise EnvironmentFailure(
+            "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
+        )
+    recipe = _recipe(manifest.recipe, eval, workload, concurrency)
+    for text in gates:
+        parse_gate(text)
+    measured_workload = fit_workload(recipe.workload, context if old.model.kind == "decoder" else None)
+    slices = TextReader(config, artifact.model).slices(recipe)
+    dense_target = baseline_target(target, runs_here=True)
+    baseline = get_baseline(
+        baseline_key(manifest.source.digest, dense_target, probe.version),
+        lambda: _dense(model, manifest.source.digest, target, progress),
+        backend,
+        dense_target,
+        progress,
+    )
+    measured = measure(
+        backend,
+        target,
+        baseline=baseline,
+        artifact=artifact.folder,
+        workload=measured_workload,
+        threads=runtime_threads(measured_workload.threads),
+        vocabulary=int(config.get("vocab_size") or 0),
+        slices=slices,
+        seed=recipe.seed,
+        progress=progress,
+    )
+    if measured.quality is None and old.quality is not None:
+        measured = replace(measured, quality=old.quality)  # the same two models: what was measured still holds
+    sizes = ModelSection(
+        kind=old.model.kind,
+        parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),
+        artifact_bytes=Change(baseline=folder_bytes(baseline / "model"), compiled=folder_bytes(artifact.model)),
+        zeros=old.model.zeros,
+    )
+    changes: dict[str, Any] = {"model": sizes, "gates": ()}
+    if allow_foreign_engine:
+        # What a builder said of the recorded engines says nothing of these.
+        changes |= {"sparsity": None, "notes": (*(n for n in old.notes if n != FOREIGN), FOREIGN)}
+    report = judge(old.model_copy(update=changes), measured, tuple(gates) or tuple(manifest.recipe["gates"]))
+    replace_report(artifact, report.as_json(), trusted=trusted)
+    return raise_failed_gates(report, artifact.folder)
+
+
+def _require_complete(artifact: Artifact) -> None:
+    """A manifest can be valid and still not list what measuring needs."""
+    names = set(artifact.manifest.files)
+    needed = {
+        "a model": any(name.startswith("model/") for name in names),
+        "a report": artifact.report is not None,
+        SOURCE_CONFIG: SOURCE_CONFIG in names,
+        "a reference": bool(names & {DECODER_FILE, SAMPLE_FILE}),
+    }
+    missing = [what for what, there in needed.items() if not there]
+    if missing:
+        raise UsageError(
+            "CS1021",
+            "This is not a complete artifact.",
+            where=str(artifact.folder),
+            why=f"Its manifest does not list {', '.join(missing)}.",
+            hint="Compile it again.",
+        )
+
+
+def _recipe(
+    canonical: Mapping[str, Any],
+    eval: Mapping[str, str | Path] | None,
+    workload: str | None,
+    concurrency: str | Sequence[int] | None,
+) -> Recipe:
+    """What to measure: the workload, windows and seed it was compiled with, the data files given now."""
+    evaluation = Evaluation.model_validate({**canonical["evaluation"], "slices": {}})
+    base = Recipe(
+        evaluation=evaluation,
+        workload=Workload.model_validate(canonical["workload"]),
+        seed=canonical["seed"],
+    )
+    return merge_options(base, eval=eval, workload=workload, concurrency=concurrency)
+
+
+def _dense(model: str | Path | None, digest: str, target: Target, progress: Progress) -> Program:
+    if model is None:
+        raise EnvironmentFailure(
+            "CS5008",
+            "The dense baseline is not in the cache.",
+            where="COMPILE_SPARSE_CACHE",
+            why="It was removed, or the artifact was compiled on another machine or with another runtime version.",
+            hint="Give the dense model with --model; its baseline is then built again.",
+        )
+    folder = open_folder(model)
+    if folder.digest() != digest:
+        raise UsageError(
+            "CS1039",
+            "The artifact was not compiled from this model.",
+            where=folder.path.name,
+            why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
+            hint="Give the model the artifact was compiled from.",
+        )
+    return cast_weights(capture(folder, progress=progress), torch_dtype(target.baseline_precision))

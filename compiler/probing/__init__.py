@@ -1,8 +1,0 @@
-"""Measure what a GPU gains from fewer bits and from 2:4 zeros, on the matrix products of one model.
-
-Needs torch with CUDA and nothing else. Not run on a GPU by us yet: what it measures is unverified, see ``docs/probe.md``.
-"""
-
-from compile_sparse.compiler.probing.probe import probe_model
-
-__all__ = ["probe_model"]

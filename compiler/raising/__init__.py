@@ -1,9 +1,0 @@
-"""Recognise what a runtime has one kernel for.
-
-``raise_patterns`` rewrites groups of ATen nodes into the operators of ``compile_sparse.compiler.ops.patterns``. Whatever is not
-recognised stays as it is, still correct, and gives a ``Skip`` that says why.
-"""
-
-from compile_sparse.compiler.raising.pipeline import AttentionShape, raise_patterns
-
-__all__ = ["AttentionShape", "raise_patterns"]

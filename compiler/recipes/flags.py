@@ -1,0 +1,232 @@
+"""Command-line flags and keyword arguments as a recipe: they are shorthand for one, and override it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.extension.passes import PHASES, load_pass, phase_of_name
+from compile_sparse.compiler.files.validation_errors import explained
+from compile_sparse.compiler.recipes.option_values import accepts, literals
+from compile_sparse.compiler.recipes.recipe import PassRequest, Recipe
+from compile_sparse.compiler.targets.workload import Workload, parse_workload
+from compile_sparse.compiler.verify.gates import parse_gate
+
+__all__ = ["merge_options"]
+
+
+def merge_options(
+    recipe: Recipe | None = None,
+    *,
+    prune: Mapping[str, float] | None = None,
+    criterion: str | None = None,
+    allocation: str | None = None,
+    sparsity: str | None = None,
+    low_rank: float | None = None,
+    quantize: str | None = None,
+    quantizer: str | None = None,
+    kv_cache: str | None = None,
+    calibration: str | Path | None = None,
+    calibration_samples: int | None = None,
+    sequence_length: int | None = None,
+    eval: Mapping[str, str | Path] | None = None,
+    workload: str | Mapping[str, Any] | Workload | None = None,
+    concurrency: str | Sequence[int] | None = None,
+    tensor_parallel: int | None = None,
+    precision: str | None = None,
+    max_length: int | None = None,
+    engine: str | None = None,
+    emit: Sequence[str] | None = None,
+    gates: Sequence[str] = (),
+    require_sparse: int | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """``recipe`` (the empty one when None) with every given option on top.
+
+    A pass that the recipe already has keeps its place and its other options; a new one is inserted by phase. Slices and gates
+    are added to the recipe's. ``sequence_length`` holds for calibration and evaluation. ``require_sparse=100`` is the gate
+    ``sparse_layers>=100``.
+
+    Raises:
+        UsageError: CS1004 a fraction outside (0, 1) or a number of layers below 1, CS1006 an option without what it
+            modifies, CS1007 a value that no such pass accepts, CS1012 a gate on a slice that is not evaluated, and the errors
+            of workloads, gates and recipes.
+        Refusal: CS4101 a pass that is not installed.
+    """
+    if require_sparse is not None:
+        gates = (*gates, f"sparse_layers>={_layers(require_sparse)}")
+    for text in gates:
+        parse_gate(text)  # here its error keeps its own words
+    base = recipe or Recipe()
+    passes = _Passes(base.passes)
+    for kind, fraction in (prune or {}).items():
+        passes.put(f"prune-{kind}", where=f"--prune {kind}", fraction=_fraction(fraction, f"--prune {kind}"))
+    if low_rank is not None:
+        passes.put("low-rank", where="--low-rank", fraction=_fraction(low_rank, "--low-rank"))
+    if sparsity is not None:
+        passes.put("mask", where="--sparsity", pattern=sparsity)
+    if quantize is not None:
+        passes.put("quantize", where="--quantize", scheme=quantize)
+    if kv_cache is not None:
+        passes.put("quantize-cache", where="--kv-cache", format=kv_cache)
+    if criterion is not None:
+        passes.modify(criterion, "criterion", ("prune-", "low-rank", "mask"), "--prune, --low-rank or --sparsity")
+    if allocation is not None:
+        passes.modify(allocation, "allocation", ("prune-", "low-rank"), "--prune or --low-rank")
+    if quantizer is not None:
+        passes.modify(quantizer, "quantizer", ("quantize",), "--quantize")
+
+    data = base.model_dump(exclude={"passes"})
+    _merge_data(data, calibration, calibration_samples, sequence_length, eval or {})
+    data["gates"] = (*base.gates, *gates)
+    wanted = base.workload if workload is None else parse_workload(workload, base.workload)
+    if concurrency is not None:
+        wanted = parse_workload({"concurrency": concurrency}, wanted)
+    if tensor_parallel is not None:
+        wanted = parse_workload({"tensor_parallel": tensor_parallel}, wanted)
+    data["workload"] = wanted
+    given = {"precision": precision, "max_length": max_length, "engine": engine}
+    data["building"] |= {name: value for name, value in given.items() if value is not None}
+    data["building"]["emit"] = tuple(dict.fromkeys((*base.building.emit, *(emit or ()))))
+    if seed is not None:
+        data["seed"] = seed
+    try:
+        merged = Recipe.model_validate(data).model_copy(update={"passes": passes.ordered()})
+    except ValidationError as error:
+        raise explained(error, Recipe, None, subject="options") from error
+    _check_gate_slices(merged)
+    return merged
+
+
+class _Passes:
+    """An ordered list of requests that flags are merged into."""
+
+    def __init__(self, requests: Sequence[PassRequest]) -> None:
+        self._requests = list(requests)
+
+    def put(self, name: str, *, where: str, **options: Any) -> None:
+        load_pass(name, where=where)
+        for index, request in enumerate(self._requests):
+            if request.name == name:
+                self._requests[index] = request.model_copy(update={"options": request.options | options})
+                return
+        self._requests.insert(self._place(name), PassRequest(name=name, options=options))
+
+    def _place(self, name: str) -> int:
+        rank = PHASES.index(phase_of_name(name) or PHASES[0])
+        for index, request in enumerate(self._requests):
+            phase = phase_of_name(request.name)
+            if phase is not None and PHASES.index(phase) > rank:
+                return index
+        return len(self._requests)
+
+    def modify(self, value: str, option: str, names: tuple[str, ...], needs: str) -> None:
+        """Set ``option`` on the first family of passes (by name prefix) of which some accept the value; only on those."""
+        refused: dict[str, str] = {}
+        for prefix in names:
+            fitting = []
+            for index, request in enumerate(self._requests):
+                field = self._option(request, option) if request.name.startswith(prefix) else None
+                if field is None:
+                    continue
+                if accepts(field, value):
+                    fitting.append(index)
+                else:
+                    refused[request.name] = ", ".join(literals(field.annotation))
+            for index in fitting:
+                request = self._requests[index]
+                self._requests[index] = request.model_copy(update={"options": request.options | {option: value}})
+            if fitting:
+                return
+        if refused:
+            raise UsageError(
+                "CS1007",
+                f"{value!r} is not a value of --{option} that the recipe's passes accept.",
+                where=f"--{option} {value}",
+                why=" ".join(f"{name} accepts: {values or 'other values'}." for name, values in refused.items()),
+            )
+        asked = [r.name for r in self._requests if r.name.startswith(names)]
+        raise UsageError(
+            "CS1006",
+            f"--{option} has nothing to apply to.",
+            where=f"--{option} {value}",
+            why=f"{', '.join(asked)}: no such option."
+            if asked
+            else f"It modifies {needs}, and neither the flags nor the recipe ask for that.",
+        )
+
+    def _option(self, request: PassRequest, option: str) -> FieldInfo | None:
+        return load_pass(request.name, where=request.where).model_fields.get(option)
+
+    def ordered(self) -> tuple[PassRequest, ...]:
+        return tuple(self._requests)
+
+
+def _fraction(value: float, where: str) -> float:
+    if not isinstance(value, (int, float)) or not 0.0 < value < 1.0:
+        raise UsageError(
+            "CS1004",
+            f"{value!r} is not a fraction that can be removed.",
+            where=where,
+            why="It must lie strictly between 0 and 1.",
+            hint="0.25 removes a quarter.",
+        )
+    return float(value)
+
+
+def _layers(value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise UsageError(
+            "CS1004",
+            f"{value!r} is not a number of layers that can be required.",
+            where="--require-sparse",
+            why="It must be a whole number, 1 or more.",
+            hint="100 means that at least 100 layers must run sparse kernels in every profile.",
+        )
+    return value
+
+
+def _merge_data(
+    data: dict[str, Any],
+    calibration: str | Path | None,
+    samples: int | None,
+    sequence_length: int | None,
+    slices: Mapping[str, str | Path],
+) -> None:
+    if calibration is not None:
+        data["calibration"] = (data["calibration"] or {}) | {"file": str(calibration)}
+    if samples is not None:
+        if data["calibration"] is None:
+            raise UsageError(
+                "CS1006",
+                "--calibration-samples has nothing to apply to.",
+                where="--calibration-samples",
+                why="No calibration file is given.",
+                hint="Add --calibration FILE.",
+            )
+        data["calibration"]["samples"] = samples
+    if sequence_length is not None:
+        data["evaluation"]["sequence_length"] = sequence_length
+        if data["calibration"] is not None:
+            data["calibration"]["sequence_length"] = sequence_length
+    data["evaluation"]["slices"] |= {name: str(file) for name, file in slices.items()}
+
+
+def _check_gate_slices(recipe: Recipe) -> None:
+    """A gate on a slice nobody measures can only fail, after an hour of work; say so now."""
+    known = recipe.evaluation.slices
+    for text in recipe.gates:
+        gate = parse_gate(text)
+        if gate.metric.by_slice and gate.selector not in known:
+            raise UsageError(
+                "CS1012",
+                f"Gate {text!r} names a slice that is not evaluated.",
+                where="--gate",
+                why=f"Evaluated slices: {', '.join(known) or 'none'}.",
+                hint=f"Add --eval {gate.selector}=FILE.",
+            )

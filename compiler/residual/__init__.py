@@ -1,0 +1,1 @@
+"""Residual branches: found in the graph, and removed from it."""

@@ -1,0 +1,1 @@
+"""Runtimes in processes and environments of their own."""

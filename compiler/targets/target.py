@@ -1,0 +1,239 @@
+"""Targets: what a runtime on some hardware can use, as data.
+
+One YAML file per target under ``backends/targets/``; other packages add theirs through the entry-point group
+``compile_sparse.targets`` (a function returning a folder of YAML files).
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from functools import cache
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+
+__all__ = [
+    "Build",
+    "Hardware",
+    "LowRankGemms",
+    "SparsePattern",
+    "Target",
+    "find_target",
+    "load_targets",
+    "split_over",
+    "with_precision",
+]
+
+
+Precision = Literal["fp32", "fp16", "bf16"]
+
+
+class SparsePattern(BaseModel):
+    """What a zero pattern is worth on a target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    pattern: str = Field(description="'N:M', 'unstructured' or 'block'; an exact one such as '2:4' wins over 'N:M'")
+    pays: bool = Field(description="whether the runtime skips the zeros on this hardware")
+    why: str = Field(description="the mechanism, one sentence")
+    measured: str = Field(default="", description="figures with the setting they were measured in")
+    instead: str = Field(default="", description="what to use on this target")
+    min_in_features: int = Field(default=0, ge=0, description="contraction size (K) below which it does not pay")
+    min_out_features: int = Field(default=0, ge=0, description="output size (N) below which it does not pay")
+    in_features_multiple: int = Field(default=1, ge=1, description="K must be a multiple of this for a sparse kernel")
+    out_features_multiple: int = Field(default=1, ge=1, description="N must be a multiple of this for a sparse kernel")
+    formats: tuple[str, ...] = Field(
+        default=(), description="number formats of products that have sparse kernels, such as fp16; empty: not said"
+    )
+    int8_outputs: bool = Field(
+        default=False, description="whether an int8 product must give int8 for its sparse kernel to be the faster one"
+    )
+
+
+class Hardware(BaseModel):
+    """What a vendor's datasheet says of the hardware; peaks, never measurements."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    memory_gb: float = Field(gt=0, description="memory, 1e9 bytes")
+    bandwidth_gb_s: float = Field(gt=0, description="of that memory, 1e9 bytes per second")
+    dense_tflops: Mapping[str, float] = Field(
+        description="format of the products (fp16, int8, fp8, fp4) -> 1e12 operations per second without sparsity"
+    )
+    source: str = Field(description="title of the datasheet, with its date or number")
+
+
+class Build(BaseModel):
+    """What a runtime that builds engines builds them for: set by options, never in target files."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    batch: int = Field(ge=1, description="requests or samples at once that kernels are chosen for")
+    largest_batch: int = Field(ge=1, description="most requests or samples at once")
+    prompt: int = Field(ge=1, description="prompt length in tokens that kernels are chosen for")
+    max_length: int = Field(ge=1, description="prompt and output tokens that fit the key-value cache")
+    engine: Literal["auto", "none", "rtx-aot"] = Field(
+        default="auto",
+        description="auto: TensorRT on the target's GPU, elsewhere a check that the graph builds; none: the graph only; "
+        "rtx-aot: a TensorRT-RTX engine built ahead of time, without a GPU",
+    )
+    allow_foreign_engine: bool = Field(default=False, description="whether engines that are not ours are loaded")
+    checkpoint: bool = Field(default=True, description="whether the model is also written as a Hugging Face checkpoint")
+
+
+class LowRankGemms(BaseModel):
+    """What two thin products in place of one are worth on a target."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decode_pays_below: float = Field(
+        gt=0, le=1, description="share of the dense parameters below which two factors run faster, one token at a time"
+    )
+    prefill_pays_below: float = Field(gt=0, le=1, description="the same for a prompt")
+    extra_product_weights: int = Field(
+        default=0, ge=0, description="weights that are read in the time one more product takes to start, decoding"
+    )
+    measured: str = Field(description="figures with the setting they were measured in")
+
+
+class Target(BaseModel):
+    """The contract of one runtime on one class of hardware."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = 1
+    name: str = Field(description="<runtime>-<hardware>")
+    backend: str = Field(description="entry-point name of the backend")
+    device: str = Field(description="cpu, cuda, ... as the runtime calls it")
+    summary: str = Field(description="one sentence for 'targets'")
+    baseline_precision: Precision = Field(description="precision of the dense baseline")
+    precisions: tuple[Precision, ...] = Field(
+        default=(), description="what --precision may choose instead; empty: the baseline's only"
+    )
+    alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
+    compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")
+    hardware: Hardware | None = Field(default=None, description="peaks from the vendor's datasheet")
+    builds_engines: bool = Field(default=False, description="whether artifacts are built for the workload's shapes")
+    build: Build | None = Field(default=None, description="those shapes; set by options")
+    gpu: str = Field(default="", description="a word of the GPU's name as its driver tells it, such as 'A100'")
+    schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
+    refused_schemes: Mapping[str, str] = Field(
+        default_factory=dict, description="scheme -> why it is not one of them, a sentence"
+    )
+    cache_formats: Mapping[str, str] = Field(
+        default_factory=dict, description="format of a quantized key-value cache -> how this runtime executes it"
+    )
+    activation_scales: Literal["tensor", "token"] = Field(
+        default="tensor", description="what one run-time scale of int8 activations covers"
+    )
+    whole_groups: bool = Field(
+        default=False, description="whether groups of quantized weights must divide the contraction dimension"
+    )
+    scales: Literal["float32", "precision"] = Field(
+        default="float32",
+        description="type of the scales of schemes that code activations; precision: that of products. Scales of weights alone "
+        "always have it",
+    )
+    logits: Literal["8-bit", "float"] = Field(
+        default="8-bit", description="what quantization leaves of the product that makes the logits"
+    )
+    tensor_parallel: int = Field(default=1, ge=1, description="GPUs a model is split over; set by --tensor-parallel")
+    sparse_patterns: tuple[SparsePattern, ...] = Field(default=(), description="zero patterns and whether they pay")
+    low_rank: LowRankGemms | None = Field(
+        default=None, description="when two factors pay; null: whenever they have fewer parameters"
+    )
+    cache_may_change: bool = Field(
+        default=True, description="whether key-value cache inputs and outputs may change shape (heads may be pruned)"
+    )
+    minimum_versions: Mapping[str, str] = Field(
+        default_factory=dict, description="package -> lowest version that works"
+    )
+
+    def pattern(self, pattern: str) -> SparsePattern | None:
+        """The most specific entry for ``pattern`` such as '2:4', or None when the target says nothing about it."""
+        family = "N:M" if ":" in pattern and not pattern.startswith("block") else pattern
+        by_name = {entry.pattern: entry for entry in self.sparse_patterns}
+        return by_name.get(pattern) or by_name.get(family)
+
+
+@cache
+def load_targets() -> Mapping[str, Target]:
+    """Every registered target by name, sorted."""
+    found: dict[str, Target] = {}
+    for entry in sorted(entry_points(group="compile_sparse.targets"), key=lambda e: e.name):
+        folder = Path(entry.load()())
+        for path in sorted(folder.glob("*.yaml")):
+            try:
+                target = Target.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+            except (ValidationError, yaml.YAMLError) as error:
+                raise EnvironmentFailure(
+                    "CS5001",
+                    f"Target file {path.name} is not valid.",
+                    where=f"entry point {entry.name!r}",
+                    why=str(error),
+                    hint="Reinstall the package that provides it.",
+                ) from error
+            found[target.name] = target
+    return dict(sorted(found.items()))
+
+
+def find_target(name: str) -> Target:
+    """The target called ``name``.
+
+    Raises:
+        UsageError: CS1001, with the nearest names.
+    """
+    targets = load_targets()
+    if name in targets:
+        return targets[name]
+    near = difflib.get_close_matches(name, targets, n=3, cutoff=0.3)
+    raise UsageError(
+        "CS1001",
+        f"There is no target {name!r}.",
+        where="--target",
+        why=f"Known targets: {', '.join(targets)}.",
+        hint=f"Did you mean {' or '.join(near)}?" if near else "See 'compile-sparse targets'.",
+    )
+
+
+def split_over(target: Target, gpus: int) -> Target:
+    """``target`` with models split over several GPUs (tensor parallelism): kept sizes are then divisible.
+
+    Raises:
+        UsageError: CS1042 on a target without GPUs.
+    """
+    if gpus > 1 and target.device != "cuda":
+        raise UsageError(
+            "CS1042",
+            f"{target.name} has no GPUs to split a model over.",
+            where=f"--tensor-parallel {gpus}",
+            why=f"Its device is {target.device}.",
+            hint="Leave the option out, or choose a GPU target.",
+        )
+    return target.model_copy(update={"tensor_parallel": gpus}) if gpus > 1 else target
+
+
+def with_precision(target: Target, precision: str | None) -> Target:
+    """``target`` with its dense baseline, and what stays in floating point, in another of its precisions; None: as it is.
+
+    Raises:
+        UsageError: CS1043 when the target does not have it.
+    """
+    if precision is None or precision == target.baseline_precision:
+        return target
+    choices = target.precisions or (target.baseline_precision,)
+    if precision not in choices:
+        raise UsageError(
+            "CS1043",
+            f"{target.name} does not compute in {precision!r}.",
+            where=f"--precision {precision}",
+            why=f"It computes in {' or '.join(choices)}.",
+            hint="Choose one of these, or leave the option out.",
+        )
+    return target.model_copy(update={"baseline_precision": precision})

@@ -1,0 +1,41 @@
+"""The dense model in the same runtime: built once per model, target and version, and kept in the cache."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from compile_sparse.compiler.extension.contract import Backend
+from compile_sparse.compiler.files.cache import Cache
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.verify.reference import write_reference
+
+__all__ = ["baseline_parameters", "get_baseline"]
+
+FACTS = "baseline.json"
+FIDELITY_WINDOWS = 2
+
+
+def get_baseline(
+    key: str, program: Callable[[], Program], backend: Backend, target: Target, progress: Progress
+) -> Path:
+    """Folder with ``model/``, a reference file and facts; ``program()`` is called only when it must be built."""
+
+    def build(folder: Path) -> None:
+        dense = program()
+        (folder / "model").mkdir()
+        backend.lower(dense, target, folder / "model", progress)
+        # No text: the entry must not depend on what a particular run evaluates.
+        write_reference(dense, folder, text=(), seed=0, progress=progress, windows=FIDELITY_WINDOWS)
+        facts = {"parameters": dense.parameter_count()}
+        (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
+
+    return Cache().get_or_build(key, build)
+
+
+def baseline_parameters(folder: Path) -> int:
+    """Parameters of the dense model of a baseline folder."""
+    return int(json.loads((folder / FACTS).read_text(encoding="utf-8"))["parameters"])

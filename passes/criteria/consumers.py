@@ -1,0 +1,144 @@
+"""Where groups are contracted, and how strongly those inputs are driven on calibration text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from compile_sparse.compiler.axes.algebra import Axis, find
+from compile_sparse.compiler.axes.analysis import Analysis
+from compile_sparse.compiler.axes.analysis_state import AxisUse
+from compile_sparse.compiler.axes.groups import Group
+from compile_sparse.compiler.errors import ModelError, UsageError
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.progress import Progress
+
+__all__ = ["InputPower", "contacts_of", "contracted_dim", "input_power"]
+
+
+PRODUCTS = frozenset({"addmm", "baddbmm", "mm", "bmm", "matmul"})
+"""Operators that take both factors as ``[..., rows, columns]``, last of their arguments."""
+
+
+@dataclass
+class InputPower:
+    """Second moments of one dimension of one value.
+
+    Attributes:
+        axis: label of the dimension, of ``n`` positions.
+        squares: sum over rows of ``x^2``, ``[n]`` float64.
+        rows: how many rows (tokens, for a transformer) there were.
+    """
+
+    axis: Axis
+    squares: torch.Tensor
+    rows: int = 0
+
+    @property
+    def rms(self) -> torch.Tensor:
+        """Root mean square over rows, ``[n]``."""
+        return (self.squares / max(self.rows, 1)).sqrt()
+
+
+def contacts_of(groups: Sequence[Group], criterion: str) -> list[AxisUse]:
+    """Every place where a group is contracted against a weight, once, in graph order of the groups.
+
+    Raises:
+        UsageError: CS1126 when nothing contracts some group: then ``criterion`` cannot rank its positions.
+    """
+    for group in groups:
+        if not group.consumers:
+            raise UsageError(
+                "CS1126",
+                f"The criterion {criterion!r} cannot rank {group.kind}.",
+                where=str(group.anchor),
+                why="It looks at the inputs of the weights that contract an axis, and no weight contracts this one.",
+                hint="Use magnitude, taylor or fisher.",
+            )
+    return list(dict.fromkeys(contact for group in groups for contact in group.consumers))
+
+
+def input_power(
+    analysis: Analysis, contacts: Sequence[AxisUse], calibration: CalibrationStream, progress: Progress, what: str
+) -> dict[tuple[str, int], InputPower]:
+    """Second moments of the contracted dimensions, by ``(operand node, dimension)``; one run over the text.
+
+    A node that feeds several consumers is observed once. Batches carry no padding, so every token counts.
+    """
+    found: dict[tuple[str, int], InputPower] = {}
+    for contact in contacts:
+        axis = analysis.labels[contact.operand][contact.dim]
+        found.setdefault(
+            (contact.operand, contact.dim), InputPower(axis, torch.zeros(find(axis).size, dtype=torch.float64))
+        )
+    observers = {node: _observer(node, found) for node, _ in found}
+    executor = Executor(analysis.program)
+    with progress.task(what, total=len(calibration)) as task:
+        for inputs in calibration.feeds(analysis.program):
+            executor.run(inputs, observe=observers)
+            task.advance()
+    return found
+
+
+def _observer(node: str, found: dict[tuple[str, int], InputPower]) -> Callable[[torch.Tensor], None]:
+    watched = [(dim, power) for (owner, dim), power in found.items() if owner == node]
+
+    def observe(value: torch.Tensor) -> None:
+        for dim, power in watched:
+            others = [other for other in range(value.ndim) if other != dim]
+            norms = torch.linalg.vector_norm(value, dim=others, dtype=torch.float64) if others else value.double()
+            power.squares += norms.square()
+            power.rows += value.numel() // value.shape[dim]
+
+    return observe
+
+
+def contracted_dim(analysis: Analysis, contact: AxisUse) -> int:
+    """Dimension of the stored weight that ``contact`` contracts: 1 for ``linear`` ``[N, K]``, 0 for ``addmm`` ``[K, N]``.
+
+    The labels say it, except for a square weight between two sides of one axis (``x + W x``); there the operator does, through
+    any transposes between the stored tensor and the product.
+    """
+    program = analysis.program
+    axis = find(analysis.labels[contact.operand][contact.dim])
+    placeholder = next(name for name, binding in program.bindings.items() if binding.tensor == contact.weight)
+    same = [dim for dim, other in enumerate(analysis.labels[placeholder]) if find(other) is axis]
+    if len(same) == 1:
+        return same[0]
+    dim = _by_operator(program.node(contact.node), contact)
+    if dim not in same:
+        raise ModelError(
+            "CS2110",
+            f"It is not clear which dimension of {contact.weight!r} is contracted.",
+            where=contact.node,
+            why=f"Its sides share one axis and {contact.weight!r} is rearranged before the product.",
+            hint="Use magnitude, taylor or fisher.",
+        )
+    return dim
+
+
+def _by_operator(node: fx.Node, contact: AxisUse) -> int:
+    """The contracted dimension as the operator's form and the transposes before it say."""
+    if op_name(node) in PRODUCTS:
+        left, right = node.args[-2:]
+        on_the_left = contact.operand == right.name
+        weight = left if on_the_left else right
+        dim = weight.meta["val"].ndim - (1 if on_the_left else 2)
+    else:
+        weight, dim = node.args[1], 1
+    while weight.op == "call_function":
+        order = list(range(weight.meta["val"].ndim))
+        if op_name(weight) == "t":
+            order.reverse()
+        elif op_name(weight) == "transpose":
+            first, second = (place % len(order) for place in weight.args[1:3])
+            order[first], order[second] = second, first
+        elif op_name(weight) == "permute":
+            order = [place % len(order) for place in weight.args[1]]
+        weight, dim = weight.args[0], order[dim]
+    return dim
