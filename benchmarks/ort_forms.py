@@ -28,7 +28,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrain
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker

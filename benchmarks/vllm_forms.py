@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.capture import capture, open_folder
-from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.ir.storage import cast_weights
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.contractions import Contraction, find_contractions
 from compile_sparse.compiler.ir.linears import is_lm_head
 from compile_sparse.compiler.ir.program import Program, SparsityMask

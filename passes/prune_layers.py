@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.residual.remove import Dropped, drop_branches
 from compile_sparse.compiler.residual.units import Unit, UnitKind, find_units

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName

@@ -11,7 +11,7 @@ from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of, op_name
 from compile_sparse.compiler.ir.ops.quantization import FP8_MAX
 from compile_sparse.compiler.ir.program import Binding, Program

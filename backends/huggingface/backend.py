@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.ir.program import Program

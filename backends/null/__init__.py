@@ -7,7 +7,7 @@ from pathlib import Path
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
 from compile_sparse.compiler.files.digests import digest_file
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.safetensors_stream import write_safetensors

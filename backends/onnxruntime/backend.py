@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
 from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:

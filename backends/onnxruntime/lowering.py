@@ -24,7 +24,7 @@ from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_a
 from compile_sparse.backends.onnxruntime.genai import write_genai
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal
-from compile_sparse.compiler.extension.contract import Lowered
+from compile_sparse.compiler.extension.backend_contract import Lowered
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.lowering import raise_patterns
 from compile_sparse.compiler.lowering.rotary import ROTARY_PREFIX

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.diagnostics import Diagnostic

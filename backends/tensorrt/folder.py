@@ -20,7 +20,7 @@ from compile_sparse.backends.tensorrt.sparsity.sparse_gate import GemmRow, check
 from compile_sparse.backends.tensorrt.sparsity.sparse_report import sparse_report
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.extension.contract import Lowered
+from compile_sparse.compiler.extension.backend_contract import Lowered
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.targets.target import Target

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 
 from compile_sparse.backends.tensorrt.engine.engines import Here
 from compile_sparse.backends.tensorrt.engine.gpu import Gpu, find_gpu
-from compile_sparse.compiler.extension.contract import Probe
+from compile_sparse.compiler.extension.backend_contract import Probe
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.version_numbers import older
 

@@ -14,7 +14,7 @@ from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER, copy_plugin
 from compile_sparse.backends.vllm.processor import cannot_run, other_hardware, registered, slow
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
-from compile_sparse.compiler.extension.contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
 from compile_sparse.compiler.files.cache import cache_key
 from compile_sparse.compiler.files.durable import disk_errors
 from compile_sparse.compiler.runtimes.environments import find_runtime, open_runtimes_folder

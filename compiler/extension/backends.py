@@ -6,7 +6,7 @@ from importlib.metadata import entry_points
 from typing import cast
 
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.extension.contract import Backend
+from compile_sparse.compiler.extension.backend_contract import Backend
 from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["find_backend"]

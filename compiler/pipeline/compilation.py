@@ -24,7 +24,7 @@ from compile_sparse.compiler.artifact.report import (
 from compile_sparse.compiler.artifact.staging import REPORT, Staging
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.errors import GateFailure
-from compile_sparse.compiler.extension.contract import ReducedPrecision, ReferenceRuntime
+from compile_sparse.compiler.extension.backend_contract import ReducedPrecision, ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype, zero_share
 from compile_sparse.compiler.ir.verifier import verify_program

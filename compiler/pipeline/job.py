@@ -19,9 +19,10 @@ from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.calibration_arrays import read_arrays
 from compile_sparse.compiler.execution.token_windows import load_tokenizer, read_windows
+from compile_sparse.compiler.extension.backend_contract import Backend, Probe
 from compile_sparse.compiler.extension.backends import find_backend
-from compile_sparse.compiler.extension.contract import Backend, Pass, PassContext, Probe, ZeroingPass
 from compile_sparse.compiler.extension.deployments import Deployment, find_deployment
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, ZeroingPass
 from compile_sparse.compiler.files.cache import cache_key
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.pipeline.building import chosen_target

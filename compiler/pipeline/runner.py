@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 
 from compile_sparse.compiler.artifact.report import DiagnosticEntry, PassSection
-from compile_sparse.compiler.extension.contract import Pass, PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram, verify_program
 from compile_sparse.compiler.ir.verify_masks import verify_masks

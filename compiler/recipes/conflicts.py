@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.extension.contract import Pass
+from compile_sparse.compiler.extension.pass_contract import Pass
 
 __all__ = ["refuse_repetition", "refuse_second"]
 

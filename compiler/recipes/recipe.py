@@ -20,7 +20,7 @@ from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.extension.contract import Pass
+from compile_sparse.compiler.extension.pass_contract import Pass
 from compile_sparse.compiler.extension.passes import PHASES, load_pass
 from compile_sparse.compiler.files.validation_errors import explained
 from compile_sparse.compiler.files.yaml_lines import Document, Location, parse_yaml, read_yaml

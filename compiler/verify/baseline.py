@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from compile_sparse.compiler.extension.contract import Backend
+from compile_sparse.compiler.extension.backend_contract import Backend
 from compile_sparse.compiler.files.cache import Cache
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 
 from compile_sparse.compiler.artifact.report import Fidelity, Interval, Performance, Quality, RuntimeSection
-from compile_sparse.compiler.extension.contract import Backend
+from compile_sparse.compiler.extension.backend_contract import Backend
 from compile_sparse.compiler.pipeline.building import ENGINES
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker

@@ -7,7 +7,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.passes.factoring.allocation import Choices

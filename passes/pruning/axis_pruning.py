@@ -15,7 +15,7 @@ from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable, eligible_groups, prunable_groups

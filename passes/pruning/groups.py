@@ -11,7 +11,7 @@ from compile_sparse.compiler.axes.algebra import Axis, factors, find, leaves, se
 from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group, Kind
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Prunable", "eligible_groups", "nearest_size", "prunable_groups"]

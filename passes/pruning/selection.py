@@ -13,7 +13,7 @@ from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.axes.selection import Keep
 from compile_sparse.compiler.execution.executor import Executor
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.linears import Linear, find_linears
 from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable

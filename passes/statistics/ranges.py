@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.execution.executor import Executor
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["largest_magnitudes", "magnitude_percentiles"]

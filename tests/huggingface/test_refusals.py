@@ -13,7 +13,7 @@ from compile_sparse.backends.checkpoint.checkpoint import plan_checkpoint, write
 from compile_sparse.backends.checkpoint.gate import Gate, Verdict
 from compile_sparse.backends.huggingface import HuggingFaceBackend
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target

@@ -24,7 +24,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.capture import ModelFolder, capture
 from compile_sparse.compiler.cli.main import run
-from compile_sparse.compiler.extension.contract import Lowered
+from compile_sparse.compiler.extension.backend_contract import Lowered
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.pipeline import compilation

@@ -20,7 +20,7 @@ from compile_sparse.backends.onnxruntime import linear
 from compile_sparse.backends.onnxruntime.lowering import write_graph
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target

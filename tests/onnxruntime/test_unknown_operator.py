@@ -12,7 +12,7 @@ from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.errors import ModelError, Refusal
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target

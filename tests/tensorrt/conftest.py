@@ -15,7 +15,8 @@ import pytest
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.extension.contract import Lowered, PassContext
+from compile_sparse.compiler.extension.backend_contract import Lowered
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.pipeline.building import Building, chosen_target

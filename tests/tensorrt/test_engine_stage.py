@@ -17,7 +17,7 @@ from compile_sparse.backends.tensorrt.description import read_description
 from compile_sparse.backends.tensorrt.engine import engine_stage
 from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, Built
 from compile_sparse.compiler.artifact.report import Change, Fidelity, Interval, ModelSection, Report
-from compile_sparse.compiler.extension.contract import Probe
+from compile_sparse.compiler.extension.backend_contract import Probe
 from compile_sparse.compiler.pipeline.compilation import judge
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.workload import Workload

@@ -29,7 +29,7 @@ from compile_sparse.backends.tensorrt.sparsity.sparse_gate import check_sparsity
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.progress import SilentProgress

@@ -22,8 +22,8 @@ from compile_sparse.backends.triton.repository import Repository, write_reposito
 from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.errors import Refusal, UsageError
-from compile_sparse.compiler.extension.contract import PassContext
 from compile_sparse.compiler.extension.deployments import find_deployment
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target, load_targets
 from compile_sparse.passes.quantize import Quantize

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from compile_sparse.backends.vllm.checkpoint import write
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES

@@ -11,7 +11,8 @@ import pytest
 
 from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.extension.contract import Lowered, Pass, PassContext
+from compile_sparse.compiler.extension.backend_contract import Lowered
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.progress import SilentProgress

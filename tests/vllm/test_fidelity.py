@@ -21,7 +21,7 @@ from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.artifact.report import Fidelity
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.extension.contract import Pass
+from compile_sparse.compiler.extension.pass_contract import Pass
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.ir.weights import DerivedTensor

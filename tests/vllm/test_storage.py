@@ -14,7 +14,7 @@ from safetensors import safe_open
 from compile_sparse.backends.vllm.checkpoint import write
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.extension.contract import Pass, PassContext
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights
 from compile_sparse.compiler.progress import SilentProgress

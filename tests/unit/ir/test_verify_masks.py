@@ -9,7 +9,7 @@ from typing import ClassVar
 import pytest
 import torch
 
-from compile_sparse.compiler.extension.contract import Pass, PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.ir.storage import zero_share

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target

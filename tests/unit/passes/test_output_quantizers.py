@@ -10,7 +10,7 @@ import torch
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES

@@ -12,7 +12,7 @@ import torch
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.ops.quantization import FP4_VALUES

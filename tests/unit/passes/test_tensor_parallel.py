@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.prune_channels import PruneChannels

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compile_sparse.compiler.execution.executor import Executor
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.lowering import raise_patterns

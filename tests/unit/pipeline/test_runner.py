@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.extension.contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram
 from compile_sparse.compiler.ir.weights import ResidentTensor

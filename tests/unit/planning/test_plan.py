@@ -13,7 +13,7 @@ from rich.console import Console
 
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.cli.tables import plan_table
-from compile_sparse.compiler.extension.contract import PassContext
+from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import stored_bytes
 from compile_sparse.compiler.planning.axis_shares import group_rows
