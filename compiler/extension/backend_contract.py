@@ -1,4 +1,4 @@
-"""What a backend promises. Third parties implement it and register theirs in the entry-point group ``compile_sparse.backends``."""
+"""What a backend promises. Third parties register theirs in the entry-point group ``compile_sparse.backends``."""
 
 from __future__ import annotations
 

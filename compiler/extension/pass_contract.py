@@ -1,4 +1,4 @@
-"""What a pass promises. Third parties implement it and register theirs in the entry-point group ``compile_sparse.passes``."""
+"""What a pass promises. Third parties register theirs in the entry-point group ``compile_sparse.passes``."""
 
 from __future__ import annotations
 
