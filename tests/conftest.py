@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -13,11 +13,22 @@ import torch
 # Test helpers (tests.models, tests.toys) are imported by name from any folder, whatever pytest's import mode.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from compile_sparse.compiler.capture import capture_model
+from compile_sparse.compiler.capture import capture_model, huggingface
 from compile_sparse.compiler.ir.program import Program
 from tests.models import build_model
+from tests.support.exports import Exports
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exports(pytestconfig: pytest.Config) -> Iterator[Exports]:
+    """``torch.export`` remembers what it made of a model, in this process, the other one and the next run."""
+    assert pytestconfig.cache is not None
+    found = Exports(Path(pytestconfig.cache.mkdir("exports")))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(huggingface, "_export", found.export)
+        yield found
 
 
 @pytest.fixture(scope="session")
