@@ -21,9 +21,7 @@ __all__ = ["Architecture", "Invalid", "Path", "architecture_of", "assigned", "ch
 Path = tuple[str | int, ...]
 """Where a field is in the config: ``("hidden_size",)``, ``("text_config", "hidden_size")`` or ``("hidden_sizes", 2)``."""
 
-_ABOUT_THE_FILE = {"_source_folder", "_name_or_path", "transformers_version", "auto_map"}
-
-
+_ABOUT_THE_FILE = {"_name_or_path", "transformers_version", "auto_map"}
 _REJECTIONS = (TypeError, ValueError, LookupError, AttributeError, RuntimeError, ZeroDivisionError)
 
 

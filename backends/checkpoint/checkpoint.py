@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from compile_sparse.backends.checkpoint.per_layer import per_layer_shape_solutio
 from compile_sparse.backends.checkpoint.shards import SHARD_BYTES, write_shards
 from compile_sparse.backends.checkpoint.solver import Attempt, Solution, shape_solutions, solve
 from compile_sparse.backends.checkpoint.tensors import Tensors, read_tensors
+from compile_sparse.compiler.capture.side_files import copy_side_files
 from compile_sparse.compiler.capture.skeleton import quiet_transformers
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.files.digests import digest_file
@@ -27,22 +27,6 @@ from compile_sparse.compiler.progress import Progress
 __all__ = ["Checkpoint", "plan_checkpoint", "write_checkpoint"]
 
 CONFIG_FILE = "config.json"
-COPIED = (
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "sentencepiece.bpe.model",
-    "spiece.model",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-)
 
 
 @dataclass(frozen=True)
@@ -82,7 +66,7 @@ def write_checkpoint(
         progress: where tensors are reported.
         per_layer: describe layers that differ by ``per_layer_config``, for runtimes that read it; transformers does not.
         shard_bytes: largest weight file.
-        encode: what stands for a tensor in the file (name, tensor -> tensors by name), for formats with coded weights.
+        encode: what stands for a tensor in the file (name, tensor -> tensors by name), for quantized and other formats.
         beside: further tensors by name in the file.
         dtype: what the config calls the model's type; by default the widest floating-point type stored.
 
@@ -110,7 +94,7 @@ def write_checkpoint(
     with progress.task("write weights", total=len(stored)) as task:
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)
     return Checkpoint(
-        files={**files, **_copy_files(program, out)},
+        files={**files, **copy_side_files(program.source.folder, out, "huggingface")},
         changes={".".join(map(str, path)): value for path, value in solution.changes.items()},
         per_layer=solution.per_layer,
         unused=solution.verdict.unused if solution.verdict else (),
@@ -155,13 +139,13 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
         )
     sizes = ", ".join(f"{old} to {new}" for old, new in sorted(tensors.resized)) or "none"
     if attempt.rejected:
-        nearest = min(attempt.rejected, key=lambda solution: solution.verdict.difference)
+        nearest, verdict = min(attempt.rejected, key=lambda pair: pair[1].difference)
         fields = (
             ", ".join(f"{'.'.join(map(str, path))}={value}" for path, value in nearest.changes.items())
             or "the config as it is"
         )
         why = (
-            f"With {fields} every tensor has its shape, but outputs differ by {nearest.verdict.difference:.1%} of their "
+            f"With {fields} every tensor has its shape, but outputs differ by {verdict.difference:.1%} of their "
             "largest value: the class computes a number from the size that changed (a scale, frequencies, heads per width)."
         )
     elif attempt.invalid:
@@ -201,14 +185,3 @@ def _typed(config: dict[str, Any], dtype: str) -> dict[str, Any]:
         k: _typed(v, dtype) for k, v in config.items() if isinstance(v, dict) and k.endswith("_config") and "dtype" in v
     }
     return {**config, **parts, "dtype": dtype}
-
-
-def _copy_files(program: Program, out: Path) -> dict[str, str]:
-    folder = program.config.get("_source_folder")
-    copied: dict[str, str] = {}
-    for name in COPIED if isinstance(folder, str) else ():
-        source = Path(folder) / name
-        if source.is_file():
-            shutil.copyfile(source, out / name)
-            copied[name] = digest_file(out / name)[0]
-    return copied

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
@@ -78,10 +79,9 @@ def solve_per_layer(
         except Invalid:
             continue
         verdict = gate.judge(skeleton, tensors.sources, zero=tensors.left_out)
-        judged = Solution(solution.config, solution.changes, verdict, solution.per_layer)
         if verdict.accepted:
-            return judged
-        attempt.rejected.append(judged)
+            return replace(solution, verdict=verdict)
+        attempt.rejected.append((solution, verdict))
     return None
 
 
@@ -96,8 +96,8 @@ def per_layer_shape_solutions(
 def _shape_solutions(
     program: Program, architecture: Architecture, tensors: Tensors, layers: _Layers, attempt: Attempt
 ) -> Iterator[Solution]:
-    skips = {signature: _skipped(tensors, layers, numbers[0]) for signature, numbers in layers.alike.items()}
-    if any(skip is None for skip in skips.values()):
+    left_out = {signature: _left_out_parts(tensors, layers, numbers[0]) for signature, numbers in layers.alike.items()}
+    if any(parts is None for parts in left_out.values()):
         return
     common = Counter({signature: len(numbers) for signature, numbers in layers.alike.items()}).most_common(1)[0][0]
     usual = {name: shape for n in layers.alike[common] for name, shape in layers.names(common, n).items()}
@@ -113,11 +113,11 @@ def _shape_solutions(
                 for signature, numbers in layers.alike.items()
             ]
             for chosen in product(*options):
-                yield _assembled(base, layers, chosen, skips)
+                yield _assembled(base, layers, chosen, left_out)
 
 
 def _assembled(
-    base: Solution, layers: _Layers, chosen: Sequence[dict[str, Any]], skips: Mapping[Signature, list[str] | None]
+    base: Solution, layers: _Layers, chosen: Sequence[dict[str, Any]], left_out: Mapping[Signature, list[str] | None]
 ) -> Solution:
     per_layer: dict[int, dict[str, Any]] = {}
     config = dict(base.config)
@@ -125,8 +125,8 @@ def _assembled(
         own = dict(fields)
         # A field that a layer overrides must have a global value.
         config |= {name: value for name, value in fields.items() if config.get(name) is None}
-        if skips[signature]:
-            own["skip"] = skips[signature]
+        if left_out[signature]:
+            own["skip"] = left_out[signature]
         if own:
             per_layer |= {number: dict(own) for number in numbers}
     return Solution(config, base.changes, None, dict(sorted(per_layer.items())))
@@ -154,7 +154,7 @@ def _overrides(
             yield {str(path[0]): value for path, value in start.items()} | {str(c.path[0]): c.new for c in some}
 
 
-def _skipped(tensors: Tensors, layers: _Layers, number: int) -> list[str] | None:
+def _left_out_parts(tensors: Tensors, layers: _Layers, number: int) -> list[str] | None:
     """Parts of a layer that are left out altogether; None when only some tensors of a part are missing."""
     prefix = f"{layers.prefix}.{number}."
     missing, present = set(), set()
@@ -181,7 +181,7 @@ def _skeleton(architecture: Architecture, solution: Solution, prefix: str, mode:
     made: dict[str, PreTrainedModel] = {}
     container = whole.get_submodule(prefix)
     for number, overrides in solution.per_layer.items():
-        sizes = {(key,): value for key, value in overrides.items() if key != "skip"}
+        sizes: dict[Path, Any] = {(key,): value for key, value in overrides.items() if key != "skip"}
         if not sizes:
             continue
         key = repr(sorted(sizes.items()))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
 
@@ -44,11 +44,11 @@ class Attempt:
     """What the search met on its way, for the reason of a refusal.
 
     Attributes:
-        rejected: configs of the right shapes that compute something else.
+        rejected: configs of the right shapes that compute something else, each with the gate's verdict.
         invalid: what the class said about configs that might have had the right shapes.
     """
 
-    rejected: list[Solution] = field(default_factory=list)
+    rejected: list[tuple[Solution, Verdict]] = field(default_factory=list)
     invalid: list[str] = field(default_factory=list)
 
 
@@ -62,10 +62,9 @@ def solve(program: Program, architecture: Architecture, tensors: Tensors, attemp
         except Invalid:
             continue
         verdict = gate.judge(skeleton, tensors.sources)
-        judged = Solution(solution.config, solution.changes, verdict)
         if verdict.accepted:
-            return judged
-        attempt.rejected.append(judged)
+            return replace(solution, verdict=verdict)
+        attempt.rejected.append((solution, verdict))
     return None
 
 

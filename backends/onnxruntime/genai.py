@@ -4,27 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compile_sparse.compiler.capture.side_files import copy_side_files
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["write_genai"]
 
 CONFIG_FILE = "genai_config.json"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "tokenizer.model",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-)
 _DEFAULT_CONTEXT = 2048
 
 
@@ -41,7 +31,7 @@ def write_genai(
     Returns:
         File name -> SHA-256, and a sentence when onnxruntime-genai cannot load this model.
     """
-    files = _copy_tokenizer(program, out)
+    files = copy_side_files(program.source.folder, out, "genai")
     shapes = {(int(s[1]), int(s[3])) for s in _cache_shapes(program)}
     if len(shapes) != 1:
         return files, (
@@ -113,17 +103,3 @@ def _config(program: Program, inputs: Sequence[str], cache: tuple[int, int], sha
             "top_p": 1.0,
         },
     }
-
-
-def _copy_tokenizer(program: Program, out: Path) -> dict[str, str]:
-    """Copies, never links: some loaders refuse files with several names."""
-    folder = program.config.get("_source_folder")
-    if not isinstance(folder, str):
-        return {}
-    copied: dict[str, str] = {}
-    for name in _TOKENIZER_FILES:
-        source = Path(folder) / name
-        if source.is_file():
-            shutil.copyfile(source, out / name)
-            copied[name] = hashlib.sha256((out / name).read_bytes()).hexdigest()
-    return copied

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compile_sparse.compiler.capture.side_files import find_side_files
 from compile_sparse.compiler.errors import ModelError, UsageError
 
 if TYPE_CHECKING:
@@ -40,9 +41,9 @@ class ModelFolder:
         """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
         return _digest([self.path / "config.json", *sorted(self.path.glob("*.safetensors"))])
 
-    def tokenizer_digest(self) -> str:
+    def side_files_digest(self) -> str:
         """sha256 over everything else that decides how text becomes token ids, or is copied into an artifact."""
-        return _digest(path for path in sorted(self.path.glob("*.json")) if path.name != "config.json")
+        return _digest(find_side_files(self.path))
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -15,7 +15,7 @@ from dataclasses import replace
 import torch
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
 from compile_sparse.compiler.capture.bind import bind_weights
@@ -27,14 +27,11 @@ from compile_sparse.compiler.capture.samples import Sample, sample_for
 from compile_sparse.compiler.capture.skeleton import build_skeleton, new_fake_mode, quiet_transformers
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
-from compile_sparse.compiler.ir.program import Binding, Program
+from compile_sparse.compiler.ir.program import Binding, ModelSource, Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, TensorSource, WeightStore
 from compile_sparse.compiler.progress import Progress, SilentProgress
 
-__all__ = ["SOURCE_FOLDER", "capture", "capture_model"]
-
-SOURCE_FOLDER = "_source_folder"
-"""Config key that tells backends where tokenizer files are; absent for models captured from memory."""
+__all__ = ["capture", "capture_model"]
 
 
 def capture(
@@ -68,8 +65,9 @@ def capture(
             )
     mode = new_fake_mode()
     model = build_skeleton(folder.model_class, folder.config, dtype, mode)
-    program = _capture(model, bind_weights(model, checkpoint or None), mode, progress or SilentProgress())
-    return replace(program, config={**program.config, SOURCE_FOLDER: str(folder.path)})
+    sources = bind_weights(model, checkpoint or None)
+    program = _capture(model, folder.config, sources, mode, progress or SilentProgress())
+    return replace(program, source=ModelSource(folder.path))
 
 
 def capture_model(model: PreTrainedModel) -> Program:
@@ -78,11 +76,12 @@ def capture_model(model: PreTrainedModel) -> Program:
     skeleton = build_skeleton(type(model), model.config, model.dtype, mode)
     # Already in the form of memory: nothing to rename or assemble.
     sources = {name: ResidentTensor(value.detach()) for name, value in model.state_dict().items()}
-    return _capture(skeleton, sources, mode, SilentProgress())
+    return _capture(skeleton, model.config, sources, mode, SilentProgress())
 
 
 def _capture(
     model: PreTrainedModel,
+    config: PretrainedConfig,
     sources: Mapping[str, TensorSource],
     mode: torch._subclasses.FakeTensorMode,
     progress: Progress,
@@ -92,7 +91,7 @@ def _capture(
         task.advance()
         exported = _export(model, sample)
         task.advance()
-        program = _program(exported, model, sample, sources)
+        program = _program(exported, model, config, sample, sources)
         task.advance()
     return program
 
@@ -125,7 +124,11 @@ def _export(model: PreTrainedModel, sample: Sample) -> ExportedProgram:
 
 
 def _program(
-    exported: ExportedProgram, model: PreTrainedModel, sample: Sample, sources: Mapping[str, TensorSource]
+    exported: ExportedProgram,
+    model: PreTrainedModel,
+    config: PretrainedConfig,
+    sample: Sample,
+    sources: Mapping[str, TensorSource],
 ) -> Program:
     bindings: dict[str, Binding] = {}
     weights: dict[str, TensorSource] = {}
@@ -153,8 +156,6 @@ def _program(
     inputs = tuple(
         type(i)(placeholder, i.name, i.role, i.layer) for placeholder, i in zip(user, sample.inputs, strict=True)
     )
-    # A config made in memory names no class until it is saved.
-    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
     graph_module, bindings = normalize(exported, bindings)
     program = Program(
         graph_module=graph_module,
@@ -163,7 +164,8 @@ def _program(
         outputs=sample.outputs,
         weights=WeightStore(weights),
         kind=sample.kind,
-        config=config,
+        # A config made in memory names no class until it is saved. The skeleton's own says what type it was captured in.
+        config={**config.to_dict(), "architectures": [type(model).__name__]},
     )
     program = eliminate_dead_code(fold_constants(program))
     # Export binds every name of a tied tensor; which of them is used shows only now.

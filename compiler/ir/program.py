@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,7 +25,7 @@ from compile_sparse.compiler.ir.weights import WeightStore
 CODES = ".codes"
 """Suffix of the tensor that holds a quantized tensor's integer codes."""
 
-__all__ = ["CODES", "Binding", "Input", "ModelKind", "Output", "Program", "SparsityMask"]
+__all__ = ["CODES", "Binding", "Input", "ModelKind", "ModelSource", "Output", "Program", "SparsityMask"]
 
 ModelKind = Literal["decoder", "encoder", "vision", "audio"]
 InputRole = Literal[
@@ -91,6 +92,18 @@ class SparsityMask:
 
 
 @dataclass(frozen=True)
+class ModelSource:
+    """Where a program was captured from.
+
+    Attributes:
+        folder: the model folder, for backends that copy tokenizer files from it; None for a model that was in memory. It is a
+            place on this machine: nothing that is written may name it.
+    """
+
+    folder: Path | None = None
+
+
+@dataclass(frozen=True)
 class Program:
     """A captured model. See the module docstring for the graph's form.
 
@@ -102,9 +115,11 @@ class Program:
         weights: values by tensor name.
         kind: decoder (with key-value cache inputs and outputs), text encoder, or
             image or audio model.
-        config: the Hugging Face config as plain data; backends read token ids, vocabulary size and context length from it.
+        config: the Hugging Face config as plain data, as transformers reads it; backends read token ids, vocabulary size and
+            context length from it.
         aliases: tied tensor name -> the name that is bound in the graph.
         masks: sparsity annotations by stored tensor name.
+        source: where it came from; passes keep it.
     """
 
     graph_module: fx.GraphModule
@@ -116,6 +131,7 @@ class Program:
     config: Mapping[str, Any]
     aliases: Mapping[str, str] = field(default_factory=dict)
     masks: Mapping[str, SparsityMask] = field(default_factory=dict)
+    source: ModelSource = ModelSource()
 
     @property
     def graph(self) -> fx.Graph:

@@ -96,7 +96,7 @@ class Job:
                 "source": self.source_digest,
                 "recipe": self.canonical_recipe,
                 "target": self.target.model_dump(mode="json"),
-                "tokenizer": self.folder.tokenizer_digest(),
+                "side files": self.folder.side_files_digest(),
                 "code": code_identity(),
                 "libraries": library_versions(),
                 "runtime": self.probe.version,
