@@ -1,4 +1,4 @@
-"""The compressed-tensors checkpoint format: which tensors stand for a coded weight, and the config that describes them.
+"""The compressed-tensors checkpoint format: which tensors stand for a quantized weight, and the config that describes them.
 
 Written with torch alone; the layouts are those of compressed-tensors 0.17 as vLLM 0.32 and transformers 5.19 read them. Names
 in ``config.json`` are case-sensitive, absent keys mean their defaults, and there is no ``sparsity_config``: vLLM refuses it.
@@ -93,16 +93,16 @@ def _activations(scheme: Scheme) -> dict[str, Any] | None:
     return {**described, "strategy": "tensor" if granularity else "token", "dynamic": not granularity}
 
 
-def encoded(name: str, coded: QuantizedTensor, stored: torch.dtype) -> dict[str, TensorSource]:
+def encoded(name: str, tensor: QuantizedTensor, stored: torch.dtype) -> dict[str, TensorSource]:
     """The tensors that stand for ``name`` (``....weight``, ``[out, in]``) in a checkpoint.
 
     Args:
         name: of the weight.
-        coded: its codes.
+        tensor: it, quantized.
         stored: type of the scales of weight-only formats; they are representable in it.
     """
-    stem, parts, fmt = name.removesuffix(WEIGHT), coded.parts, coded.scheme.weights
-    rows, columns = coded.shape
+    stem, parts, fmt = name.removesuffix(WEIGHT), tensor.parts, tensor.scheme.weights
+    rows, columns = tensor.shape
     codes, scale = parts["codes"], parts["scale"]
     if fmt.kind == "fp4":
         return {
@@ -113,7 +113,7 @@ def encoded(name: str, coded: QuantizedTensor, stored: torch.dtype) -> dict[str,
             f"{stem}.weight_global_scale": parts["global_scale"],
             f"{stem}.input_global_scale": parts["input_scale"],
         }
-    if coded.scheme.activations:
+    if tensor.scheme.activations:
         wide = scale if len(scale.shape) == 2 else _reshaped(scale, (rows, 1))
         found = {name: codes, f"{stem}.weight_scale": wide}
         return {**found, f"{stem}.input_scale": parts["input_scale"]} if "input_scale" in parts else found

@@ -103,16 +103,16 @@ class Gate:
         return {name: value.float() for name, value in computed.items() if name not in caches}
 
     def _bound(self) -> float:
-        """Rounding in ``n`` products of up to ``K`` terms each, in another order of summation: about ``eps sqrt(K n)``.
+        """Rounding in ``n`` GEMMs of up to ``K`` terms each, in another order of summation: about ``eps sqrt(K n)``.
 
         Rounding errors behave like a random walk (Higham and Mary, "A new approach to probabilistic rounding error analysis",
         2019); a factor 4 covers the tail.
         """
-        products = sum(op_name(node) in _CONTRACTIONS for node in self._program.graph.nodes)
+        gemms = sum(op_name(node) in _CONTRACTIONS for node in self._program.graph.nodes)
         longest = max(
             (max(source.shape) for source in self._program.weights.values() if len(source.shape) > 1), default=1
         )
-        return 4 * torch.finfo(torch.float32).eps * sqrt(longest * max(1, products))
+        return 4 * torch.finfo(torch.float32).eps * sqrt(longest * max(1, gemms))
 
     def _inputs(self) -> dict[str, torch.Tensor]:
         """Inputs of the program; a decoder's cache is empty."""

@@ -59,14 +59,16 @@ def write_unified(program: Program, out: Path, progress: Progress) -> tuple[dict
 
 def _written(program: Program, out: Path, progress: Progress) -> tuple[dict[str, str], list[Diagnostic]]:
     require_expressible(program)
-    view, coded = dequantized(program)
-    algorithm = algorithm_of(view, coded)
+    view, quantized = dequantized(program)
+    algorithm = algorithm_of(view, quantized)
     if algorithm is None:
         return dict(write_checkpoint(program, out, progress).files), []
     dtype = _computes_in(view)
-    writer = _Writer(algorithm, dtype, alone={id(coded[n[0]]) for n in joined(view) if len(n) == 1 and n[0] in coded})
+    writer = _Writer(
+        algorithm, dtype, alone={id(quantized[n[0]]) for n in joined(view) if len(n) == 1 and n[0] in quantized}
+    )
     written = write_checkpoint(view, out, progress, encode=writer.encode, dtype=dtype)
-    writer.require_all(coded)
+    writer.require_all(quantized)
     excluded = _others(view, writer.stored)
     config = json.loads((out / CONFIG_FILE).read_text(encoding="utf-8"))
     config["quantization_config"] = quantization_config(algorithm, excluded)
@@ -74,16 +76,16 @@ def _written(program: Program, out: Path, progress: Progress) -> tuple[dict[str,
     for name, content in ((CONFIG_FILE, config), (QUANTIZATION_FILE, own)):
         write_durably(out / name, (json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
     digests = {name: digest_file(out / name)[0] for name in (CONFIG_FILE, QUANTIZATION_FILE)}
-    return {**written.files, **digests}, [*_unread(algorithm), *writer.rescaled(view, coded)]
+    return {**written.files, **digests}, [*_unread(algorithm), *writer.rescaled(view, quantized)]
 
 
 class _Writer:
-    """Turns coded tensors into tensors of the file, and remembers their names and the scales of FP8 weights.
+    """Turns quantized tensors into tensors of the file, and remembers their names and the scales of FP8 weights.
 
     Args:
         algorithm: how they are stored.
         dtype: what the model computes in.
-        alone: identities of the coded tensors that no reader joins with others.
+        alone: identities of the quantized tensors that no reader joins with others.
     """
 
     def __init__(self, algorithm: Algorithm, dtype: torch.dtype, *, alone: Collection[int]) -> None:
@@ -107,23 +109,23 @@ class _Writer:
         self._scales[id(source)] = float(scale)
         return scale
 
-    def require_all(self, coded: Mapping[str, QuantizedTensor]) -> None:
-        """Raise CS4304 when a coded tensor did not reach the file as codes."""
-        if len(self.stored) != len(coded):
+    def require_all(self, quantized: Mapping[str, QuantizedTensor]) -> None:
+        """Raise CS4304 when a quantized tensor did not reach the file as codes."""
+        if len(self.stored) != len(quantized):
             raise Refusal(
                 "CS4304",
                 "A weight cannot be stored in a checkpoint in this form.",
-                where=next(iter(coded)),
-                why=f"transformers stores {len(coded) - len(self.stored)} of {len(coded)} such weights in another form than it "
-                "computes with, and codes cannot be converted.",
+                where=next(iter(quantized)),
+                why=f"transformers stores {len(quantized) - len(self.stored)} of {len(quantized)} such weights in another form "
+                "than it computes with, and codes cannot be converted.",
                 hint="Leave --quantize out.",
             )
 
-    def rescaled(self, view: Program, coded: Mapping[str, QuantizedTensor]) -> list[Diagnostic]:
+    def rescaled(self, view: Program, quantized: Mapping[str, QuantizedTensor]) -> list[Diagnostic]:
         """CS2362 when readers would change codes: they join layers and keep the largest of their scales."""
         worst, where = 1.0, ""
         for names in joined(view) if self._scales else ():
-            scales = [self._scales[id(coded[name])] for name in names if name in coded]
+            scales = [self._scales[id(quantized[name])] for name in names if name in quantized]
             if scales and min(scales) > 0 and max(scales) / min(scales) > worst:
                 worst, where = max(scales) / min(scales), names[0]
         if not where:
@@ -136,7 +138,7 @@ class _Writer:
 
 
 def _computes_in(view: Program) -> torch.dtype:
-    """The widest type of the weights that are not coded."""
+    """The widest type of the weights that are not quantized."""
     stored = {
         stored_form(source).dtype
         for binding in view.bindings.values()
@@ -146,7 +148,7 @@ def _computes_in(view: Program) -> torch.dtype:
 
 
 def _others(view: Program, stored: Mapping[str, QuantizedTensor]) -> list[str]:
-    """Linear layers and embeddings of the class that are not coded, by module name; those of removed layers are not there."""
+    """Linear layers and embeddings of the class that are not quantized, by module name; those of removed layers are not there."""
     architecture = architecture_of(view.config)
     model = architecture.on_meta(architecture.parsed(architecture.config))
     own = {name.removesuffix(_WEIGHT) for name in stored}

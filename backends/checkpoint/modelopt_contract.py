@@ -9,25 +9,24 @@ from collections.abc import Mapping
 
 from torch import fx
 
-from compile_sparse.backends.checkpoint.modelopt_layout import CODES_GROUP, Algorithm
+from compile_sparse.backends.checkpoint.modelopt_layout import GROUP_SIZES, Algorithm
 from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.linears import FORMS, find_linears
+from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import Scheme
 
 __all__ = ["algorithm_of", "joined", "require_expressible"]
-
-_DEQUANTIZE = ("dequantize_weight", "dequantize_block", "dequantize_nvfp4")
 
 
 def require_expressible(program: Program) -> None:
     """Check what a checkpoint cannot say at all, whatever the format of its weights.
 
     Raises:
-        Refusal: CS4601 when it is no decoder; CS4603 when values are coded that are no inputs of linear layers with coded
-            weights.
+        Refusal: CS4601 when it is no decoder; CS4603 when values are quantized that are no inputs of linear layers with
+            quantized weights.
     """
     if program.kind != "decoder":
         raise Refusal(
@@ -46,12 +45,14 @@ def require_expressible(program: Program) -> None:
         cached = op_name(other) == "cat"
         raise Refusal(
             "CS4603",
-            "ModelOpt's formats code weights of linear layers and their inputs, and nothing else.",
+            "ModelOpt's formats quantize weights of linear layers and their inputs, and nothing else.",
             where=node.name,
-            why="Here the key-value cache is coded, and TensorRT-LLM reads no scales of an FP8 cache."
+            why="Here the key-value cache is quantized, and TensorRT-LLM reads no scales of an FP8 cache."
             if cached
-            else f"Here a value is coded that goes into {op_name(other) or 'the outputs'}: the output of a layer, for instance.",
-            hint="Leave --kv-cache out." if cached else "Serve the engine, or quantize without coded outputs.",
+            else f"Here a value is quantized that goes into {op_name(other) or 'the outputs'}, such as the output of a layer.",
+            hint="Leave --kv-cache out."
+            if cached
+            else "Serve the engine, or leave the outputs of layers in floating point.",
         )
 
 
@@ -60,7 +61,7 @@ def _reads_as_input(user: fx.Node, value: fx.Node) -> bool:
     if form is None or user.args[form[0]] is not value:
         return False
     weight = user.args[form[1]]
-    return isinstance(weight, fx.Node) and op_name(weight) in _DEQUANTIZE
+    return isinstance(weight, fx.Node) and op_name(weight) in WEIGHT_DEQUANTIZERS
 
 
 def joined(view: Program) -> list[list[str]]:
@@ -75,26 +76,26 @@ def joined(view: Program) -> list[list[str]]:
     return [list(names) for names in found.values()]
 
 
-def algorithm_of(view: Program, coded: Mapping[str, QuantizedTensor]) -> Algorithm | None:
-    """The format of all coded weights; None when there are none.
+def algorithm_of(view: Program, quantized: Mapping[str, QuantizedTensor]) -> Algorithm | None:
+    """The format of all quantized weights; None when there are none.
 
     Args:
         view: without quantize nodes.
-        coded: its coded weights, by tensor name.
+        quantized: its quantized weights, by tensor name.
 
     Raises:
         Refusal: CS4602 when no format is exactly the scheme; CS4605 for mixtures; CS4606 for sizes that do not fit.
     """
-    schemes = dict.fromkeys(tensor.scheme for tensor in coded.values())
+    schemes = dict.fromkeys(tensor.scheme for tensor in quantized.values())
     if not schemes:
         return None
     if len(schemes) > 1:
-        raise _mixed(next(iter(coded)), f"{len(schemes)} schemes, and this version writes one per checkpoint.")
+        raise _mixed(next(iter(quantized)), f"{len(schemes)} schemes, and this version writes one per checkpoint.")
     for names in joined(view):
-        some = [name for name in names if name in coded]
+        some = [name for name in names if name in quantized]
         if some and len(some) < len(names):
-            rest = next(name for name in names if name not in coded)
-            raise _mixed(rest, f"It is not coded and {some[0]} is; readers make one matrix of both.")
+            rest = next(name for name in names if name not in quantized)
+            raise _mixed(rest, f"It is not quantized and {some[0]} is; readers make one matrix of both.")
     stacked = next(
         (
             binding.tensor
@@ -105,10 +106,10 @@ def algorithm_of(view: Program, coded: Mapping[str, QuantizedTensor]) -> Algorit
     )
     if stacked:
         raise _mixed(
-            stacked, "Its experts are three-dimensional tensors, which are not coded; readers expect them to be."
+            stacked, "Its experts are three-dimensional tensors, which are not quantized; readers expect them to be."
         )
-    algorithm = _named(next(iter(schemes)), next(iter(coded)))
-    for name, tensor in coded.items():
+    algorithm = _named(next(iter(schemes)), next(iter(quantized)))
+    for name, tensor in quantized.items():
         _require_size(name, tensor, algorithm)
     return algorithm
 
@@ -124,7 +125,7 @@ def _named(scheme: Scheme, where: str) -> Algorithm:
     if weights.kind == "fp4" and inputs == "fp4":
         return "NVFP4"
     if weights.kind == "int" and plain:
-        if weights.bits == 4 and weights.group == CODES_GROUP["W4A16_AWQ"] and not inputs:
+        if weights.bits == 4 and weights.group == GROUP_SIZES["W4A16_AWQ"] and not inputs:
             return "W4A16_AWQ"
         if weights.bits in (7, 8) and not weights.group and inputs == "int8-static":
             return "W8A8_SQ_PER_CHANNEL"
@@ -142,13 +143,13 @@ def _words(scheme: Scheme) -> str:
     size = f"in blocks of {weights.block}" if weights.block else f"in groups of {weights.group}"
     spread = size if weights.block or weights.group else "with one scale per channel"
     zero = "" if weights.symmetric else " and zero points"
-    inputs = f"inputs {scheme.activations}" if scheme.activations else "inputs not coded"
+    inputs = f"inputs {scheme.activations}" if scheme.activations else "inputs in floating point"
     return f"{weights.bits}-bit {weights.kind} {spread}{zero}, {inputs}"
 
 
 def _require_size(name: str, tensor: QuantizedTensor, algorithm: Algorithm) -> None:
     rows, columns = tensor.shape
-    group = CODES_GROUP.get(algorithm, 1)
+    group = GROUP_SIZES.get(algorithm, 1)
     if columns % group:
         raise _size(name, f"Groups of {group} do not divide its {columns} inputs.")
     if algorithm == "W4A16_AWQ" and rows % 2:
@@ -158,7 +159,7 @@ def _require_size(name: str, tensor: QuantizedTensor, algorithm: Algorithm) -> N
 def _size(name: str, why: str) -> Refusal:
     return Refusal(
         "CS4606",
-        "A coded weight does not fit ModelOpt's format.",
+        "A quantized weight does not fit ModelOpt's format.",
         where=name,
         why=why,
         hint="Remove another share, or quantize to fp8, whose scales have no groups.",
@@ -168,7 +169,7 @@ def _size(name: str, why: str) -> Refusal:
 def _mixed(where: str, why: str) -> Refusal:
     return Refusal(
         "CS4605",
-        "This mixture of coded and other weights is not written.",
+        "This mixture of quantized and other weights is not written.",
         where=where,
         why=why,
         hint="Quantize all linear layers alike, or none.",

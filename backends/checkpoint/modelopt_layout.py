@@ -1,4 +1,4 @@
-"""The checkpoint format of NVIDIA ModelOpt 0.47: which tensors stand for a coded weight, and the configs that describe them.
+"""The checkpoint format of NVIDIA ModelOpt 0.47: which tensors stand for a quantized weight, and the configs that describe them.
 
 TensorRT-LLM's PyTorch backend, vLLM and SGLang read it. ModelOpt has no specification of it; this follows what
 ``export_hf_checkpoint`` writes (recorded in ``tests/tensorrt/recorded``) and, for NVFP4, its source
@@ -17,13 +17,13 @@ from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
 
-__all__ = ["CODES_GROUP", "Algorithm", "encoded", "hf_quant_config", "quantization_config"]
+__all__ = ["GROUP_SIZES", "Algorithm", "encoded", "hf_quant_config", "quantization_config"]
 
 Algorithm = Literal["FP8", "FP8_PER_CHANNEL_PER_TOKEN", "NVFP4", "W4A16_AWQ", "W8A8_SQ_PER_CHANNEL"]
 """``quant_algo``: e4m3 with one static scale per tensor for weights and inputs; e4m3 with one per channel and one per token; e2m1
 in groups of 16; int4 weights in groups; int8 with a scale per channel and static inputs."""
 
-CODES_GROUP = {"NVFP4": 16, "W4A16_AWQ": 128}
+GROUP_SIZES = {"NVFP4": 16, "W4A16_AWQ": 128}
 """Weights per scale, along the inputs, of the algorithms that group them."""
 
 _WEIGHT = ".weight"
@@ -32,7 +32,7 @@ _PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
 def encoded(
-    name: str, coded: QuantizedTensor, algorithm: Algorithm, *, dtype: torch.dtype, alone: bool
+    name: str, tensor: QuantizedTensor, algorithm: Algorithm, *, dtype: torch.dtype, alone: bool
 ) -> dict[str, TensorSource]:
     """The tensors that stand for ``name`` (``....weight``, ``[N, K]``) in a checkpoint.
 
@@ -46,7 +46,7 @@ def encoded(
 
     Args:
         name: of the weight.
-        coded: its codes.
+        tensor: it, quantized.
         algorithm: how they are stored.
         dtype: what the model computes in.
         alone: whether no reader joins the layer with others.
@@ -55,8 +55,8 @@ def encoded(
         Refusal: while a tensor is loaded: CS4602 when the scales of an FP8 weight differ, CS4604 when a scale of W4A16_AWQ would
             be rounded to ``dtype`` by the reader.
     """
-    stem, parts = name.removesuffix(_WEIGHT), coded.parts
-    rows, columns = coded.shape
+    stem, parts = name.removesuffix(_WEIGHT), tensor.parts
+    rows, columns = tensor.shape
     codes, scale = parts["codes"], parts["scale"]
     if algorithm == "FP8":
         found = {name: codes, f"{stem}.weight_scale": DerivedTensor((), torch.float32, lambda: _one(stem, scale))}
@@ -89,8 +89,8 @@ def encoded(
 def hf_quant_config(algorithm: Algorithm, exclude: Sequence[str]) -> dict[str, Any]:
     """``hf_quant_config.json``: of a model whose linear layers all follow ``algorithm``, except ``exclude`` (module names)."""
     quantization: dict[str, Any] = {"quant_algo": algorithm, "kv_cache_quant_algo": None}
-    if algorithm in CODES_GROUP:
-        quantization["group_size"] = CODES_GROUP[algorithm]
+    if algorithm in GROUP_SIZES:
+        quantization["group_size"] = GROUP_SIZES[algorithm]
     if algorithm == "W4A16_AWQ":
         quantization |= {"has_zero_point": False, "pre_quant_scale": True}
     return {"producer": dict(_PRODUCER), "quantization": {**quantization, "exclude_modules": sorted(exclude)}}

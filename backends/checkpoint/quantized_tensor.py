@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import fx
 
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, op_name, schema_arguments
+from compile_sparse.compiler.ir.float_activations import with_float_activations
 from compile_sparse.compiler.ir.linears import FORMS
-from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP
+from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP, WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import CODES, Binding, Program
-from compile_sparse.compiler.ir.quantization_schemes import Scheme, WeightFormat
+from compile_sparse.compiler.ir.quantization_schemes import ActivationFormat, Scheme, WeightFormat
 from compile_sparse.compiler.ir.weights import AbsentTensor, TensorSource
 
 __all__ = ["QuantizedTensor", "dequantized"]
@@ -27,10 +27,10 @@ class QuantizedTensor:
     """A weight that is stored as codes. ``load`` gives the float values they stand for.
 
     Attributes:
-        scheme: how the weight is coded, and the input of the linear layers that read it.
+        scheme: of the weight, and of the input of the linear layers that read it.
         parts: ``codes``, ``scale`` and, where there are any, ``zero_point``, ``global_scale``, ``input_scale``.
         shape: ``[N, K]``.
-        dtype: of the decoded values.
+        dtype: of the float values.
     """
 
     scheme: Scheme
@@ -51,16 +51,15 @@ class QuantizedTensor:
 
 
 def dequantized(program: Program) -> tuple[Program, dict[str, QuantizedTensor]]:
-    """The program without quantize and dequantize nodes, its coded weights as ``QuantizedTensor``; and those by tensor name.
+    """The program without quantize and dequantize nodes, its quantized weights as ``QuantizedTensor``; those by tensor name.
 
     Raises:
         Refusal: CS4304 for codes in a form that no checkpoint format has.
     """
     edited = program.clone()
-    nodes = [node for node in edited.graph.nodes if node.op == "call_function"]
-    weights = [node for node in nodes if op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4")]
+    weights = [node for node in edited.graph.nodes if op_name(node) in WEIGHT_DEQUANTIZERS]
     # All are read before anything changes: what quantizes an input is shared.
-    found = {node: (_tensor(edited, node), _coded(edited, node)) for node in weights}
+    found = {node: (_tensor(edited, node), _quantized(edited, node)) for node in weights}
     bindings = dict(edited.bindings)
     added: dict[str, TensorSource] = {}
     for node, (tensor, made) in found.items():
@@ -68,26 +67,23 @@ def dequantized(program: Program) -> tuple[Program, dict[str, QuantizedTensor]]:
         if any(isinstance(part, AbsentTensor) for part in made.parts.values()):
             source = AbsentTensor(made.shape, made.dtype, tensor)  # a plan: sizes only
         added[tensor] = source
-        plain = add_weight(edited, bindings, f"{node.name}_decoded", Binding(tensor), source)
+        plain = add_weight(edited, bindings, f"{node.name}_dequantized", Binding(tensor), source)
         node.replace_all_uses_with(plain)
-    for node in nodes:
-        if op_name(node) == "fake_quantize":
-            node.replace_all_uses_with(node.args[0])
-    coded = dict(found.values())
     result = replace(edited, weights=edited.weights.updated(added), bindings=bindings)
-    return eliminate_dead_code(result), coded
+    return with_float_activations(eliminate_dead_code(result)), dict(found.values())
 
 
 def _tensor(program: Program, node: fx.Node) -> str:
-    name = program.tensor_of(node.args[0])
+    codes = node.args[0]
+    name = program.tensor_of(codes) if isinstance(codes, fx.Node) else None
     if name is None or not name.endswith(CODES):
         raise _strange(node, "its codes are not stored under the name of a weight")
     return name.removesuffix(CODES)
 
 
-def _coded(program: Program, node: fx.Node) -> QuantizedTensor:
+def _quantized(program: Program, node: fx.Node) -> QuantizedTensor:
     given = schema_arguments(node)
-    codes = given.get("q", given.get("codes"))
+    codes: fx.Node = given["q"] if "q" in given else given["codes"]
     shape = tuple(int(size) for size in codes.meta["val"].shape)
     if given.get("axis", 1) != 1:
         raise _strange(node, "its weight is stored transposed, [in, out]")
@@ -106,24 +102,24 @@ def _coded(program: Program, node: fx.Node) -> QuantizedTensor:
         )
         if zero is not None:
             parts["zero_point"] = _stored(program, zero)
-    activations, scale = _activations(program, node)
+    activations, scale = _activations(node)
     if scale is not None:
         parts["input_scale"] = _stored(program, scale)
     return QuantizedTensor(Scheme(weights, activations), parts, shape)
 
 
-def _activations(program: Program, node: fx.Node) -> tuple[Any, fx.Node | None]:
+def _activations(node: fx.Node) -> tuple[ActivationFormat, fx.Node | None]:
     """Format and scale of what the linear layers that read this weight are given."""
-    found: dict[tuple[str, fx.Node | None], None] = {}
+    found: dict[tuple[ActivationFormat, fx.Node | None], None] = {}
     for user in node.users:
         form = FORMS.get(op_name(user))
         if form is None or user.args[form[1]] is not node:
             raise _strange(node, f"it is read by {op_name(user)}, which is no linear layer")
         source = user.args[form[0]]
-        quantized = isinstance(source, fx.Node) and op_name(source) == "fake_quantize"
-        if isinstance(source, fx.Node) and op_name(source) == "dequantize_activation":
+        quantizer = op_name(source) if isinstance(source, fx.Node) else ""
+        if quantizer == "dequantize_activation":
             raise _strange(node, "its input has one run-time scale for the whole tensor")
-        given = schema_arguments(source) if quantized else {}
+        given = schema_arguments(source) if isinstance(source, fx.Node) and quantizer == "fake_quantize" else {}
         found[given.get("format", ""), given.get("scale")] = None
     if len(found) != 1:
         raise _strange(node, "linear layers that share it quantize their inputs differently")

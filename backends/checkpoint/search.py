@@ -74,8 +74,8 @@ class _Row:
         self.old, self.new, self.responses = old, new, responses
 
     def predicted(self, chosen: Sequence[int]) -> bool:
-        sizes = [self.old if self.responses[i] is None else self.responses[i] for i in chosen]
-        scaled = self.old * prod(Fraction(size, max(self.old, 1)) for size in sizes)
+        sizes = [self.old if (size := self.responses[i]) is None else size for i in chosen]
+        scaled = self.old * prod((Fraction(size, max(self.old, 1)) for size in sizes), start=Fraction(1))
         return self.new in (scaled, self.old + sum(size - self.old for size in sizes))
 
 

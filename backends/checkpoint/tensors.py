@@ -129,13 +129,13 @@ def read_tensors(program: Program, before: Shapes) -> Tensors:
 
 
 def _refuse_codes(program: Program, bound: Iterable[str]) -> None:
-    coded = next((name for name in bound if name.endswith(CODES)), None)
-    coded = coded or next((n.name for n in program.graph.nodes if "dequantize" in op_name(n)), None)
-    if coded:
+    quantized = next((name for name in bound if name.endswith(CODES)), None)
+    quantized = quantized or next((n.name for n in program.graph.nodes if "dequantize" in op_name(n)), None)
+    if quantized:
         raise Refusal(
             "CS4202",
             "A plain Hugging Face folder does not hold quantized weights.",
-            where=coded.removesuffix(CODES),
+            where=quantized.removesuffix(CODES),
             why="transformers would read integer codes as weights.",
             hint="Leave --quantize out, or compile for ort-cpu.",
         )

@@ -241,7 +241,7 @@ class Worker:
         """One call on arrays from a file, results into a file."""
         model, feeds = self._model(request.get("name")), _feeds(request)
         results = model.outputs(_known(model, feeds))
-        np.savez(_field(request, "outputs", str), **results)
+        np.savez(_field(request, "outputs", str), **results)  # type: ignore[arg-type]  # numpy's types take them for its options
         return {"outputs": list(results)}
 
     def op_benchmark_samples(self, request: dict[str, Any], report: Report) -> dict[str, Any]:

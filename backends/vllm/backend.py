@@ -70,8 +70,14 @@ class VllmBackend:
         """
         from compile_sparse.backends.vllm.checkpoint import write
 
-        for skip in _unknown(program):
-            raise Refusal(skip.code, "vLLM does not know this model.", where=skip.where, why=skip.why, hint=skip.hint)
+        for diagnostic in _unknown(program):
+            raise Refusal(
+                diagnostic.code,
+                "vLLM does not know this model.",
+                where=diagnostic.where,
+                why=diagnostic.why,
+                hint=diagnostic.hint,
+            )
         written = write(program, target, out, progress)
         stored = written.form
         form: dict[str, Any] = {"config": dict(written.changes) or "as the source"}

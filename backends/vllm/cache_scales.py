@@ -27,12 +27,13 @@ _NAMES = {"present_key": "k_scale", "present_value": "v_scale"}
 
 
 def cache_scales(program: Program) -> dict[tuple[str, str], TensorSource]:
-    """``(weight of a projection, k_scale or v_scale) -> scale`` for every coded cache; empty when none is.
+    """``(weight of a projection, k_scale or v_scale) -> scale`` for every quantized cache; empty when none is.
 
     A scale lies beside the projections of its attention: ``model.layers.0.self_attn.k_scale``. One weight may make both.
 
     Raises:
-        Refusal: CS4304 when only some are coded (vLLM has one cache format for all layers), or where vLLM would not find them.
+        Refusal: CS4304 when only some are quantized (vLLM has one cache format for all layers), or where vLLM would not find
+            the scales.
     """
     found: dict[tuple[str, str], TensorSource] = {}
     plain = 0
@@ -40,13 +41,15 @@ def cache_scales(program: Program) -> dict[tuple[str, str], TensorSource]:
         if output.role not in _NAMES:
             continue
         parts = node.args[0] if op_name(node) == "cat" else ()
-        coded = parts[1] if isinstance(parts, (list, tuple)) and len(parts) == 2 else None
-        if not isinstance(coded, fx.Node) or op_name(coded) != "fake_quantize":
+        quantizer = parts[1] if isinstance(parts, (list, tuple)) and len(parts) == 2 else None
+        if not isinstance(quantizer, fx.Node) or op_name(quantizer) != "fake_quantize":
             plain += 1
             continue
-        scale = schema_arguments(coded)["scale"]
-        weight = _projection(program, coded.args[0])
-        found[weight, _NAMES[output.role]] = program.weights[program.tensor_of(scale)]
+        scale = program.tensor_of(schema_arguments(quantizer)["scale"])
+        if scale is None:
+            raise RuntimeError(f"the scale of {quantizer.name} is not stored")
+        weight = _projection(program, quantizer.args[0])
+        found[weight, _NAMES[output.role]] = program.weights[scale]
         attention = weight.rsplit(".", 2)[0]
         if not attention.endswith(f".{_ATTENTION}"):
             raise Refusal(
@@ -73,8 +76,12 @@ def _projection(program: Program, node: Any) -> str:
         form = FORMS.get(op_name(node))
         if form is not None:
             weight = node.args[form[1]]
-            name = program.tensor_of(weight if weight.op == "placeholder" else weight.args[0])
-            return str(name).removesuffix(CODES)
+            # Of a quantized weight the codes are stored, and dequantized where they are used.
+            stored = weight.args[0] if isinstance(weight, fx.Node) and weight.op != "placeholder" else weight
+            name = program.tensor_of(stored) if isinstance(stored, fx.Node) else None
+            if name is None:
+                break
+            return name.removesuffix(CODES)
         node = next((used for used in node.all_input_nodes if used.op == "call_function"), None)
     raise Refusal(
         "CS4304",

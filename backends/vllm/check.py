@@ -57,7 +57,7 @@ def _kernels(torch: Any, current_platform: Any) -> list[str]:
 
 
 def _int8_saturates(torch: Any, kernels: list[str]) -> bool:
-    """Whether int8 products come out wrong for large codes, found by multiplying some.
+    """Whether int8 GEMMs come out wrong for large codes, found by multiplying some.
 
     x86 processors without 8-bit dot products (VNNI) add pairs of products in 16 bits, which overflow silently: vLLM loads an
     int8 checkpoint there and computes something else. Codes of 7 bits are safe.

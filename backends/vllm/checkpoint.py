@@ -63,8 +63,8 @@ def plan(program: Program, target: Target) -> list[Diagnostic]:
     """What ``write`` would refuse, or what vLLM would run slowly. Reads no weights."""
     try:
         form = storage_of(program)
-        found = violations(form.view, form.coded, target)
-        if any(skip.refuses for skip in found):
+        found = violations(form.view, form.quantized, target)
+        if any(diagnostic.refuses for diagnostic in found):
             return found
         form.require_one_method(target)
         solution = plan_checkpoint(form.view, per_layer=True)
@@ -81,10 +81,16 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
         Refusal: CS42xx the model's class cannot express the program; CS43xx vLLM cannot run it.
     """
     form = storage_of(program)
-    notes = violations(form.view, form.coded, target)
-    for skip in notes:
-        if skip.refuses:
-            raise Refusal(skip.code, "vLLM cannot run this.", where=skip.where, why=skip.why, hint=skip.hint)
+    notes = violations(form.view, form.quantized, target)
+    for diagnostic in notes:
+        if diagnostic.refuses:
+            raise Refusal(
+                diagnostic.code,
+                "vLLM cannot run this.",
+                where=diagnostic.where,
+                why=diagnostic.why,
+                hint=diagnostic.hint,
+            )
     form.require_one_method(target)
     stored = torch_dtype(target.baseline_precision)
     writer = StorageWriter(form, stored)
@@ -127,10 +133,6 @@ def _plugin_class(plain: str) -> str:
 
 
 def _derives_wrong_head_size(config: Mapping[str, Any]) -> bool:
-    names, heads, size = config.get("architectures") or [""], config.get("num_attention_heads"), config.get("head_dim")
-    return (
-        names[0] in _DERIVES_HEAD_SIZE
-        and bool(heads)
-        and bool(size)
-        and int(size) * int(heads) != config["hidden_size"]
-    )
+    names = config.get("architectures") or [""]
+    heads, size = int(config.get("num_attention_heads") or 0), int(config.get("head_dim") or 0)
+    return names[0] in _DERIVES_HEAD_SIZE and heads > 0 and size > 0 and size * heads != config["hidden_size"]

@@ -28,12 +28,12 @@ _CUTLASS_FP4 = 32  # quantization/utils/nvfp4_utils.py
 _BLOCK = 128
 
 
-def violations(program: Program, coded: Mapping[str, QuantizedTensor], target: Target) -> list[Diagnostic]:
+def violations(program: Program, quantized: Mapping[str, QuantizedTensor], target: Target) -> list[Diagnostic]:
     """CS43xx for what vLLM refuses or would run wrongly, CS23xx for what it runs slowly. Needs no weights.
 
     Args:
         program: without quantize nodes.
-        coded: its coded weights, by tensor name.
+        quantized: its quantized weights, by tensor name.
         target: of this backend.
     """
     if program.kind != "decoder":
@@ -41,21 +41,21 @@ def violations(program: Program, coded: Mapping[str, QuantizedTensor], target: T
         return [Diagnostic("MODEL", "CS4306", why, "Compile it for ort-cpu.")]
     groups = analyse(program).groups if target.tensor_parallel > 1 else ()
     parts = _parts(groups, target.tensor_parallel)
-    found = [*_experts(program, coded), *_parallel(program, groups, target)]
-    for name, tensor in coded.items():
+    found = [*_experts(program, quantized), *_parallel(program, groups, target)]
+    for name, tensor in quantized.items():
         found += [Diagnostic(name, *reason) for reason in _shape(name, tensor, target, parts)]
-    for names in _joined(program, coded):
-        found += [Diagnostic(names[0], *reason) for reason in _tiles(names, coded, target, parts)]
+    for names in _joined(program, quantized):
+        found += [Diagnostic(names[0], *reason) for reason in _tiles(names, quantized, target, parts)]
     return _merged(found)
 
 
-def _experts(program: Program, coded: Mapping[str, QuantizedTensor]) -> Iterator[Diagnostic]:
+def _experts(program: Program, quantized: Mapping[str, QuantizedTensor]) -> Iterator[Diagnostic]:
     stacked = [
         binding.tensor
         for binding in program.bindings.values()
         if binding.kind == "parameter" and len(program.weights[binding.tensor].shape) == 3
     ]
-    if coded and stacked:
+    if quantized and stacked:
         why = (
             "Its experts are stored as three-dimensional tensors, which are not quantized; vLLM expects every linear layer of "
             "such a model, experts included, in one scheme."
@@ -120,23 +120,23 @@ def _unpacked(target: Target) -> str:
     return f"--quantize {next(name for name in ('w8a8', 'fp8') if name in target.schemes)}"
 
 
-def _joined(program: Program, coded: Mapping[str, QuantizedTensor]) -> list[list[str]]:
-    """Coded weights that vLLM makes one: those of one module with the same input (query, key and value; gate and up)."""
+def _joined(program: Program, quantized: Mapping[str, QuantizedTensor]) -> list[list[str]]:
+    """Quantized weights that vLLM fuses: those of one module with the same input (query, key and value; gate and up)."""
     found: dict[tuple[str, str], dict[str, None]] = {}
     for linear in find_linears(program)[0]:
-        if linear.tensor in coded:
+        if linear.tensor in quantized:
             module = ".".join(linear.tensor.split(".")[:-2])
             found.setdefault((linear.input.name, module), {})[linear.tensor] = None
     return [list(names) for names in found.values()]
 
 
 def _tiles(
-    names: Sequence[str], coded: Mapping[str, QuantizedTensor], target: Target, parts: Parts
+    names: Sequence[str], quantized: Mapping[str, QuantizedTensor], target: Target, parts: Parts
 ) -> Iterator[tuple[str, str, str]]:
     """(code, why, hint) where sizes of what one kernel gets are not those it was written for."""
-    scheme = coded[names[0]].scheme
-    rows = sum(coded[name].shape[0] // parts.get((name, 0), 1) for name in names)
-    columns = coded[names[0]].shape[1] // parts.get((names[0], 1), 1)
+    scheme = quantized[names[0]].scheme
+    rows = sum(quantized[name].shape[0] // parts.get((name, 0), 1) for name in names)
+    columns = quantized[names[0]].shape[1] // parts.get((names[0], 1), 1)
     held = f"{rows}x{columns}" + (f" ({len(names)} joined)" if len(names) > 1 else "")
     held += f" on each of {target.tensor_parallel} GPUs" if parts else ""
     packed = scheme.weights.kind == "int" and not scheme.activations
@@ -222,11 +222,11 @@ def _query_heads(program: Program) -> set[int]:
     return found
 
 
-def _merged(skips: Sequence[Diagnostic]) -> list[Diagnostic]:
+def _merged(found: Sequence[Diagnostic]) -> list[Diagnostic]:
     """One entry per reason; how many others share it is said in words."""
     by_reason: dict[tuple[str, str, str], list[Diagnostic]] = {}
-    for skip in skips:
-        by_reason.setdefault((skip.code, skip.why, skip.hint), []).append(skip)
+    for diagnostic in found:
+        by_reason.setdefault((diagnostic.code, diagnostic.why, diagnostic.hint), []).append(diagnostic)
     merged = []
     for same in by_reason.values():
         more = f" And {len(same) - 1} more of this size." if len(same) > 1 else ""

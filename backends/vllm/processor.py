@@ -71,7 +71,7 @@ def slow(program: Program, target: Target) -> list[Diagnostic]:
         ]
     if eight_bit and isa == "avx2":
         why = (
-            "On processors without AVX-512 vLLM's int8 products are faster than float32 for prompts and slower for decoding: "
+            "On processors without AVX-512 vLLM's int8 GEMMs are faster than float32 for prompts and slower for decoding: "
             "prefill 1.5x, decode 0.3x on a 152M-parameter Llama, one thread, vLLM 0.32. The file is 0.56x of bf16."
         )
         return [Diagnostic("--quantize", "CS2332", why, "--prune channels=FRACTION is faster on any processor.")]

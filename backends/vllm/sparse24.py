@@ -38,14 +38,34 @@ class SparseTensor:
     def encoded(self, stem: str, stored: torch.dtype) -> dict[str, TensorSource]:
         """``weight_values [N, K / 2]`` and ``weight_indices`` uint8 ``[N, K / 8]``."""
         rows, columns = self.shape
+        once = _Compression(self.source, stored)
         return {
-            f"{stem}.weight_values": DerivedTensor(
-                (rows, columns // 2), stored, lambda: compress_24(self.source.load().to(stored))[0]
-            ),
-            f"{stem}.weight_indices": DerivedTensor(
-                (rows, columns // 8), torch.uint8, lambda: compress_24(self.source.load().to(stored))[1]
-            ),
+            f"{stem}.weight_values": DerivedTensor((rows, columns // 2), stored, once.values),
+            f"{stem}.weight_indices": DerivedTensor((rows, columns // 8), torch.uint8, once.indices),
         }
+
+
+class _Compression:
+    """Values and indices of one weight, computed together.
+
+    A file's writer asks for one right after the other: what was not asked for yet is kept, and gone once it was.
+    """
+
+    def __init__(self, source: TensorSource, stored: torch.dtype) -> None:
+        self._source, self._stored = source, stored
+        self._left: dict[str, torch.Tensor] = {}
+
+    def values(self) -> torch.Tensor:
+        return self._taken("values")
+
+    def indices(self) -> torch.Tensor:
+        return self._taken("indices")
+
+    def _taken(self, part: str) -> torch.Tensor:
+        if part not in self._left:
+            values, indices = compress_24(self._source.load().to(self._stored))
+            self._left = {"values": values, "indices": indices}
+        return self._left.pop(part)
 
 
 def compressible(program: Program) -> dict[str, SparseTensor]:

@@ -1,4 +1,4 @@
-"""How a program's weights are stored for vLLM: as they are, as codes, as factors, or as 2:4 values and positions."""
+"""How a program's weights are stored for vLLM: as they are, quantized, as factors, or as 2:4 values and positions."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class Storage:
 
     Attributes:
         view: without quantize nodes, factors multiplied out: every weight has the place the model's class gives it.
-        coded, factored, sparse: weights that are stored otherwise, by tensor name.
+        quantized, factored, sparse: weights that are stored otherwise, by tensor name.
         scales: of a quantized key-value cache, by the weight of the projection beside which they lie and their kind.
     """
 
     view: Program
-    coded: Mapping[str, QuantizedTensor] = field(default_factory=dict)
+    quantized: Mapping[str, QuantizedTensor] = field(default_factory=dict)
     factored: Mapping[str, FactoredTensor] = field(default_factory=dict)
     sparse: Mapping[str, SparseTensor] = field(default_factory=dict)
     scales: Mapping[tuple[str, str], TensorSource] = field(default_factory=dict)
@@ -51,8 +51,8 @@ class Storage:
 
     @property
     def scheme(self) -> Scheme | None:
-        """Of the coded weights, None without."""
-        return next((tensor.scheme for tensor in self.coded.values()), None)
+        """Of the quantized weights, None without."""
+        return next((tensor.scheme for tensor in self.quantized.values()), None)
 
     def require_one_method(self, target: Target) -> None:
         """vLLM takes one format per checkpoint.
@@ -60,7 +60,7 @@ class Storage:
         Raises:
             Refusal: CS4304 for mixtures; CS4308 for factors that would be split over GPUs.
         """
-        schemes = len({tensor.scheme for tensor in self.coded.values()})
+        schemes = len({tensor.scheme for tensor in self.quantized.values()})
         if schemes > 1:
             why = (
                 f"{schemes} different ones; vLLM's fused layers need one, and mixtures are not written by this version."
@@ -72,7 +72,7 @@ class Storage:
                 why=why,
                 hint="Quantize all linear layers alike.",
             )
-        if self.factored and (self.coded or self.scales):
+        if self.factored and (self.quantized or self.scales):
             raise Refusal(
                 "CS4304",
                 "Low-rank layers cannot be quantized in vLLM.",
@@ -107,14 +107,14 @@ def storage_of(program: Program) -> Storage:
     Raises:
         Refusal: CS4304 for codes in a form that no checkpoint format has.
     """
-    view, coded = dequantized(program)
+    view, quantized = dequantized(program)
     view, factored = multiplied(view)
     scales = cache_scales(program)
-    # vLLM takes one format per checkpoint: beside codes or scales zeros are stored as they are.
-    sparse = {} if coded or factored or scales else compressible(view)
+    # vLLM takes one format per checkpoint: beside quantized weights or scales zeros are stored as they are.
+    sparse = {} if quantized or factored or scales else compressible(view)
     if sparse:
         view = replace(view, weights=view.weights.updated(dict(sparse)))
-    return Storage(view, coded, factored, sparse, scales)
+    return Storage(view, quantized, factored, sparse, scales)
 
 
 class StorageWriter:
@@ -127,7 +127,7 @@ class StorageWriter:
 
     def __init__(self, form: Storage, dtype: torch.dtype) -> None:
         self._form, self._dtype = form, dtype
-        self._coded: list[str] = []
+        self._quantized: list[str] = []
         self._ranks: dict[str, int] = {}
         self._sparse: list[str] = []
 
@@ -135,7 +135,7 @@ class StorageWriter:
         """What stands for ``name`` in the file."""
         stem = name.removesuffix(WEIGHT)
         if isinstance(source, QuantizedTensor):
-            self._coded.append(name)
+            self._quantized.append(name)
             return encoded(name, source, self._dtype)
         if isinstance(source, FactoredTensor):
             self._ranks[stem] = source.inner.shape[0]
@@ -157,13 +157,13 @@ class StorageWriter:
 
     def require_all(self) -> None:
         """Raise CS4304 when a tensor did not reach the file in its own form."""
-        expected = len(self._form.coded) + len(self._form.factored) + len(self._form.sparse)
-        reached = len(self._coded) + len(self._ranks) + len(self._sparse)
+        expected = len(self._form.quantized) + len(self._form.factored) + len(self._form.sparse)
+        reached = len(self._quantized) + len(self._ranks) + len(self._sparse)
         if reached != expected:
             raise Refusal(
                 "CS4304",
                 "A weight cannot be stored in a checkpoint in this form.",
-                where=next(iter({**self._form.coded, **self._form.factored, **self._form.sparse})),
+                where=next(iter({**self._form.quantized, **self._form.factored, **self._form.sparse})),
                 why=f"transformers stores {expected - reached} of {expected} such weights in another form than it computes "
                 "with, and codes cannot be converted.",
                 hint="Leave --quantize or --low-rank out, or compile for ort-cpu.",
@@ -172,9 +172,9 @@ class StorageWriter:
     def quantization_config(self) -> dict[str, Any] | None:
         """For ``config.json``, after everything was encoded; None for plain weights."""
         form = self._form
-        if form.coded or form.scales:
+        if form.quantized or form.scales:
             cache = CACHE_SCHEME if form.scales else None
-            return quantization_config(form.scheme, self._others(self._coded), cache)
+            return quantization_config(form.scheme, self._others(self._quantized), cache)
         if self._ranks:
             return {"quant_method": LOW_RANK_METHOD, "ranks": dict(self._ranks)}
         if self._sparse:

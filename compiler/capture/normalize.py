@@ -46,37 +46,36 @@ def normalize(exported: ExportedProgram, bindings: Mapping[str, Binding]) -> tup
 def _normalize_node(node: fx.Node) -> None:
     name = op_name(node)
     if name in ("view", "_unsafe_view"):
-        node.target, node.args, node.kwargs = aten.reshape.default, (node.args[0], list(node.args[1])), {}  # type: ignore[call-overload]
+        given = schema_arguments(node)
+        node.target, node.args, node.kwargs = aten.reshape.default, (given["self"], list(given["size"])), {}
     elif name == "scaled_dot_product_attention" and schema_arguments(node)["scale"] is None:
-        query = node.args[0].meta["val"]  # type: ignore[union-attr]
+        query = schema_arguments(node)["query"].meta["val"]
         node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(query.shape[-1])}
     elif name == "cat":
         _drop_empty_parts(node)
-    elif _has_no_effect(node, name):
-        node.replace_all_uses_with(node.args[0])  # type: ignore[arg-type]
+    elif isinstance(source := node.args[0] if node.args else None, fx.Node) and _has_no_effect(node, name, source):
+        node.replace_all_uses_with(source)
 
 
 def _drop_empty_parts(node: fx.Node) -> None:
     """Parts of size 0 say nothing: a model with partial rotation writes them when all of a head is rotated."""
-    parts, *rest = node.args
+    parts: list[fx.Node] = schema_arguments(node)["tensors"]
     # Only numbers are compared: asking a symbol would pin it.
-    kept = [p for p in parts if not any(isinstance(n, int) and n == 0 for n in p.meta["val"].shape)]  # type: ignore[union-attr]
-    if not kept or len({p.meta["val"].dtype for p in parts}) != 1:  # type: ignore[union-attr]  # they may decide the dtype
+    kept = [p for p in parts if not any(isinstance(n, int) and n == 0 for n in p.meta["val"].shape)]
+    if not kept or len({p.meta["val"].dtype for p in parts}) != 1:  # they may decide the dtype
         return
     if len(kept) == 1:
         node.replace_all_uses_with(kept[0])
     else:
-        node.args = (kept, *rest)
+        node.args = (kept, *node.args[1:])
 
 
-def _has_no_effect(node: fx.Node, name: str) -> bool:
+def _has_no_effect(node: fx.Node, name: str, source: fx.Node) -> bool:
+    """Whether ``node`` gives its first argument, ``source``, unchanged."""
     if name in COPIES:
         return not (name == "dropout" and schema_arguments(node)["train"])
-    source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not isinstance(node.meta.get("val"), torch.Tensor):
-        return False
-    value, before = node.meta["val"], source.meta.get("val")
-    if not isinstance(before, torch.Tensor) or value.dtype != before.dtype:
+    value, before = node.meta.get("val"), source.meta.get("val")
+    if not isinstance(value, torch.Tensor) or not isinstance(before, torch.Tensor) or value.dtype != before.dtype:
         return False
     if name in ("_to_copy", "to"):
         return True
@@ -88,9 +87,11 @@ def _has_no_effect(node: fx.Node, name: str) -> bool:
     if name in ("pad", "constant_pad_nd"):
         return all(amount == 0 for amount in schema_arguments(node)["pad"])
     if name == "expand":
-        return before.ndim == value.ndim and all(size == -1 for size in node.args[1])  # type: ignore[union-attr]
+        return before.ndim == value.ndim and all(size == -1 for size in schema_arguments(node)["size"])
     if node.target is aten.mul.Tensor or node.target is operator.mul:
-        return node.args[1] == 1 and not isinstance(node.args[1], bool)
-    if node.target is aten.add.Tensor:
-        return node.args[1] == 0 and not isinstance(node.args[1], (bool, fx.Node))
-    return False
+        return _is_number(node.args[1], 1)
+    return node.target is aten.add.Tensor and _is_number(node.args[1], 0)
+
+
+def _is_number(operand: object, wanted: int) -> bool:
+    return isinstance(operand, (int, float)) and not isinstance(operand, bool) and operand == wanted

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
+from compile_sparse.compiler.ir.float_activations import with_float_activations
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress, Task
@@ -27,7 +27,6 @@ __all__ = [
     "SAMPLE_FILE",
     "reference_windows",
     "sample_inputs",
-    "with_float_activations",
     "write_reference",
 ]
 
@@ -118,17 +117,6 @@ def write_reference(
     arrays = {f"in.{name}": value for name, value in inputs.items()}
     arrays |= {f"out.{name}": value.numpy() for name, value in outputs.items()}
     np.savez(folder / SAMPLE_FILE, **arrays)  # type: ignore[arg-type]
-
-
-def with_float_activations(program: Program) -> Program:
-    """The program without its ``fake_quantize`` nodes; itself when it has none."""
-    if not any(op_name(node) == "fake_quantize" for node in program.graph.nodes):
-        return program
-    edited = program.clone()
-    for node in list(edited.graph.nodes):
-        if op_name(node) == "fake_quantize":
-            node.replace_all_uses_with(node.args[0])
-    return eliminate_dead_code(edited)
 
 
 def _mean_difference(some: list[dict[str, list[float]]], others: list[dict[str, list[float]]]) -> float:

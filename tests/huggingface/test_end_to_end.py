@@ -80,9 +80,9 @@ def test_explain_says_what_the_class_cannot_express(llama: Path, capsys: pytest.
     assert json.loads(capsys.readouterr().out)["runtime"] == []
     # 3 of 4 heads do not divide a width of 64.
     assert run(["explain", str(llama), "--target", "hf", "--prune", "heads=0.25", "--json"]) == 4
-    (skip,) = json.loads(capsys.readouterr().out)["refusals"]
-    assert skip["code"] == "CS4205"
-    assert "not a multiple" in skip["why"]
+    (diagnostic,) = json.loads(capsys.readouterr().out)["refusals"]
+    assert diagnostic["code"] == "CS4205"
+    assert "not a multiple" in diagnostic["why"]
 
 
 def test_quantization_is_not_a_scheme_of_this_target(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:

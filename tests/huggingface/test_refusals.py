@@ -84,8 +84,8 @@ def test_layers_that_differ(tiny_llama_program: Program, tmp_path: Path) -> None
         write_checkpoint(program, tmp_path, SilentProgress())
     assert "every layer" in caught.value.why
     assert "uniform" in caught.value.hint
-    (skip,) = HuggingFaceBackend().plan(program, find_target("hf"))
-    assert skip.code == "CS4206"
+    (diagnostic,) = HuggingFaceBackend().plan(program, find_target("hf"))
+    assert diagnostic.code == "CS4206"
 
 
 def test_not_from_transformers(tiny_llama_program: Program) -> None:

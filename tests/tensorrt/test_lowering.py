@@ -31,9 +31,10 @@ from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.float_activations import with_float_activations
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.verify.reference import sample_inputs, with_float_activations
+from compile_sparse.compiler.verify.reference import sample_inputs
 from compile_sparse.passes.quantize import Quantize
 from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, target_called
 from tests.tensorrt.models import DECODERS, OTHERS, VOCABULARY

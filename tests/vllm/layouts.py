@@ -42,14 +42,14 @@ class Answer:
 
     Attributes:
         weights: decompressed weights of linear layers by module name.
-        plain: logits without coded activations.
-        coded: logits of its quantized forward.
+        plain: logits with floating-point activations.
+        quantized: logits of its quantized forward.
         failure: its traceback, empty when there is none.
     """
 
     weights: Mapping[str, torch.Tensor]
     plain: torch.Tensor
-    coded: torch.Tensor
+    quantized: torch.Tensor
     failure: str = ""
 
 
@@ -78,7 +78,7 @@ def llama() -> Program:
 
 
 def tied_llama() -> Program:
-    """The same model whose embedding makes the logits, in the form in which one is captured."""
+    """The same model whose embedding is its lm_head, in the form in which one is captured."""
     edited = llama().clone()
     by_tensor = {binding.tensor: edited.node(name) for name, binding in edited.bindings.items()}
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
@@ -135,4 +135,4 @@ def _answer(folder: Path) -> Answer:
     found = load_file(folder / "answer.safetensors")
     prefix = "weight."
     weights = {name.removeprefix(prefix): value for name, value in found.items() if name.startswith(prefix)}
-    return Answer(weights, found["plain"], found["coded"])
+    return Answer(weights, found["plain"], found["quantized"])

@@ -192,7 +192,7 @@ def test_sparsity_2_4_is_refused_with_what_else_there_is(explain: Explain, targe
 )
 def test_groups_that_do_not_divide(explain: Explain, target: str, hint: str) -> None:
     found = refusals(explain("odd", target, "--quantize", "w4a16"))
-    groups = next(skip for skip in found if skip["code"] == "CS4301")
+    groups = next(diagnostic for diagnostic in found if diagnostic["code"] == "CS4301")
     assert groups["where"].endswith("down_proj.weight")
     assert "400 inputs (3.125 groups)" in groups["why"]
     assert hint in groups["hint"]
@@ -200,8 +200,8 @@ def test_groups_that_do_not_divide(explain: Explain, target: str, hint: str) -> 
 
 def test_blocks_that_do_not_divide(explain: Explain) -> None:
     found = refusals(explain("odd", "vllm-h100", "--quantize", "fp8-block"))
-    assert {skip["code"] for skip in found} == {"CS4302"}
-    assert any("400x384" in skip["why"] for skip in found)
+    assert {diagnostic["code"] for diagnostic in found} == {"CS4302"}
+    assert any("400x384" in diagnostic["why"] for diagnostic in found)
 
 
 def test_the_cpu_kernel_takes_multiples_of_32(explain: Explain) -> None:
@@ -216,7 +216,7 @@ def test_it_is_the_joined_outputs_that_count(explain: Explain) -> None:
     assert "48x32 (3 joined)" in found["why"]
     # 64 + 16 + 16 outputs pass although 16 is no multiple of 32; what is refused is the 404 of the other layers.
     found_ragged = refusals(explain("ragged", "vllm-cpu", "--quantize", "w4a16-channel"))
-    assert all("q_proj" not in skip["where"] for skip in found_ragged)
+    assert all("q_proj" not in diagnostic["where"] for diagnostic in found_ragged)
 
 
 def test_codes_that_do_not_fill_an_integer(explain: Explain) -> None:
@@ -238,8 +238,8 @@ def test_sizes_that_a_gpu_kernel_was_not_written_for_are_noted(
     explain: Explain, model: str, target: str, scheme: str, parts: tuple[str, ...]
 ) -> None:
     found = notes(explain(model, target, "--quantize", scheme))
-    assert {skip["code"] for skip in found} == {"CS2331"}
-    text = " ".join(skip["why"] for skip in found)
+    assert {diagnostic["code"] for diagnostic in found} == {"CS2331"}
+    text = " ".join(diagnostic["why"] for diagnostic in found)
     for part in parts:
         assert part in text
 
@@ -264,8 +264,8 @@ def test_pruned_sizes_are_split_evenly(explain: Explain) -> None:
 def test_heads_and_channels_are_split_over_gpus(explain: Explain) -> None:
     assert notes(explain("plain", "vllm-h100", "--tensor-parallel", "2")) == []
     found = refusals(explain("plain", "vllm-h100", "--tensor-parallel", "3"))
-    assert {skip["code"] for skip in found} == {"CS4308"}
-    text = " ".join(skip["why"] for skip in found)
+    assert {diagnostic["code"] for diagnostic in found} == {"CS4308"}
+    text = " ".join(diagnostic["why"] for diagnostic in found)
     for part in ("4 key-value heads", "4 query heads cannot", "512 channels"):
         assert part in text
     # Without quantization, too: 400 channels are not split over 3.
@@ -283,7 +283,7 @@ def test_every_gpu_holds_whole_groups_and_blocks(explain: Explain) -> None:
     assert found["where"].endswith("o_proj.weight")
     assert "64 of its 256 inputs" in found["why"]
     blocks = refusals(explain("plain", "vllm-h100", "--tensor-parallel", "4", "--quantize", "fp8-block"))
-    assert {skip["code"] for skip in blocks} == {"CS4302"}
+    assert {diagnostic["code"] for diagnostic in blocks} == {"CS4302"}
     assert "over 4 GPUs" in blocks[0]["why"]
     assert notes(explain("plain", "vllm-h100", "--tensor-parallel", "4", "--quantize", "fp8")) == []
 
@@ -299,10 +299,13 @@ def test_other_kinds_of_models_are_refused(explain: Explain) -> None:
 
 def test_experts_are_not_quantized(explain: Explain) -> None:
     found = refusals(explain("mixtral", "vllm-h100", "--quantize", "fp8"))
-    assert [skip["code"] for skip in found] == ["CS4307"]
+    assert [diagnostic["code"] for diagnostic in found] == ["CS4307"]
     assert refusals(explain("mixtral", "vllm-h100")) == []
     split = refusals(explain("mixtral", "vllm-h100", "--tensor-parallel", "3"))
-    assert any(skip["where"].endswith("experts.gate_up_proj") and "512 channels" in skip["why"] for skip in split)
+    assert any(
+        diagnostic["where"].endswith("experts.gate_up_proj") and "512 channels" in diagnostic["why"]
+        for diagnostic in split
+    )
 
 
 def test_an_architecture_that_the_registered_vllm_does_not_have(explain: Explain) -> None:

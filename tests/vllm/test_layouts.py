@@ -17,6 +17,7 @@ from compile_sparse.backends.vllm.checkpoint import plan, write
 from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.float_activations import with_float_activations
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.ir.storage import cast_weights
@@ -25,7 +26,6 @@ from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 from compile_sparse.compiler.targets.target import find_target
-from compile_sparse.compiler.verify.reference import with_float_activations
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize import Quantize
@@ -143,12 +143,12 @@ def logits(program: Program) -> torch.Tensor:
 def disagreements(written: Written) -> list[str]:
     """Weights that were read as other values than the program's, by their name in the program.
 
-    Two products are rounded on either side (codes times scale, by a divisor for fp4).
+    Two multiplications are rounded on either side (codes times scale, by a divisor for fp4).
     """
-    _, coded = dequantized(written.program)
-    assert len(written.answer.weights) == len(coded) + 1, "every linear layer but the last is quantized"
+    _, tensors = dequantized(written.program)
+    assert len(written.answer.weights) == len(tensors) + 1, "every linear layer but the last is quantized"
     found = []
-    for (name, tensor), read in zip(coded.items(), read_in_order(written), strict=True):
+    for (name, tensor), read in zip(tensors.items(), read_in_order(written), strict=True):
         wanted = tensor.load()
         if not bool(((read - wanted).abs() <= 4 * EPS * wanted.abs()).all()):
             found.append(name)
@@ -156,10 +156,10 @@ def disagreements(written: Written) -> list[str]:
 
 
 def read_in_order(written: Written) -> list[torch.Tensor]:
-    """What was read for each coded tensor, whose layers may have had other numbers."""
-    _, coded = dequantized(written.program)
-    kept = sorted({int(name.split(".")[2]) for name in coded})
-    names = [name.removesuffix(".weight").split(".") for name in coded]
+    """What was read for each quantized tensor, whose layers may have had other numbers."""
+    _, tensors = dequantized(written.program)
+    kept = sorted({int(name.split(".")[2]) for name in tensors})
+    names = [name.removesuffix(".weight").split(".") for name in tensors]
     places = [[*parts[:2], str(kept.index(int(parts[2]))), *parts[3:]] for parts in names]
     return [written.answer.weights[".".join(parts)] for parts in places]
 
@@ -175,20 +175,20 @@ def test_the_consumer_computes_what_the_program_does(read: Callable[[str], Writt
     assert disagreements(written) == []
 
 
-def has_coded_activations(name: str) -> bool:
+def has_quantized_activations(name: str) -> bool:
     # compressed-tensors divides the range of int8 tokens by 127.5, vLLM's kernels by 127 as we do: see the next test.
     return bool(SCHEMES[name].activations) and name != "w8a8"
 
 
-@pytest.mark.parametrize("name", [*filter(has_coded_activations, SCHEMES), "w8a8-reduced", "pruned"])
+@pytest.mark.parametrize("name", [*filter(has_quantized_activations, SCHEMES), "w8a8-reduced", "pruned"])
 def test_the_consumer_codes_activations_as_the_program_does(read: Callable[[str], Written], name: str) -> None:
     """Rounding to codes amplifies differences in the last bit, but only where a value lies within them of a boundary.
 
-    With 10^5 coded values of 10^1 to 10^2 steps and differences of 10^-7 that is about one value, of which one token hears.
+    With 10^5 quantized values of 10^1 to 10^2 steps and differences of 10^-7 that is about one value, of which one token hears.
     """
     written = read(name)
-    coded, plain = logits(written.program), logits(with_float_activations(written.program))
-    effect, error = (coded - plain).abs().mean(), (written.answer.coded - coded).abs()
+    expected, plain = logits(written.program), logits(with_float_activations(written.program))
+    effect, error = (expected - plain).abs().mean(), (written.answer.quantized - expected).abs()
     assert effect > 0
     assert error.median() <= 0.01 * effect
     assert error.mean() <= 0.2 * effect
@@ -197,8 +197,8 @@ def test_the_consumer_codes_activations_as_the_program_does(read: Callable[[str]
 def test_transformers_divides_the_range_of_int8_tokens_otherwise(read: Callable[[str], Written]) -> None:
     """The reason for leaving w8a8 out above: as large a difference as coding makes. When this fails, compare it there too."""
     written = read("w8a8")
-    coded, plain = logits(written.program), logits(with_float_activations(written.program))
-    assert (written.answer.coded - coded).abs().mean() > 0.2 * (coded - plain).abs().mean()
+    expected, plain = logits(written.program), logits(with_float_activations(written.program))
+    assert (written.answer.quantized - expected).abs().mean() > 0.2 * (expected - plain).abs().mean()
 
 
 @pytest.mark.parametrize("name", MUTANTS)
@@ -311,11 +311,11 @@ def test_fused_layers_share_their_static_scales(folders: Files) -> None:
 
 def refused(program: Program, tmp_path: Path, code: str) -> Refusal:
     """``write`` refuses, and ``plan`` says the same before."""
-    planned = [skip for skip in plan(program, CPU) if skip.refuses]
+    planned = [diagnostic for diagnostic in plan(program, CPU) if diagnostic.refuses]
     with pytest.raises(Refusal) as caught:
         write(program, CPU, tmp_path, SilentProgress())
     assert caught.value.code == code
-    assert [skip.code for skip in planned] == [code]
+    assert [diagnostic.code for diagnostic in planned] == [code]
     assert not list(tmp_path.iterdir())
     return caught.value
 
@@ -346,7 +346,7 @@ def test_groups_that_do_not_divide_the_inputs_are_refused_with_smaller_ones(tmp_
     error = refused(quantized(odd, "w4a16", CPU), tmp_path, "CS4301")
     assert "2.25 groups" in error.why
     assert "w4a16-g32" in (error.hint or "")
-    assert not [skip for skip in plan(quantized(odd, "w4a16-g32", CPU), CPU) if skip.refuses]
+    assert not [diagnostic for diagnostic in plan(quantized(odd, "w4a16-g32", CPU), CPU) if diagnostic.refuses]
 
 
 def test_planning_reads_no_weights() -> None:

@@ -12,11 +12,14 @@ import torch
 from safetensors import safe_open
 
 from compile_sparse.backends.vllm.checkpoint import write
+from compile_sparse.backends.vllm.sparse24 import SparseTensor
+from compile_sparse.backends.vllm.sparse24_layout import expand_24
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights
+from compile_sparse.compiler.ir.weights import DerivedTensor
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.mask import Sparsify
@@ -57,7 +60,7 @@ def test_scales_of_keys_and_values_lie_beside_their_projections(captured: Captur
         stored = [tensors[f"model.layers.{layer}.self_attn.{kind}"] for layer in range(2)]
         assert all(scale.shape == (1,) and scale.dtype == torch.float32 for scale in stored)
         expected = [peak / 448 for peak in ranges(program, role)]
-        # The first layer does not depend on other caches; the second sees coded ones.
+        # The first layer does not depend on other caches; the second sees quantized ones.
         assert float(stored[0]) == pytest.approx(expected[0], rel=1e-5)
         assert float(stored[1]) == pytest.approx(expected[1], rel=0.2)
     assert config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
@@ -105,3 +108,15 @@ def test_sparse_weights_that_gpus_cannot_share_are_refused(captured: Captured, t
     with pytest.raises(Refusal, match="CS4308") as caught:  # 88 channels: 22 inputs of the down projection per GPU
         write(cast_weights(program, torch.bfloat16), goal, tmp_path, SilentProgress())
     assert "88 inputs are no multiple of 32" in caught.value.why
+
+
+def test_a_sparse_weight_is_read_and_compressed_once() -> None:
+    dense = torch.tensor([[0.0, 2.0, 0.0, 3.0, 4.0, 0.0, 0.0, 0.0]])
+    loads = []
+    source = DerivedTensor((1, 8), torch.float32, lambda: loads.append(None) or dense)
+    parts = SparseTensor(source).encoded("layer", torch.float32)
+    values, indices = (parts[f"layer.weight_{name}"].load() for name in ("values", "indices"))
+    assert torch.equal(expand_24(values, indices), dense)
+    assert len(loads) == 1
+    assert torch.equal(parts["layer.weight_values"].load(), values)  # again, whatever was asked for before
+    assert len(loads) == 2

@@ -24,7 +24,7 @@ CAPABILITIES = {
     "vllm-b200": "10.0",
 }
 SINCE = {"fp8": "8.9", "fp8-static": "8.9", "fp8-block": "9.0", "nvfp4": "10.0"}
-"""First compute capability whose products take both operands in this format."""
+"""First compute capability whose GEMMs take both operands in this format."""
 
 
 def test_every_gpu_has_its_capability() -> None:
@@ -59,7 +59,7 @@ def test_formats_start_and_end_with_the_hardware(name: str) -> None:
     target = find_target(name)
     for scheme, first in SINCE.items():
         assert (scheme in target.schemes) == (not older(target.compute_capability, first)), scheme
-    # CUTLASS has int8 products up to 9.0.
+    # CUTLASS has int8 GEMMs up to 9.0.
     assert ("w8a8" in target.schemes) == older(target.compute_capability, "10.0")
     alternatives = [
         name for name in target.schemes if f"--quantize {name}" in " ".join(target.refused_schemes.values())

@@ -3,8 +3,8 @@
     python transformers_worker.py JOB.json
 
 JOB: ``{"folders": [...], "ids": [[...], ...]}``. Into each folder goes ``answer.safetensors``: ``weight.NAME`` of every linear
-layer after decompression, ``plain`` (logits without coded activations) and ``coded`` (logits of compressed-tensors' own quantized
-forward); or ``answer.txt``, what went wrong. One process for all folders: importing takes longest.
+layer after decompression, ``plain`` (logits with floating-point activations) and ``quantized`` (logits of compressed-tensors' own
+quantized forward); or ``answer.txt``, what went wrong. One process for all folders: importing takes longest.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def answer(folder: Path, ids: torch.Tensor) -> dict[str, torch.Tensor]:
         raise ValueError(str(report))
     model.eval()
     linears = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
-    found = {"coded": model(ids).logits}  # decompresses on its first call
+    found = {"quantized": model(ids).logits}  # decompresses on its first call
     for module in linears.values():
         module.quantization_enabled = False
     found["plain"] = model(ids).logits

@@ -21,6 +21,7 @@ __all__ = [
     "FP4_VALUES",
     "FP8_MAX",
     "NVFP4_GROUP",
+    "WEIGHT_DEQUANTIZERS",
     "dequantize_activation",
     "dequantize_block",
     "dequantize_nvfp4",
@@ -37,6 +38,8 @@ FP4_MAX = 6.0
 FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 """Magnitudes of e2m1 codes 0 to 7; codes 8 to 15 are their negatives."""
 NVFP4_GROUP = 16
+WEIGHT_DEQUANTIZERS = frozenset({"dequantize_weight", "dequantize_block", "dequantize_nvfp4"})
+"""Operators that make a float weight of stored codes, the first argument of each."""
 _ACTIVATION_FORMATS = ("int8", "int8-static", "fp8", "fp8-static", "fp8-group", "fp4")
 _TOPS = {"int8": 127.0, "fp8": FP8_MAX}
 

@@ -215,7 +215,7 @@ def test_a_conversion_that_is_not_known_names_the_tensor(tmp_path: Path, monkeyp
 def test_logits_from_disk_are_those_of_transformers(
     from_disk: Callable[[str], Program], saved: Callable[[str], Path]
 ) -> None:
-    """Bit for bit: the same products in the same order, once the experts are computed in the same way."""
+    """Bit for bit: the same GEMMs in the same order, once the experts are computed in the same way."""
     ids = torch.tensor([[5, 17, 40, 8, 33, 2, 71], [9, 3, 3, 60, 1, 1, 88]])
     program = from_disk("qwen3_moe")
     model = hf.Qwen3MoeForCausalLM.from_pretrained(saved("qwen3_moe"), experts_implementation="batched_mm").eval()

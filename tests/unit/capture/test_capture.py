@@ -27,7 +27,7 @@ IDS = torch.tensor([[5, 17, 40, 8, 33, 2, 71], [9, 3, 3, 60, 1, 1, 88]])
 
 
 def tolerance(expected: torch.Tensor, width: int = 88, depth: int = 9) -> float:
-    """Two orders of summing ``width`` float32 terms differ by about eps * sqrt(width); ``depth`` products in a row add up."""
+    """Two orders of summing ``width`` float32 terms differ by about eps * sqrt(width); ``depth`` GEMMs in a row add up."""
     return float(torch.finfo(torch.float32).eps * width**0.5 * depth * expected.abs().max())
 
 
