@@ -1,6 +1,6 @@
 """Walks a program and emits one or a few ONNX nodes per operator.
 
-Emitters register by qualified operator name in a dialect (``dialect.py``) and live in ``emit_*.py`` by family.
+Emitters register by qualified operator name in a dialect (``dialect.py``) and live in ``emitters/`` by family.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Emission:
     Attributes:
         forms: how many times each runtime form was used, for the report.
         unsupported: operators nothing was emitted for; when there are any the graph is incomplete.
-        skips: operators that could not use their fast form.
+        diagnostics: operators that could not use their fast form.
     """
 
     def __init__(
@@ -49,7 +49,7 @@ class Emission:
         self.program, self.graph, self.dialect = program, graph, dialect
         self.forms: dict[str, int] = {}
         self.unsupported: list[Diagnostic] = []
-        self.skips: list[Diagnostic] = []
+        self.diagnostics: list[Diagnostic] = []
         self.shared: dict[Any, Any] = {}
         self._on_weight = on_weight
         self._names: dict[fx.Node, Emitted] = {}
@@ -71,11 +71,11 @@ class Emission:
         emitter = self.dialect.find(qualified_name(node))
         if emitter is None:
             raise Unsupported("no emitter is registered for it")
-        outer, self.graph.source = self.graph.source, _module_of(node)
+        enclosing, self.graph.source = self.graph.source, _module_of(node)
         try:
             emitted = emitter(self, node)
         finally:
-            self.graph.source = outer
+            self.graph.source = enclosing
         self._names.setdefault(node, emitted)
 
     def bind(self, node: fx.Node, name: Emitted) -> None:

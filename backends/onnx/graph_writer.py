@@ -102,8 +102,8 @@ class GraphWriter:
     def constant(self, values: Any, dtype: str = "int64") -> str:
         """A small constant; equal ones share a name."""
         # numpy has no bfloat16.
-        short = dtype == "bfloat16"
-        array = raw_values(torch.tensor(values, dtype=torch.bfloat16)) if short else np.asarray(values, dtype=dtype)
+        bfloat16 = dtype == "bfloat16"
+        array = raw_values(torch.tensor(values, dtype=torch.bfloat16)) if bfloat16 else np.asarray(values, dtype=dtype)
         key = (element_type(dtype), array.shape, array.tobytes())
         if key not in self._constants:
             name = self.fresh(f"constant_{len(self._constants)}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +13,10 @@ from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.graph_writer import NodeRecord, ValueRecord
 from compile_sparse.compiler.ir.program import Input, Program
 
-__all__ = ["add_inputs", "add_outputs"]
+__all__ = ["Interface", "dynamic_interface"]
+
+Interface = Callable[[Emission], Callable[[], None]]
+"""Declares a graph's inputs and binds the program's to them. What it returns declares the outputs once everything is emitted."""
 
 _DYNAMIC = {
     "input_ids": ("batch_size", "sequence_length"),
@@ -25,7 +30,12 @@ _DYNAMIC = {
 _PRESENT = ("batch_size", "heads", "total_sequence_length", "head_size")
 
 
-def add_inputs(emission: Emission) -> dict[str, str]:
+def dynamic_interface(emission: Emission) -> Callable[[], None]:
+    """The program's own inputs and outputs, every size of which that may differ is a named dimension."""
+    return partial(_add_outputs, emission, _add_inputs(emission))
+
+
+def _add_inputs(emission: Emission) -> dict[str, str]:
     """Declare every model input; returns symbolic expression -> dimension name for the outputs."""
     program = emission.program
     symbols: dict[str, str] = {}
@@ -52,7 +62,7 @@ def _names(entry: Input, program: Program) -> tuple[str, ...]:
     return _DYNAMIC.get(entry.role, ())
 
 
-def add_outputs(emission: Emission, symbols: dict[str, str]) -> None:
+def _add_outputs(emission: Emission, symbols: dict[str, str]) -> None:
     """Declare every output under its public name and drop what nothing needs, an unread position_ids input included.
 
     Values are renamed rather than copied: a copy of the cache would cost as much as attention itself.

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Probe
 from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:
@@ -62,9 +62,21 @@ class OnnxRuntimeBackend:
         Raises:
             Refusal: CS2311 when an operator has no ONNX form.
         """
+        from compile_sparse.compiler.lowering import lower_in_steps
+
+        return lower_in_steps(self, program, target, out, progress)
+
+    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+        """Patterns the runtime has a kernel for."""
+        from compile_sparse.backends.onnxruntime.lowering import STEPS
+
+        return STEPS
+
+    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write the model folder of ``prepared``."""
         from compile_sparse.backends.onnxruntime.lowering import write_folder
 
-        return write_folder(program, target, out, progress)
+        return write_folder(prepared, out, progress)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """Every folder runs wherever the runtime does."""

@@ -16,7 +16,7 @@ GROUPED = "GroupQueryAttention"
 
 
 def refuse_attention(shape: AttentionShape) -> str:
-    """Why the grouped-query kernel cannot run this shape, or an empty string (for ``raise_patterns``)."""
+    """Why the grouped-query kernel cannot run this shape, or an empty string (for ``RaiseAttention``)."""
     if shape.head_size != shape.value_size:
         return f"GroupQueryAttention needs equal key and value sizes, got {shape.head_size} and {shape.value_size}."
     if shape.head_size % 8 or (shape.rotary and shape.head_size % 16):

@@ -6,7 +6,7 @@ weight                              activation                              runt
 float ``[N, K]`` or ``[K, N]``      float                                   MatMul, weight stored ``[K, N]``
 integers, one scale per group       float                                   MatMulNBits, 4 or 8 bits
 integers, one scale per channel     8-bit, one dynamic scale per tensor     MatMulIntegerToFloat
-anything else                                                               plain operators, and a CS2310 skip
+anything else                                                               plain operators, and a CS2310 diagnostic
 =================================== ======================================= ===================================
 """
 
@@ -20,7 +20,7 @@ import torch
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission
-from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_product
+from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_gemm
 from compile_sparse.backends.onnxruntime.dialect import DIALECT, MICROSOFT
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape, pad_scales
 from compile_sparse.compiler.diagnostics import Diagnostic
@@ -43,20 +43,20 @@ class _Codes:
     bits: int
 
     @property
-    def inner(self) -> int:
+    def in_features(self) -> int:
         return int(dimensions(self.q)[self.axis])
 
     @property
-    def outer(self) -> int:
+    def out_features(self) -> int:
         return int(dimensions(self.q)[1 - self.axis])
 
 
-def _contract(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
+def _gemm(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
     if is_op(weight, "compile_sparse::dequantize_weight"):
         packed = _quantized(emission, node, x, weight, bias, axis)
         if packed is not None:
             return packed
-    return float_product(emission, node, x, weight, bias, axis)
+    return float_gemm(emission, node, x, weight, bias, axis)
 
 
 def _quantized(
@@ -73,7 +73,7 @@ def _quantized(
     elif given["zero_point"] is not None or codes.q.meta["val"].dtype != torch.int8:
         reason = "there is no kernel for its codes"
     elif dynamic and not codes.group:
-        return _integer_product(emission, node, x, codes, bias)
+        return _integer_gemm(emission, node, x, codes, bias)
     elif dynamic:
         reason = "there is no kernel for grouped scales with 8-bit activations"
     elif not codes.group:
@@ -81,28 +81,28 @@ def _quantized(
     elif codes.bits not in (4, 8) or codes.group < 16 or codes.group & (codes.group - 1):
         reason = f"MatMulNBits has no {codes.bits}-bit form with groups of {codes.group}"
     else:
-        return _blocked_product(emission, node, x, codes, bias)
+        return _blocked_gemm(emission, node, x, codes, bias)
     why = f"The quantized weight of this layer is multiplied out in float: {reason}."
-    emission.skips.append(Diagnostic(node.name, "CS2310", why, "Use a scheme the target lists."))
+    emission.diagnostics.append(Diagnostic(node.name, "CS2310", why, "Use a scheme the target lists."))
     return None
 
 
-def _blocked_product(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, bias: fx.Node | None) -> str:
-    inner, outer, bits, group = codes.inner, codes.outer, codes.bits, codes.group
-    groups = -(-inner // group)
+def _blocked_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, bias: fx.Node | None) -> str:
+    in_features, out_features, bits, group = codes.in_features, codes.out_features, codes.bits, codes.group
+    groups = -(-in_features // group)
 
     def packed(values: torch.Tensor) -> np.ndarray:
         rows = values.numpy() if codes.axis == 1 else values.numpy().T
         return pack_blocks(rows, bits, group)
 
     def scales(values: torch.Tensor) -> np.ndarray:
-        return pad_scales(values.numpy(), outer, groups)
+        return pad_scales(values.numpy(), out_features, groups)
 
     suffix = f".packed{bits}"
     inputs = [
         emission.value(x),
-        emission.stored(codes.q, suffix, packed_shape(outer, inner, bits, group), "uint8", packed),
-        emission.stored(codes.scale, "", (outer, groups), "float32", scales),
+        emission.stored(codes.q, suffix, packed_shape(out_features, in_features, bits, group), "uint8", packed),
+        emission.stored(codes.scale, "", (out_features, groups), "float32", scales),
     ]
     if bias is not None:
         inputs += ["", "", emission.value(bias)]
@@ -112,23 +112,25 @@ def _blocked_product(emission: Emission, node: fx.Node, x: fx.Node, codes: _Code
         inputs,
         hint=node.name,
         domain=MICROSOFT,
-        K=inner,
-        N=outer,
+        K=in_features,
+        N=out_features,
         bits=bits,
         block_size=group,
         accuracy_level=_INT8_COMPUTE,
     )
 
 
-def _integer_product(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, bias: fx.Node | None) -> str:
+def _integer_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, bias: fx.Node | None) -> str:
     given = arguments(x)
     activation, scale, zero_point = (emission.value(given[k]) for k in ("codes", "scale", "zero_point"))
 
-    def inner_first(values: torch.Tensor) -> np.ndarray:
+    def in_features_first(values: torch.Tensor) -> np.ndarray:
         array: Any = values.numpy()
         return np.ascontiguousarray(array.T if codes.axis == 1 else array)
 
-    stored = emission.stored(codes.q, ".inner_first", (codes.inner, codes.outer), "int8", inner_first)
+    stored = emission.stored(
+        codes.q, ".inner_first", (codes.in_features, codes.out_features), "int8", in_features_first
+    )
     inputs = [activation, stored, scale, emission.value(codes.scale), zero_point]
     if bias is not None:
         inputs += ["", emission.value(bias)]
@@ -136,4 +138,4 @@ def _integer_product(emission: Emission, node: fx.Node, x: fx.Node, codes: _Code
     return emission.graph.call("MatMulIntegerToFloat", inputs, hint=node.name, domain=MICROSOFT)
 
 
-emits_gemms(DIALECT, _contract)
+emits_gemms(DIALECT, _gemm)

@@ -12,24 +12,24 @@ import numpy as np
 __all__ = ["pack_blocks", "packed_shape", "pad_scales"]
 
 
-def packed_shape(outer: int, inner: int, bits: int, block: int) -> tuple[int, int, int]:
+def packed_shape(out_features: int, in_features: int, bits: int, block: int) -> tuple[int, int, int]:
     """Shape of the packed bytes."""
-    return outer, -(-inner // block), block * bits // 8
+    return out_features, -(-in_features // block), block * bits // 8
 
 
 def pack_blocks(codes: np.ndarray, bits: int, block: int) -> np.ndarray:
     """Pack signed ``codes [N, K]`` (int8, in ``[-2^(bits-1), 2^(bits-1) - 1]``)."""
-    outer, inner = codes.shape
-    shape = packed_shape(outer, inner, bits, block)
+    out_features, in_features = codes.shape
+    shape = packed_shape(out_features, in_features, bits, block)
     middle = 1 << (bits - 1)
-    padded = np.full((outer, shape[1] * block), middle, np.uint8)
+    padded = np.full((out_features, shape[1] * block), middle, np.uint8)
     # The sum fits in 8 bits, so wrapping arithmetic gives the exact code.
-    padded[:, :inner] = np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
+    padded[:, :in_features] = np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
     if bits == 4:
         padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
     return padded.reshape(shape)
 
 
-def pad_scales(scales: np.ndarray, outer: int, groups: int) -> np.ndarray:
+def pad_scales(scales: np.ndarray, out_features: int, groups: int) -> np.ndarray:
     """Scales as contiguous float32 ``[N, groups]``."""
-    return np.ascontiguousarray(scales.reshape(outer, groups), dtype=np.float32)
+    return np.ascontiguousarray(scales.reshape(out_features, groups), dtype=np.float32)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Probe
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.diagnostics import Diagnostic
@@ -44,15 +44,21 @@ class TensorRtBackend:
             Refusal: CS2311, CS44xx (graph and builder), CS4501 (a layer that lost its zeros).
             EnvironmentFailure: CS52xx, the builder.
         """
+        from compile_sparse.compiler.lowering import lower_in_steps
+
+        return lower_in_steps(self, program, target, out, progress)
+
+    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+        """Patterns TensorRT has a kernel for, and types."""
+        from compile_sparse.backends.tensorrt.graph.lowering import lowering_steps
+
+        return lowering_steps(target)
+
+    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write the model folder: the graph of ``prepared``, the checkpoint of ``program``."""
         from compile_sparse.backends.tensorrt.folder import write_folder
 
-        return write_folder(program, target, out, progress)
-
-    def half_precision_nodes(self, program: Program, target: Target) -> tuple[Program, Collection[str]]:
-        """Values of the graph that have fp16; bf16 has the range of float32."""
-        from compile_sparse.backends.tensorrt.graph.lowering import half_precision_nodes
-
-        return half_precision_nodes(program) if target.baseline_precision == "fp16" else (program, ())
+        return write_folder(program, prepared, target, out, progress)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """The folder has no engine for the GPU here."""

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import hashlib
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from compile_sparse.backends.checkpoint.modelopt import write_unified
 from compile_sparse.backends.onnx.emission import Emission
-from compile_sparse.backends.onnx.external_data import Sink
+from compile_sparse.backends.onnx.external_data import MODEL_FILE
 from compile_sparse.backends.onnx.graph_writer import ValueRecord
-from compile_sparse.backends.onnx.writing import MODEL_FILE, write_files
+from compile_sparse.backends.onnx.lower import write_graph
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, Intended, Sparsity, Value
 from compile_sparse.backends.tensorrt.engine.engine_stage import Stage, build_engines
 from compile_sparse.backends.tensorrt.engine.profiles import profiles_for
-from compile_sparse.backends.tensorrt.graph.lowering import build_of, emit, prepared
+from compile_sparse.backends.tensorrt.graph.cache import aliases_of
+from compile_sparse.backends.tensorrt.graph.dialect import DIALECT
+from compile_sparse.backends.tensorrt.graph.lowering import build_of, interface_of
 from compile_sparse.backends.tensorrt.sparsity.sparse_gate import GemmRow, check_sparsity, require_pattern
 from compile_sparse.backends.tensorrt.sparsity.sparse_report import sparse_report
 from compile_sparse.compiler.diagnostics import Diagnostic
@@ -29,20 +31,20 @@ from compile_sparse.compiler.verify.measure import BESIDE, TWIN
 __all__ = ["write_folder"]
 
 
-def write_folder(program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
-    """Write the graph, its engine where one can be built, the description and the unified checkpoint into ``out``."""
+def write_folder(program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    """Write the graph, its engine where one can be built, the description and the unified checkpoint into ``out``.
+
+    Args:
+        program: the compiled one, which the checkpoint holds.
+        prepared: what the lowering steps made of it, which the graph computes.
+        target: what engines are built for.
+        out: an empty folder.
+        progress: where it is reported.
+    """
     options, decoder = build_of(target, program), program.kind == "decoder"
-    typed, skips = prepared(program, target)
-    aliases: dict[str, str] = {}
-
-    def emitted(sink: Sink, on_weight: Callable[[], None]) -> Emission:
-        emission, found = emit(typed, sink, options.max_length, on_weight)
-        aliases.update(found)
-        return emission
-
-    emission, files = write_files(typed, out, emitted, progress)
+    emission, files = write_graph(prepared, DIALECT, interface_of(program, options.max_length), out, progress)
     profiles = profiles_for(emission.graph.inputs, options, decoder=decoder)
-    pattern, intended, rows = _sparse_products(program, out / MODEL_FILE)
+    pattern, intended, rows = _sparse_gemms(program, out / MODEL_FILE)
     stage = build_engines(out / MODEL_FILE, target, options, profiles, sparse=bool(intended), progress=progress)
     limits = [*_limits(program, options.max_length), *stage.limits]
     description = Description(
@@ -51,7 +53,7 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
         max_length=options.max_length if decoder else None,
         inputs=_values(emission.graph.inputs),
         outputs=_values(emission.graph.outputs),
-        aliases=aliases,
+        aliases=dict(aliases_of(emission)),
         profiles=profiles,
         sparsity=Sparsity(
             pattern=pattern, intended=tuple(Intended(node=node, tensor=tensor) for node, tensor in intended.items())
@@ -67,13 +69,14 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
         twin = description.model_copy(update={"engines": (stage.twin,), "sparsity": None})
         files[f"{TWIN}/{DESCRIPTION_FILE}"] = _write_description(twin, out / TWIN)
         files[f"{TWIN}/{stage.twin.file}"] = stage.twin.sha256
+    skips: list[Diagnostic] = []
     if options.checkpoint:
         written, notes = _checkpoint(program, out / BESIDE, progress)
         files |= written
-        skips = [*skips, *notes]
+        skips += notes
     section = None
     if intended:
-        skips = [*skips, *_without_kernels(target, pattern, [row for row in rows if row.node in intended])]
+        skips += _without_kernels(target, pattern, [row for row in rows if row.node in intended])
         section = sparse_report(
             intended,
             stage.built.messages if stage.built else (),
@@ -87,7 +90,7 @@ def write_folder(program: Program, target: Target, out: Path, progress: Progress
         files=files,
         form=_form(emission, stage),
         limits=limits,
-        skips=[*skips, *emission.skips],
+        skips=[*skips, *emission.diagnostics],
         sparsity=section,
     )
 
@@ -102,11 +105,11 @@ def _form(emission: Emission, stage: Stage) -> dict[str, object]:
     return {**dict(sorted(emission.forms.items())), "engine": stage.form}
 
 
-def _sparse_products(program: Program, model: Path) -> tuple[str, dict[str, str], list[GemmRow]]:
-    """Pattern, products whose weight was pruned in it (node -> name of its constant), and the state of every product.
+def _sparse_gemms(program: Program, model: Path) -> tuple[str, dict[str, str], list[GemmRow]]:
+    """Pattern, GEMMs whose weight was pruned in it (node -> name of its constant), and the state of every GEMM.
 
     Raises:
-        Refusal: CS4501, one of them lost its zeros or cannot be seen from its product.
+        Refusal: CS4501, one of them lost its zeros or cannot be seen from its GEMM.
     """
     masks = {name: mask for name, mask in program.masks.items() if _is_n_of_m(mask.pattern)}
     if not masks:
@@ -150,7 +153,7 @@ def _without_kernels(target: Target, pattern: str, rows: Sequence[GemmRow]) -> l
         Diagnostic(
             nodes[0],
             "CS2371",
-            f"{len(nodes):,} products are {pattern} in {name}; {target.name} is known to have sparse kernels for "
+            f"{len(nodes):,} GEMMs are {pattern} in {name}; {target.name} is known to have sparse kernels for "
             f"{' and '.join(rule.formats)} only, so expect these to run dense.",
             "Choose w8a8-static or fp16, or see with 'compile-sparse probe' what the GPU does.",
         )

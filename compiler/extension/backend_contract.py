@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.diagnostics import Diagnostic
+    from compile_sparse.compiler.extension.pass_contract import PassResult
     from compile_sparse.compiler.ir.program import Program
     from compile_sparse.compiler.progress import Progress
     from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["Backend", "Lowered", "Probe", "ReducedPrecision", "ReferenceRuntime"]
+__all__ = ["Backend", "Lowered", "LoweringStep", "Probe", "ReferenceRuntime", "SteppedLowering"]
 
 
 @dataclass(frozen=True)
@@ -101,12 +102,37 @@ class ReferenceRuntime(Protocol):
         ...
 
 
-@runtime_checkable
-class ReducedPrecision(Protocol):
-    """A backend that keeps values in a type whose range they may leave."""
+class LoweringStep(Protocol):
+    """One change to a program on its way into a runtime's files, such as a pattern replaced by the operator the runtime has a
+    kernel for. It is run like a pass: verified under ``--verify-each`` and timed.
+    """
 
-    def half_precision_nodes(self, program: Program, target: Target) -> tuple[Program, Collection[str]]:
-        """``program`` as it will be computed, and the names of its nodes whose values are held in a type of smaller range than
-        float32; no names where there are none.
+    @property
+    def name(self) -> str: ...
+
+    def run(self, program: Program, context: object = None) -> PassResult:
+        """The changed program; the one given is untouched. A step holds what it needs: the context is for passes."""
+        ...
+
+
+@runtime_checkable
+class SteppedLowering(Protocol):
+    """A backend that writes another program than the compiled one: ``lower`` is ``write`` behind the steps."""
+
+    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+        """What a program goes through before it is written, in order.
+
+        Up to a ``MixedPrecision`` among them the program computes in float32. The values which that step puts into fp16 are
+        watched on the text the artifact is checked on, and refused (CS4432) where they leave its range.
+        """
+        ...
+
+    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+        """Write what the runtime loads into the empty folder ``out``.
+
+        Args:
+            program: the compiled one.
+            prepared: what the steps made of it. What they left alone is reported by whoever ran them.
+            target, out, progress: as for ``lower``.
         """
         ...

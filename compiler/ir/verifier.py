@@ -3,7 +3,8 @@
 1. Nodes are placeholders, calls of torch operators (or ``operator`` functions on sizes and tuples) and one output.
 2. Every placeholder is bound to a stored tensor or is a declared input, and carries a value of the stored shape and dtype.
 3. Outputs match the declared outputs in number.
-4. Every tensor-valued call has a fake value, and running the call on its inputs' fake values gives the same shape and dtype.
+4. Every tensor-valued call has a fake value, and running the call on its inputs' fake values gives the same shape and dtype
+   (of a dequantized weight: the same shape, and any floating-point type).
 5. Nothing is dead.
 6. Integer codes are dequantized by matching scales; a mask annotation names a stored tensor, and its pattern and axis fit it.
 7. Masked tensors hold the zeros of their pattern, and no pass forgets a mask. This one reads weights:
@@ -101,13 +102,16 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
                 computed = node.target(*args, **kwargs)  # type: ignore[operator]
             except (RuntimeError, ValueError, TypeError, IndexError) as error:
                 raise broken(4, node.name, f"it cannot run on its inputs: {error}") from error
-    if op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4"):
+    dequantizes = op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4")
+    if dequantizes:
         _check_scales(node, broken)
     pairs = _tensors(recorded), _tensors(computed)
     if len(pairs[0]) != len(pairs[1]):
         raise broken(4, node.name, f"{len(pairs[0])} tensors recorded, its inputs give {len(pairs[1])}")
     for before, now in zip(*pairs, strict=True):
-        if before.dtype != now.dtype or not _same_shape(before.shape, now.shape):
+        # Mixed precision: a runtime dequantizes into the type of the GEMM that reads the weight, whatever its scales have.
+        same_type = before.dtype == now.dtype or (dequantizes and before.dtype.is_floating_point)
+        if not same_type or not _same_shape(before.shape, now.shape):
             raise broken(
                 4,
                 node.name,

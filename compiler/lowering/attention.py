@@ -15,26 +15,20 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.ir.nodes import (
-    arguments,
-    dimensions,
-    insert_call,
-    is_op,
-    module_of,
-    same_dimension,
-)
+from compile_sparse.compiler.extension.pass_contract import PassResult
+from compile_sparse.compiler.ir.nodes import arguments, dimensions, insert_call, is_op, module_of, same_dimension
 from compile_sparse.compiler.ir.program import Binding, Program
-from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.lowering.causality import CausalityProver, CausalMask
 from compile_sparse.compiler.lowering.rotary import RotaryTables, match_rotation
+from compile_sparse.compiler.lowering.steps import raised
 
-__all__ = ["AttentionShape", "raise_attention"]
+__all__ = ["AttentionShape", "RaiseAttention"]
 
 _ATEN = torch.ops.aten
 
@@ -61,28 +55,41 @@ class _Cache:
     repeat: tuple[fx.Node, ...]
 
 
-def raise_attention(
-    program: Program, bindings: dict[str, Binding], refuse: Callable[[AttentionShape], str]
-) -> tuple[dict[str, ResidentTensor], list[Diagnostic]]:
-    """Edit the graph in place and add table placeholders to ``bindings``.
+@dataclass(frozen=True)
+class RaiseAttention:
+    """See the module. In decoders only: other models have no cache.
 
-    Returns:
-        Tensors to add to the weight store, and CS2302 (form), CS2303 (mask), CS2304 (rotation left outside) and CS2305
-        (backend) skips.
+    Attributes:
+        refuse: a backend's say: a sentence when its kernel cannot run this shape, or an empty string.
     """
-    raiser = _Raiser(program, bindings, refuse)
-    for node in list(program.graph.nodes):
-        if is_op(node, "aten::scaled_dot_product_attention"):
-            raiser.visit(node)
-    return raiser.tables.sources, raiser.skips
+
+    refuse: Callable[[AttentionShape], str]
+    name: ClassVar[str] = "raise attention"
+
+    def run(self, program: Program, context: object = None) -> PassResult:
+        """Replace every match; CS2302 (form), CS2303 (mask), CS2304 (rotation left outside) and CS2305 (backend) otherwise.
+
+        Raises:
+            ModelError: CS2001, the program has no weights and the rotation's angles need one.
+        """
+        if program.kind != "decoder":
+            return PassResult(program, modified=False)
+        raiser = _Raiser(program.clone(), self.refuse)
+        for node in list(raiser.program.graph.nodes):
+            if is_op(node, "aten::scaled_dot_product_attention"):
+                raiser.visit(node)
+        edited = replace(raiser.program, weights=program.weights.updated(raiser.tables.sources))
+        return raised(program, edited, raiser.count, raiser.diagnostics, bindings=raiser.bindings)
 
 
 class _Raiser:
-    def __init__(self, program: Program, bindings: dict[str, Binding], refuse: Callable[[AttentionShape], str]) -> None:
+    def __init__(self, program: Program, refuse: Callable[[AttentionShape], str]) -> None:
         self.program, self.refuse = program, refuse
-        self.skips: list[Diagnostic] = []
+        self.bindings: dict[str, Binding] = dict(program.bindings)
+        self.count = 0
+        self.diagnostics: list[Diagnostic] = []
         self.masks = CausalityProver(program)
-        self.tables = RotaryTables(program, bindings)
+        self.tables = RotaryTables(program, self.bindings)
         by_role: dict[str, set[str]] = {}
         for entry in program.inputs:
             by_role.setdefault(entry.role, set()).add(entry.placeholder)
@@ -94,19 +101,19 @@ class _Raiser:
         given = arguments(sdpa)
         keys, values = self._cache(given["key"]), self._cache(given["value"])
         if keys is None or values is None:
-            return self._skip(sdpa, "CS2302", "Keys and values are not the cached ones followed by the new ones.")
+            return self._leave(sdpa, "CS2302", "Keys and values are not the cached ones followed by the new ones.")
         if given["dropout_p"] or given["is_causal"] or given["scale"] is None:
-            return self._skip(sdpa, "CS2302", "The attention has dropout, an implicit mask or no explicit scale.")
+            return self._leave(sdpa, "CS2302", "The attention has dropout, an implicit mask or no explicit scale.")
         if self.mask_input is None or not isinstance(given["attn_mask"], fx.Node):
-            return self._skip(sdpa, "CS2303", "There is no attention mask that could be proved causal.")
+            return self._leave(sdpa, "CS2303", "There is no attention mask that could be proved causal.")
         mask = self.masks.prove(given["attn_mask"])
         if not isinstance(mask, CausalMask):
-            return self._skip(sdpa, "CS2303", f"The attention mask stays explicit: {mask}.")
+            return self._leave(sdpa, "CS2303", f"The attention mask stays explicit: {mask}.")
         self._rewrite(sdpa, given["query"], keys, values, mask, float(given["scale"]))
         return None
 
-    def _skip(self, node: fx.Node, code: str, why: str) -> None:
-        self.skips.append(
+    def _leave(self, node: fx.Node, code: str, why: str) -> None:
+        self.diagnostics.append(
             Diagnostic(node.name, code, why, "The attention runs in its written form, correct but slower.")
         )
 
@@ -126,7 +133,7 @@ class _Raiser:
         self, sdpa: fx.Node, query: fx.Node, keys: _Cache, values: _Cache, mask: CausalMask, scale: float
     ) -> None:
         if not self._may_replace(keys, sdpa) or not self._may_replace(values, sdpa):
-            return self._skip(sdpa, "CS2302", "The cache is read by other operators before the attention.")
+            return self._leave(sdpa, "CS2302", "The cache is read by other operators before the attention.")
         heads, size = dimensions(query)[1], dimensions(query)[3]
         kv_heads, value_size = dimensions(keys.node)[1], dimensions(values.node)[3]
         given_query, key = query, keys.new
@@ -135,7 +142,7 @@ class _Raiser:
         if rotated_q and rotated_k and (rotated_q.cos, rotated_q.sin) == (rotated_k.cos, rotated_k.sin):
             tables = self.tables.placeholders(rotated_q)
             if isinstance(tables, str):
-                self.skips.append(
+                self.diagnostics.append(
                     Diagnostic(sdpa.name, "CS2304", f"The rotary embedding stays outside the attention: {tables}.")
                 )
             else:
@@ -145,14 +152,14 @@ class _Raiser:
         refusal = self.refuse(shape)
         if refusal and cos is not None:
             # The rotation may be what the kernel cannot do; the model's own stays outside then.
-            self.skips.append(
+            self.diagnostics.append(
                 Diagnostic(sdpa.name, "CS2304", f"The rotary embedding stays outside the attention: {refusal}")
             )
             query, key, cos, sin = given_query, keys.new, None, None
             shape = replace(shape, rotary=False)
             refusal = self.refuse(shape)
         if refusal:
-            return self._skip(sdpa, "CS2305", refusal)
+            return self._leave(sdpa, "CS2305", refusal)
         graph = self.program.graph
         with graph.inserting_before(sdpa):
             flat = [_flattened(graph, node) for node in (query, key, values.new)]
@@ -164,11 +171,11 @@ class _Raiser:
                 ),
             )
             attention.meta.update(module_of(sdpa))
-            outer = _merged_output(sdpa)
+            merged = _merged_output(sdpa)
             batch, length = dimensions(sdpa)[0], dimensions(sdpa)[2]
             flat_value = (
-                outer.meta["val"]
-                if outer is not None
+                merged.meta["val"]
+                if merged is not None
                 else flat[0].meta["val"].new_empty(batch, length, shape.num_heads * shape.value_size)
             )
             attention.meta["val"] = (flat_value, keys.node.meta["val"], values.node.meta["val"])
@@ -176,13 +183,14 @@ class _Raiser:
                 insert_call(graph, operator.getitem, (attention, index), value=attention.meta["val"][index])
                 for index in range(3)
             )
-        if outer is not None:
-            outer.replace_all_uses_with(out)
+        if merged is not None:
+            merged.replace_all_uses_with(out)
         else:
             with graph.inserting_after(out):
                 split = insert_call(graph, _ATEN.unflatten.int, (out, 2, [shape.num_heads, shape.value_size]))
             with graph.inserting_after(split):
                 sdpa.replace_all_uses_with(insert_call(graph, _ATEN.transpose.int, (split, 1, 2)))
+        self.count += 1
         for cache, new in ((keys, new_keys), (values, new_values)):
             # What only repeats the cache dies with the attention; it comes earlier in the graph and must not see the new node.
             cache.node.replace_all_uses_with(new, delete_user_cb=lambda user, c=cache: user not in c.repeat)
@@ -192,8 +200,8 @@ class _Raiser:
     def _may_replace(cache: _Cache, sdpa: fx.Node) -> bool:
         """Readers of the cache other than this attention must come after it, because its new value does."""
         chain = {*cache.repeat, sdpa}
-        inner_users = [user for node in cache.repeat for user in node.users if user not in chain]
-        return not inner_users and all(user in chain or sdpa < user for user in cache.node.users)
+        other_users = [user for node in cache.repeat for user in node.users if user not in chain]
+        return not other_users and all(user in chain or sdpa < user for user in cache.node.users)
 
 
 def _repeats_heads(repeat: list[fx.Node], cache: fx.Node) -> bool:

@@ -8,28 +8,40 @@ Source: arXiv:1606.08415.
 from __future__ import annotations
 
 import math
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from compile_sparse.compiler.extension.pass_contract import PassResult
 from compile_sparse.compiler.ir.nodes import is_op, operand_pairs
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.lowering.steps import raised
 
-__all__ = ["raise_gelu_tanh"]
+__all__ = ["RaiseGelu"]
 
 
-def raise_gelu_tanh(program: Program) -> None:
-    """Edit the graph in place."""
-    graph = program.graph
-    for node in list(graph.nodes):
-        x = _match(node)
-        if x is None:
-            continue
-        with graph.inserting_before(node):
-            gelu = graph.call_function(torch.ops.aten.gelu.default, (x,), {"approximate": "tanh"})
-        gelu.meta["val"] = node.meta["val"]
-        node.replace_all_uses_with(gelu)
+@dataclass(frozen=True)
+class RaiseGelu:
+    """See the module."""
+
+    name: ClassVar[str] = "raise gelu"
+
+    def run(self, program: Program, context: object = None) -> PassResult:
+        """Replace every match."""
+        edited, count = program.clone(), 0
+        graph = edited.graph
+        for node in list(graph.nodes):
+            x = _match(node)
+            if x is None:
+                continue
+            with graph.inserting_before(node):
+                gelu = graph.call_function(torch.ops.aten.gelu.default, (x,), {"approximate": "tanh"})
+            gelu.meta["val"] = node.meta["val"]
+            node.replace_all_uses_with(gelu)
+            count += 1
+        return raised(program, edited, count)
 
 
 def _match(node: fx.Node) -> fx.Node | None:
@@ -40,8 +52,8 @@ def _match(node: fx.Node) -> fx.Node | None:
         tanh = _scaled(gate, "aten::add", 1.0)
         if x is None or not is_op(tanh, "aten::tanh"):
             continue
-        inner = _scaled(tanh.args[0], "aten::mul", math.sqrt(2.0 / math.pi))
-        if is_op(inner, "aten::add") and any(a is x and _is_cubic(b, x) for a, b in operand_pairs(inner)):
+        argument = _scaled(tanh.args[0], "aten::mul", math.sqrt(2.0 / math.pi))
+        if is_op(argument, "aten::add") and any(a is x and _is_cubic(b, x) for a, b in operand_pairs(argument)):
             return x
     return None
 

@@ -3,33 +3,34 @@
 A program is captured in float32. Runtimes with strongly typed networks compute every operator in the type of its operands, so the
 types are decided here, by operator:
 
-- products, convolutions, attention, embeddings and norms (which add up in float32 inside) run in the short type;
+- GEMMs, convolutions, attention, embeddings and norms (which add up in float32 inside) run in the reduced type;
 - what overflows or loses its digits there (powers, exponentials, sums, softmax written out) runs in float32;
 - everything else follows its operands, and float32 wins where both meet.
 
-Trained weights get the short type. Constants stay in float32 until a short operator reads them: positions times a
-frequency have no meaning in 11 bits.
+Trained weights get the reduced type. Constants stay in float32 until an operator that runs in the reduced type reads them:
+positions times a frequency have no meaning in 11 bits.
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.extension.pass_contract import PassResult
 from compile_sparse.compiler.ir.edit import fake_mode_of
 from compile_sparse.compiler.ir.nodes import qualified_name
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, DowncastTensor, TensorSource
 
-__all__ = ["in_precision"]
+__all__ = ["MixedPrecision", "half_precision_nodes"]
 
-_SHORT = {
+_REDUCED = {
     *("aten::linear", "aten::addmm", "aten::mm", "aten::bmm", "aten::matmul", "aten::einsum", "aten::embedding"),
     *("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution"),
     *("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d"),
@@ -37,7 +38,7 @@ _SHORT = {
     *("aten::_native_batch_norm_legit_no_training", "compile_sparse::rms_norm", "compile_sparse::residual_rms_norm"),
     "compile_sparse::cached_attention",
 }
-_LONG = {
+_FLOAT32 = {
     *("aten::exp", "aten::log", "aten::pow", "aten::sqrt", "aten::rsqrt", "aten::reciprocal", "aten::sin", "aten::cos"),
     *("aten::mean", "aten::sum", "aten::cumsum", "aten::var", "aten::linalg_vector_norm"),
     *("aten::softmax", "aten::_softmax", "aten::log_softmax", "aten::_log_softmax"),
@@ -53,29 +54,54 @@ _OWN_OPERANDS = {
 _CASTS = {"aten::_to_copy", "aten::to", "aten::type_as"}
 
 
-def in_precision(program: Program, short: torch.dtype) -> Program:
-    """``program`` with types assigned; the argument is untouched. It is for emission only: fake values are not recomputed.
+@dataclass(frozen=True)
+class MixedPrecision:
+    """See the module. Cache inputs get the reduced type, other inputs and what depends on them keep their own until an operator
+    asks. Nothing changes where ``dtype`` is float32.
 
-    Cache inputs get the short type, other inputs and what depends on them keep their own until an operator asks.
-
-    Raises (when weights are written):
-        Refusal: CS4431, a weight is out of the short type's range.
+    Attributes:
+        dtype: the 16-bit type, or float32.
     """
-    if short == torch.float32:
-        return program
-    edited = program.clone()
-    work = _Typing(edited, short)
-    changes = work.weights()
-    for node in list(edited.graph.nodes):
-        if node.op == "call_function":
-            work.visit(node)
-    edited.graph_module.recompile()
-    return replace(edited, weights=edited.weights.updated(changes))
+
+    dtype: torch.dtype
+    name: ClassVar[str] = "mixed precision"
+
+    def run(self, program: Program, context: object = None) -> PassResult:
+        """Assign types.
+
+        Raises (when weights are loaded):
+            Refusal: CS4431, a weight is out of the type's range.
+        """
+        if self.dtype == torch.float32:
+            return PassResult(program, modified=False)
+        edited = program.clone()
+        work = _Typing(edited, self.dtype)
+        changes = work.weights()
+        for node in list(edited.graph.nodes):
+            if node.op == "call_function":
+                work.visit(node)
+        edited.graph_module.recompile()
+        return PassResult(replace(edited, weights=edited.weights.updated(changes)), modified=True)
+
+
+def half_precision_nodes(program: Program, typed: Program) -> list[str]:
+    """Nodes of ``program`` whose values ``typed``, made from it by ``MixedPrecision``, holds in fp16: they may leave its range.
+
+    bf16 has the range of float32.
+    """
+    computed = {node.name for node in program.graph.nodes}
+    return [
+        node.name
+        for node in typed.graph.nodes
+        if node.op == "call_function"
+        and node.name in computed
+        and getattr(node.meta.get("val"), "dtype", None) == torch.float16
+    ]
 
 
 class _Typing:
-    def __init__(self, program: Program, short: torch.dtype) -> None:
-        self.program, self.short = program, short
+    def __init__(self, program: Program, reduced: torch.dtype) -> None:
+        self.program, self.reduced = program, reduced
         self._mode = fake_mode_of(program)
         self._last_placeholder = [node for node in program.graph.nodes if node.op == "placeholder"][-1]
         self._casts: dict[tuple[fx.Node, torch.dtype, bool], fx.Node] = {}
@@ -90,31 +116,31 @@ class _Typing:
             binding = self.program.bindings.get(node.name)
             if binding is not None and binding.kind == "parameter":
                 source = self.program.weights[binding.tensor]
-                changes[binding.tensor] = _shortened(binding.tensor, source, self.short)
-                self._retype(node, self.short)
+                changes[binding.tensor] = _cast_to(binding.tensor, source, self.reduced)
+                self._retype(node, self.reduced)
             elif node.name in caches:
-                self._retype(node, self.short)
+                self._retype(node, self.reduced)
         return changes
 
     def visit(self, node: fx.Node) -> None:
         """Types of one call: casts before it where its operands differ, and the type of its value."""
         name = qualified_name(node)
         if name.startswith("compile_sparse::dequantize_"):
-            self._retype(node, self.short)
+            self._retype(node, self.reduced)
             return
         if node.target is operator.getitem:
             node.meta["val"] = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
             return
         operands = self._operands(node, _OWN_OPERANDS.get(name, set()))
         floats = [operand for operand in operands if _is_float(operand)]
-        if name in _SHORT:
-            wanted = self.short
-        elif name in _LONG:
+        if name in _REDUCED:
+            wanted = self.reduced
+        elif name in _FLOAT32:
             wanted = torch.float32
         elif name in _CASTS and floats:
             wanted = floats[0].meta["val"].dtype  # a cast to the type the program is captured in
         elif floats:
-            wanted = self.short if all(f.meta["val"].dtype == self.short for f in floats) else torch.float32
+            wanted = self.reduced if all(f.meta["val"].dtype == self.reduced for f in floats) else torch.float32
         else:
             return
         for operand in dict.fromkeys(floats):
@@ -122,6 +148,8 @@ class _Typing:
                 node.replace_input_with(
                     operand, self._cast(operand, wanted, masks=name.endswith("dot_product_attention"))
                 )
+        if name in _CASTS and "dtype" in node.kwargs:
+            node.update_kwarg("dtype", wanted)
         self._retype(node, wanted)
 
     @staticmethod
@@ -172,7 +200,7 @@ def _is_float32(node: fx.Node) -> bool:
     return _is_float(node) and node.meta["val"].dtype == torch.float32
 
 
-def _shortened(name: str, source: TensorSource, dtype: torch.dtype) -> TensorSource:
+def _cast_to(name: str, source: TensorSource, dtype: torch.dtype) -> TensorSource:
     if isinstance(source, DowncastTensor) and source.storage == dtype:
         source = source.source  # rounding twice to the same type is rounding once
     if isinstance(source, AbsentTensor):
@@ -183,8 +211,8 @@ def _shortened(name: str, source: TensorSource, dtype: torch.dtype) -> TensorSou
 def _converter(name: str, source: TensorSource, dtype: torch.dtype) -> Callable[[], torch.Tensor]:
     def convert() -> torch.Tensor:
         value = source.load()
-        short = value.to(dtype)
-        largest = float(short.abs().max()) if short.numel() else 0.0
+        cast = value.to(dtype)
+        largest = float(cast.abs().max()) if cast.numel() else 0.0
         if largest == float("inf") or largest != largest:
             raise Refusal(
                 "CS4431",
@@ -194,6 +222,6 @@ def _converter(name: str, source: TensorSource, dtype: torch.dtype) -> Callable[
                 f"{str(dtype).removeprefix('torch.')} ends at {torch.finfo(dtype).max:.4g}.",
                 hint="Choose --precision bf16, whose range is that of float32.",
             )
-        return short
+        return cast
 
     return convert

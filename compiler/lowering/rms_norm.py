@@ -9,44 +9,49 @@ Source: arXiv:1910.07467.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.extension.pass_contract import PassResult
 from compile_sparse.compiler.ir.nodes import arguments, dimensions, insert_call, is_op, module_of, operand_pairs
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.lowering.steps import raised
 
-__all__ = ["raise_rms_norm"]
+__all__ = ["RaiseRmsNorm"]
 
 
-def raise_rms_norm(program: Program) -> list[Diagnostic]:
-    """Edit the graph in place; a reciprocal root that is no norm of this form gives CS2301."""
-    graph = program.graph
-    raised: set[fx.Node] = set()
-    for node in list(graph.nodes):
-        found = _match(node) if is_op(node, "aten::mul") else _match_whole(node)
-        if found is None:
-            continue
-        x, weight, eps, root = found
-        if root is not None:
-            raised.add(root)
-        with graph.inserting_before(node):
-            norm = insert_call(
-                graph, torch.ops.compile_sparse.rms_norm.default, (x, weight, eps), value=node.meta["val"]
-            )
-        norm.meta.update(module_of(node))
-        node.replace_all_uses_with(norm)
-    return [
-        Diagnostic(
-            node.name,
-            "CS2301",
-            "A reciprocal square root is not part of a recognised RMS norm; it runs as single operators.",
-        )
-        for node in graph.nodes
-        if is_op(node, "aten::rsqrt") and node not in raised
-    ]
+@dataclass(frozen=True)
+class RaiseRmsNorm:
+    """See the module."""
+
+    name: ClassVar[str] = "raise rms_norm"
+
+    def run(self, program: Program, context: object = None) -> PassResult:
+        """Replace every match; a reciprocal root that is no norm of this form gives CS2301."""
+        edited, count = program.clone(), 0
+        graph = edited.graph
+        roots: set[fx.Node] = set()
+        for node in list(graph.nodes):
+            found = _match(node) if is_op(node, "aten::mul") else _match_whole(node)
+            if found is None:
+                continue
+            x, weight, eps, root = found
+            if root is not None:
+                roots.add(root)
+            with graph.inserting_before(node):
+                norm = insert_call(
+                    graph, torch.ops.compile_sparse.rms_norm.default, (x, weight, eps), value=node.meta["val"]
+                )
+            norm.meta.update(module_of(node))
+            node.replace_all_uses_with(norm)
+            count += 1
+        why = "A reciprocal square root is not part of a recognised RMS norm; it runs as single operators."
+        others = [node for node in graph.nodes if is_op(node, "aten::rsqrt") and node not in roots]
+        return raised(program, edited, count, [Diagnostic(node.name, "CS2301", why) for node in others])
 
 
 def _match(node: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node | None] | None:

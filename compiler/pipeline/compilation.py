@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,7 +12,6 @@ from typing import Any
 from compile_sparse.compiler.artifact.manifest import FileEntry, Manifest, Source, Tool
 from compile_sparse.compiler.artifact.report import (
     Change,
-    DiagnosticEntry,
     GateResult,
     Interval,
     ModelSection,
@@ -24,20 +23,20 @@ from compile_sparse.compiler.artifact.report import (
 from compile_sparse.compiler.artifact.staging import REPORT, Staging
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.errors import GateFailure
-from compile_sparse.compiler.extension.backend_contract import ReducedPrecision, ReferenceRuntime
+from compile_sparse.compiler.extension.backend_contract import ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype, zero_share
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.pipeline.building import baseline_target
 from compile_sparse.compiler.pipeline.job import Job, baseline_key, runtime_threads
-from compile_sparse.compiler.pipeline.runner import observed, run_passes
+from compile_sparse.compiler.pipeline.lowering import lower_program
+from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.verify.baseline import get_baseline
 from compile_sparse.compiler.verify.fidelity import LARGEST_NOISE_NATS, fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
 from compile_sparse.compiler.verify.measure import Measured, cannot_measure, folder_bytes, measure, measure_answers
-from compile_sparse.compiler.verify.range_check import require_range
-from compile_sparse.compiler.verify.reference import reference_windows, write_reference
+from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
@@ -82,28 +81,18 @@ class _Build:
         """The dense program with its weights as they are stored."""
         return cast_weights(self.dense, torch_dtype(self.job.target.baseline_precision))
 
-    def _require_range(self, program: Program, text: Sequence[Sequence[int]]) -> None:
-        """Stop when what is computed does not fit the type it would be held in."""
-        job = self.job
-        if not isinstance(job.backend, ReducedPrecision):
-            return
-        computed, names = job.backend.half_precision_nodes(program, job.target)
-        if names:
-            windows = reference_windows(program, text, job.recipe.seed) if program.kind == "decoder" else ()
-            dtype = torch_dtype(job.target.baseline_precision)
-            require_range(computed, names, dtype, windows=windows, seed=job.recipe.seed, progress=self.progress)
-
     def lower(self, staging: Staging) -> dict[str, Any]:
         """Run passes and lower into ``staging``; returns what later stages need."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
-        program, sections = run_passes(self.dense, job.passes, job.context(self.progress), verify_each=self.verify_each)
+        context = job.context(self.progress)
+        program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
         program = cast_weights(program, torch_dtype(job.target.baseline_precision))
         text = [w for windows in job.slices.values() for w in windows]
         text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
-        self._require_range(program, text)
-        with observed() as cost:
-            lowered = job.backend.lower(program, job.target, staging.fresh("model"), self.progress)
+        lowered, section = lower_program(
+            job.backend, program, context, staging.fresh("model"), text=text, verify_each=self.verify_each
+        )
         digests = {f"model/{name}": digest for name, digest in lowered.files.items()}
         limits = list(lowered.limits)
         for deployment in job.deployments:
@@ -126,13 +115,6 @@ class _Build:
             seed=job.recipe.seed,
             progress=self.progress,
             dense=self.baseline if short else None,
-        )
-        section = PassSection(
-            name="lower",
-            achieved=dict(lowered.form),
-            seconds=cost.seconds,
-            peak_rss_bytes=cost.peak_rss_bytes,
-            skips=tuple(DiagnosticEntry(**skip.as_dict()) for skip in lowered.skips),
         )
         return {
             "passes": [s.model_dump(mode="json") for s in (*sections, section)],

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import psutil
 
 from compile_sparse.compiler.artifact.report import DiagnosticEntry, PassSection
+from compile_sparse.compiler.extension.backend_contract import LoweringStep
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram, verify_program
@@ -23,9 +24,9 @@ SAMPLING_SECONDS = 0.02
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], context: PassContext, *, verify_each: bool = False
+    program: Program, passes: Sequence[Pass | LoweringStep], context: PassContext, *, verify_each: bool = False
 ) -> tuple[Program, tuple[PassSection, ...]]:
-    """Apply ``passes`` in order.
+    """Apply ``passes``, or a backend's lowering steps, in order.
 
     With ``verify_each`` the IR is verified after every pass, masked weights are read to see that they keep their zeros, and
     ``modified`` is compared with a digest of the program.
@@ -49,7 +50,7 @@ def run_passes(
     return program, tuple(sections)
 
 
-def _section(step: Pass, result: PassResult, cost: Cost) -> PassSection:
+def _section(step: Pass | LoweringStep, result: PassResult, cost: Cost) -> PassSection:
     return PassSection(
         name=step.name,
         requested=dict(result.requested),

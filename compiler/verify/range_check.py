@@ -22,18 +22,16 @@ __all__ = ["require_range"]
 def require_range(
     program: Program,
     names: Collection[str],
-    dtype: torch.dtype,
     *,
     windows: Sequence[Sequence[int]],
     seed: int,
     progress: Progress,
 ) -> None:
-    """Run ``program`` in float32 and compare the nodes called ``names`` with the range of ``dtype``.
+    """Run ``program`` in float32 and compare the nodes called ``names`` with the range of fp16.
 
     Args:
         program: as it will be computed.
-        names: nodes whose values are held in ``dtype``.
-        dtype: a short type.
+        names: nodes whose values the runtime keeps in fp16.
         windows: token ids of one length (decoders).
         seed: of inputs that are drawn, for other models.
         progress: where it is reported.
@@ -58,7 +56,7 @@ def require_range(
     with progress.task("range of values", total=1) as task:
         Executor(program).run(inputs, observe={name: observer(name) for name in largest})
         task.advance()
-    limit = torch.finfo(dtype).max
+    limit = torch.finfo(torch.float16).max
     beyond = [name for name, value in largest.items() if not value <= limit]
     if not beyond:
         return
@@ -66,7 +64,7 @@ def require_range(
     module = next((str(entry[0]) for entry in reversed(stack.values()) if isinstance(entry, tuple)), "")
     raise Refusal(
         "CS4432",
-        f"Values of this model are out of the range of {str(dtype).removeprefix('torch.')}.",
+        "Values of this model are out of the range of float16.",
         where=f"{beyond[0]} ({module})" if module else beyond[0],
         why=f"It reaches {largest[beyond[0]]:.4g}; the type ends at {limit:.4g}. "
         f"{len(beyond):,} of {len(largest):,} values leave it on the inputs the artifact is checked on.",

@@ -1,4 +1,4 @@
-"""Run a lowered folder in ONNX Runtime, and the tolerance it is held to."""
+"""Run a lowered folder in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 from compile_sparse.backends.onnxruntime.worker import _saturates
 
-__all__ = ["fp32_tolerance", "run", "session"]
+__all__ = ["run", "session"]
 
 
 def session(folder: Path) -> ort.InferenceSession:
@@ -30,11 +30,3 @@ def run(loaded: ort.InferenceSession, feeds: Mapping[str, torch.Tensor]) -> dict
     given = {name: np.ascontiguousarray(value.numpy()) for name, value in feeds.items() if name in names}
     outputs = [value.name for value in loaded.get_outputs()]
     return {name: torch.from_numpy(value) for name, value in zip(outputs, loaded.run(None, given), strict=True)}
-
-
-def fp32_tolerance(expected: torch.Tensor, width: int = 88, depth: int = 9) -> float:
-    """Two float32 orders of summation of ``width`` terms differ by about ``eps * sqrt(width)`` of the value.
-
-    ``depth`` matrix products in a row (four per layer and the head) add up in the worst case.
-    """
-    return float(torch.finfo(torch.float32).eps * width**0.5 * depth * expected.abs().max())

@@ -18,7 +18,8 @@ from compile_sparse.compiler.residual.units import UnitKind
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.prune_layers import PruneLayers
 from tests.onnxruntime.conftest import ProgramOf
-from tests.onnxruntime.running import fp32_tolerance, run, session
+from tests.onnxruntime.running import run, session
+from tests.support.tolerance import fp32_tolerance
 
 IDS = torch.tensor([[5, 17, 40, 8, 33, 21], [9, 3, 55, 60, 2, 71]])
 

@@ -14,7 +14,8 @@ from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.progress import SilentProgress
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
 from tests.onnxruntime.models import DECODERS, ENCODERS
-from tests.onnxruntime.running import fp32_tolerance, run, session
+from tests.onnxruntime.running import run, session
+from tests.support.tolerance import fp32_tolerance
 
 VOCABULARY = 96
 

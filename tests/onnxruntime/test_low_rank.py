@@ -1,4 +1,4 @@
-"""A factored program lowers like any other: two products in place of one, in every form of linear."""
+"""A factored program lowers like any other: two GEMMs in place of one, in every form of linear."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.quantize import Quantize
 from tests.models import example_inputs
-from tests.onnxruntime.running import fp32_tolerance, run, session
+from tests.onnxruntime.running import run, session
+from tests.support.tolerance import fp32_tolerance
 
 
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
@@ -33,6 +34,4 @@ def test_the_runtime_computes_what_the_program_does(captured, tmp_path, name, sc
     if scheme:  # 8-bit activations: a rounding that falls the other way moves a value by 2^-7 of the largest
         assert (found - wanted).abs().max() <= 2**-5 * wanted.abs().max()
     else:
-        assert (found - wanted).abs().max() <= fp32_tolerance(
-            wanted, depth=17
-        )  # two products for one, twice four layers
+        assert (found - wanted).abs().max() <= fp32_tolerance(wanted, depth=17)  # two GEMMs for one, twice four layers

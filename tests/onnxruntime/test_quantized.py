@@ -26,7 +26,8 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.quantize import Quantize
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
-from tests.onnxruntime.running import fp32_tolerance, run, session
+from tests.onnxruntime.running import run, session
+from tests.support.tolerance import fp32_tolerance
 from tests.toys import toy_program
 
 SCHEMES = ("w8a8", "w8a16", "w4a16", "w4a16-g32")
@@ -35,10 +36,10 @@ SCHEMES = ("w8a8", "w8a16", "w4a16", "w4a16-g32")
 class _Conv1D(nn.Module):
     """``addmm`` with an ``[in, out]`` weight."""
 
-    def __init__(self, inner: int, outer: int) -> None:
+    def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.randn(inner, outer))
-        self.bias = nn.Parameter(torch.randn(outer))
+        self.weight = nn.Parameter(torch.randn(in_features, out_features))
+        self.bias = nn.Parameter(torch.randn(out_features))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.addmm(self.bias, x, self.weight)
@@ -47,18 +48,18 @@ class _Conv1D(nn.Module):
 class _Linear(nn.Module):
     """``linear`` with an ``[out, in]`` weight."""
 
-    def __init__(self, inner: int, outer: int, bias: bool) -> None:
+    def __init__(self, in_features: int, out_features: int, bias: bool) -> None:
         super().__init__()
-        self.layer = nn.Linear(inner, outer, bias=bias)
+        self.layer = nn.Linear(in_features, out_features, bias=bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.layer(x)
 
 
-def _layer(kind: str, inner: int, scheme: str) -> tuple[Program, torch.Tensor]:
-    torch.manual_seed(inner)
-    module = _Conv1D(inner, 24) if kind == "addmm" else _Linear(inner, 24, kind == "linear with bias")
-    x = torch.randn(5, inner)
+def _layer(kind: str, in_features: int, scheme: str) -> tuple[Program, torch.Tensor]:
+    torch.manual_seed(in_features)
+    module = _Conv1D(in_features, 24) if kind == "addmm" else _Linear(in_features, 24, kind == "linear with bias")
+    x = torch.randn(5, in_features)
     program = toy_program(module, [x])
     context = PassContext(target=find_target("ort-cpu"), progress=SilentProgress())
     return Quantize(scheme=scheme).run(program, context).program, x
@@ -85,15 +86,15 @@ def _activation_bound(program: Program, x: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("kind", ["linear", "linear with bias", "addmm"])
-@pytest.mark.parametrize("inner", [128, 88, 200])
+@pytest.mark.parametrize("in_features", [128, 88, 200])
 @pytest.mark.parametrize("scheme", SCHEMES)
-def test_one_layer(kind: str, inner: int, scheme: str, tmp_path: Path) -> None:
+def test_one_layer(kind: str, in_features: int, scheme: str, tmp_path: Path) -> None:
     """Widths that fill, do not reach and overrun a group of 128."""
-    program, x = _layer(kind, inner, scheme)
+    program, x = _layer(kind, in_features, scheme)
     got, expected, forms = _run_layer(program, x, tmp_path)
     assert "MatMul" not in forms
     if scheme == "w8a8":
-        torch.testing.assert_close(got, expected, rtol=0, atol=fp32_tolerance(expected, inner, 1))
+        torch.testing.assert_close(got, expected, rtol=0, atol=fp32_tolerance(expected, in_features, 1))
     else:
         assert bool(((got - expected).abs() <= _activation_bound(program, x)).all())
 
@@ -166,7 +167,7 @@ def test_a_form_without_kernel_is_multiplied_out_and_reported(tmp_path: Path) ->
     quantize = node.args[0].args[0]
     node.replace_all_uses_with(quantize.args[0])
     emission, _ = write_graph(program, tmp_path, SilentProgress())
-    assert [skip.code for skip in emission.skips] == ["CS2310"]
+    assert [found.code for found in emission.diagnostics] == ["CS2310"]
     expected = Executor(program).run({"x0": x})["y0"]
     got = run(session(tmp_path), {"x0": x})["y0"]
     torch.testing.assert_close(got, expected, rtol=0, atol=fp32_tolerance(expected, 128, 1))

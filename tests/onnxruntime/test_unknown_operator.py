@@ -48,8 +48,8 @@ def test_pruning_through_it_is_refused_with_the_operator(program: Program) -> No
 
 
 def test_lowering_it_is_refused_with_its_place(program: Program, tmp_path: Path) -> None:
-    skips = OnnxRuntimeBackend().plan(program, TARGET)
-    assert any(skip.code == "CS2311" and "layers.0.mlp" in skip.where for skip in skips)
+    diagnostics = OnnxRuntimeBackend().plan(program, TARGET)
+    assert any(found.code == "CS2311" and "layers.0.mlp" in found.where for found in diagnostics)
     with pytest.raises(Refusal, match="CS2311"):
         OnnxRuntimeBackend().lower(program, TARGET, tmp_path, SilentProgress())
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Matrix products with weights: which operators they are, and the float form.
+"""GEMMs: which operators they are, and the float form.
 
 ``linear`` contracts axis 1 of its weight, ``addmm`` / ``mm`` / ``matmul`` axis 0. The weight is stored ``[K, N]``.
 """
@@ -16,30 +16,30 @@ from compile_sparse.backends.onnx.element_types import raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
 from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
 
-__all__ = ["Contract", "emits_gemms", "float_product"]
+__all__ = ["EmitGemm", "emits_gemms", "float_gemm"]
 
-Contract = Callable[[Emission, fx.Node, fx.Node, fx.Node, "fx.Node | None", int], str]
+EmitGemm = Callable[[Emission, fx.Node, fx.Node, fx.Node, "fx.Node | None", int], str]
 """``(emission, node, x, weight, bias, axis) -> name``; ``axis`` is the contracted one of the weight."""
 
 
-def emits_gemms(dialect: Dialect, contract: Contract) -> None:
-    """Register ``contract`` for every operator that multiplies by a matrix."""
+def emits_gemms(dialect: Dialect, emit: EmitGemm) -> None:
+    """Register ``emit`` for every operator that multiplies by a matrix."""
 
     @dialect.emits("aten::linear")
     def _linear(emission: Emission, node: fx.Node) -> str:
         given = arguments(node)
-        return contract(emission, node, given["input"], given["weight"], given["bias"], 1)
+        return emit(emission, node, given["input"], given["weight"], given["bias"], 1)
 
     @dialect.emits("aten::addmm")
     def _addmm(emission: Emission, node: fx.Node) -> str:
         given = arguments(node)
         if given["beta"] != 1 or given["alpha"] != 1:
             raise Unsupported("addmm with factors")
-        return contract(emission, node, given["mat1"], given["mat2"], given["self"], 0)
+        return emit(emission, node, given["mat1"], given["mat2"], given["self"], 0)
 
     @dialect.emits("aten::mm", "aten::bmm", "aten::matmul")
     def _matmul(emission: Emission, node: fx.Node) -> str:
-        return contract(emission, node, node.args[0], node.args[1], None, 0)  # type: ignore[arg-type]
+        return emit(emission, node, node.args[0], node.args[1], None, 0)  # type: ignore[arg-type]
 
 
 @emits("aten::einsum")
@@ -49,16 +49,16 @@ def _einsum(emission: Emission, node: fx.Node) -> str:
     return emission.graph.call("Einsum", operands, hint=node.name, equation=given["equation"])
 
 
-def float_product(
-    emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int
-) -> str:
+def float_gemm(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
     """``MatMul``, and ``Add`` where there is a bias."""
     emission.count("MatMul")
-    product = emission.graph.call("MatMul", [emission.value(x), _inner_first(emission, weight, axis)], hint=node.name)
-    return product if bias is None else emission.graph.call("Add", [product, emission.value(bias)], hint=node.name)
+    gemm = emission.graph.call(
+        "MatMul", [emission.value(x), _in_features_first(emission, weight, axis)], hint=node.name
+    )
+    return gemm if bias is None else emission.graph.call("Add", [gemm, emission.value(bias)], hint=node.name)
 
 
-def _inner_first(emission: Emission, weight: fx.Node, axis: int) -> str:
+def _in_features_first(emission: Emission, weight: fx.Node, axis: int) -> str:
     """The float weight as ``[K, N]``."""
     if axis == 0:
         return emission.value(weight)
@@ -85,4 +85,4 @@ def _readers(emission: Emission, weight: fx.Node) -> list[fx.Node]:
     ]
 
 
-emits_gemms(STANDARD, float_product)
+emits_gemms(STANDARD, float_gemm)

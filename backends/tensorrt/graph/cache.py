@@ -9,6 +9,8 @@ Position ids and the causal mask follow from ``write_indices`` and are computed 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,12 @@ from torch import fx
 from compile_sparse.backends.onnx.element_types import kind_of
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.graph_writer import GraphWriter, NodeRecord, ValueRecord
-from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.backends.onnx.interface import Interface
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.nodes import arguments, is_op
 from compile_sparse.compiler.ir.program import Program
 
-__all__ = ["StaticCache", "add_decoder_inputs", "add_decoder_outputs", "unraised"]
+__all__ = ["StaticCache", "aliases_of", "static_cache_interface"]
 
 BATCH, SEQUENCE = "batch", "sequence"
 WRITE_INDICES = "write_indices"
@@ -36,10 +38,12 @@ class StaticCache:
         length: positions of the buffers.
         write_indices: name of the input.
         positions: int64 ``[batch, sequence]``, position of every new token.
+        aliases: cache output -> the input whose memory it must share.
     """
 
     def __init__(self, graph: GraphWriter, length: int) -> None:
         self.length, self.write_indices = length, WRITE_INDICES
+        self.aliases: dict[str, str] = {}
         size = graph.call("Squeeze", [graph.call("Shape", ["input_ids"], start=1, end=2)])
         steps = graph.call("Range", [graph.constant(0), size, graph.constant(1)])
         starts = graph.call("Unsqueeze", [WRITE_INDICES, graph.constant([1])])
@@ -64,41 +68,49 @@ class StaticCache:
         return self._masks[window]
 
 
-def unraised(program: Program) -> Diagnostic | None:
-    """CS4411 when anything but the raised attention looks at the cache or its length: with static buffers it would see the
-    whole buffer.
+def static_cache_interface(length: int) -> Interface:
+    """A decoder's interface with buffers of ``length`` positions."""
+
+    def declare(emission: Emission) -> Callable[[], None]:
+        _add_inputs(emission, length)
+        return partial(_add_outputs, emission)
+
+    return declare
+
+
+def aliases_of(emission: Emission) -> Mapping[str, str]:
+    """Cache output -> the input whose memory it must share; empty for models without a cache."""
+    return emission.shared[StaticCache].aliases if StaticCache in emission.shared else {}
+
+
+def _require_static(program: Program) -> None:
+    """Only a raised attention may look at the cache or its length: anything else would see the whole buffer.
+
+    Raises:
+        Refusal: CS4411, naming what else reads it.
     """
     looked_at = {e.placeholder for e in program.inputs if e.role in ("past_key", "past_value", "attention_mask")}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in looked_at:
             for user in node.users:
                 if not is_op(user, "compile_sparse::cached_attention") and not _is_batch_size(user):
-                    why = f"{user.name} reads {node.name} outside of an attention that was recognised."
-                    hint = "Compile it for ort-cpu, which grows the cache, or for a vllm target."
-                    return Diagnostic(user.name, "CS4411", why, hint)
-    return None
+                    raise Refusal(
+                        "CS4411",
+                        "This decoder's cache cannot be a static buffer.",
+                        where=user.name,
+                        why=f"{user.name} reads {node.name} outside of an attention that was recognised.",
+                        hint="Compile it for ort-cpu, which grows the cache, or for a vllm target.",
+                    )
 
 
 def _is_batch_size(node: fx.Node) -> bool:
     return is_op(node, "aten::sym_size") and arguments(node)["dim"] == 0
 
 
-def add_decoder_inputs(emission: Emission, length: int) -> None:
-    """Declare the inputs and bind the program's: cache buffers, token ids, and what is computed from the write indices.
-
-    Raises:
-        Refusal: CS4411, something else reads the cache.
-    """
+def _add_inputs(emission: Emission, length: int) -> None:
+    """Declare the inputs and bind the program's: cache buffers, token ids, and what is computed from the write indices."""
     program, graph = emission.program, emission.graph
-    problem = unraised(program)
-    if problem is not None:
-        raise Refusal(
-            problem.code,
-            "This decoder's cache cannot be a static buffer.",
-            where=problem.where,
-            why=problem.why,
-            hint=problem.hint,
-        )
+    _require_static(program)
     for name, shape in (("input_ids", (BATCH, SEQUENCE)), (WRITE_INDICES, (BATCH,))):
         graph.inputs.append(ValueRecord(graph.reserve(name), "int64", shape))
     cache = emission.shared[StaticCache] = StaticCache(graph, length)
@@ -119,12 +131,12 @@ def add_decoder_inputs(emission: Emission, length: int) -> None:
             emission.bind(node, cache.positions)
 
 
-def add_decoder_outputs(emission: Emission) -> dict[str, str]:
-    """Declare logits and the cache; returns cache output -> the input it must share memory with."""
+def _add_outputs(emission: Emission) -> None:
+    """Declare logits and the cache."""
     program, graph = emission.program, emission.graph
     produced = {name for node in graph.nodes for name in node.outputs}
     renamed: dict[str, str] = {}
-    aliases: dict[str, str] = {}
+    aliases = emission.shared[StaticCache].aliases
     shapes = {value.name: value.shape for value in graph.inputs}
     for entry, node in zip(program.outputs, program.output_nodes, strict=True):
         source, value = emission.value(node), node.meta["val"]
@@ -141,4 +153,3 @@ def add_decoder_outputs(emission: Emission) -> dict[str, str]:
         graph.outputs.append(ValueRecord(entry.name, kind_of(value.dtype), shape))
     graph.rename(renamed)
     graph.drop_dead_nodes()
-    return aliases

@@ -30,7 +30,7 @@ _LARGEST_HEAD, _HEAD_MULTIPLE = 256, 16
 
 
 def refuse_attention(shape: AttentionShape) -> str:
-    """Why TensorRT's attention cannot run this shape, or an empty string (for ``raise_patterns``)."""
+    """Why TensorRT's attention cannot run this shape, or an empty string (for ``RaiseAttention``)."""
     if shape.head_size != shape.value_size:
         return f"TensorRT's attention needs keys and values of one size, got {shape.head_size} and {shape.value_size}."
     if shape.num_heads % shape.kv_heads:

@@ -1,4 +1,4 @@
-"""Linear layers in the forms TensorRT has kernels for: a product whose operands come out of Q/DQ pairs.
+"""Linear layers in the forms TensorRT has kernels for: a GEMM whose operands come out of Q/DQ pairs.
 
 ====================================== ======================= ===========================================================
 weight                                 activation              emitted
@@ -11,7 +11,7 @@ e2m1, scales of scales (NVFP4)         e2m1, scales at run     TRT_FP4DynamicQua
                                        time
 ====================================== ======================= ===========================================================
 
-Weights are stored ``[K, N]`` and reach the product through exactly one DequantizeLinear, which is where TensorRT looks for 2:4
+Weights are stored ``[K, N]`` and reach the GEMM through exactly one DequantizeLinear, which is where TensorRT looks for 2:4
 zeros. Zero points are absent: TensorRT's quantization is symmetric.
 """
 
@@ -26,7 +26,7 @@ from torch import fx
 
 from compile_sparse.backends.onnx.element_types import element_type, kind_of, raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported
-from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_product
+from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_gemm
 from compile_sparse.backends.onnx.packed_nibbles import pack_nibbles
 from compile_sparse.backends.tensorrt.graph.dialect import DIALECT, NVIDIA, emits
 from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
@@ -43,22 +43,22 @@ _DEQUANTIZE = (
 )
 
 
-def _contract(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
+def _gemm(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int) -> str:
     if not is_op(weight, *_DEQUANTIZE):
-        return float_product(emission, node, x, weight, bias, axis)
+        return float_gemm(emission, node, x, weight, bias, axis)
     values = _weight(emission, node, weight, axis)
-    product = emission.graph.call("MatMul", [emission.value(x), values], hint=node.name)
-    return product if bias is None else emission.graph.call("Add", [product, emission.value(bias)], hint=node.name)
+    gemm = emission.graph.call("MatMul", [emission.value(x), values], hint=node.name)
+    return gemm if bias is None else emission.graph.call("Add", [gemm, emission.value(bias)], hint=node.name)
 
 
-emits_gemms(DIALECT, _contract)
+emits_gemms(DIALECT, _gemm)
 
 
 def _weight(emission: Emission, node: fx.Node, weight: fx.Node, axis: int) -> str:
     """Name of the dequantized ``[K, N]`` matrix."""
     given = arguments(weight)
     if is_op(weight, "compile_sparse::dequantize_block"):
-        raise Unsupported("TensorRT has no products with square blocks of FP8 weights")
+        raise Unsupported("TensorRT has no GEMMs with square blocks of FP8 weights")
     if given.get("axis", 1) != axis:
         raise Unsupported("its scales do not follow the contraction")
     codes = given["codes" if "codes" in given else "q"]
@@ -80,7 +80,7 @@ def _weight(emission: Emission, node: fx.Node, weight: fx.Node, axis: int) -> st
     return _grouped(emission, node, codes, given["scale"], axis, group)
 
 
-def _inner_first(axis: int) -> Callable[[torch.Tensor], torch.Tensor]:
+def _in_features_first(axis: int) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda values: values.t().contiguous() if axis == 1 else values
 
 
@@ -91,7 +91,7 @@ def _shape(codes: fx.Node, axis: int) -> tuple[int, int]:
 
 
 def _per_channel(emission: Emission, node: fx.Node, codes: fx.Node, scale: fx.Node, axis: int) -> str:
-    kind, turned = kind_of(codes.meta["val"].dtype), _inner_first(axis)
+    kind, turned = kind_of(codes.meta["val"].dtype), _in_features_first(axis)
     stored = emission.stored(
         codes, ".inner_first", _shape(codes, axis), kind, lambda values: raw_values(turned(values))
     )
@@ -101,7 +101,7 @@ def _per_channel(emission: Emission, node: fx.Node, codes: fx.Node, scale: fx.No
 
 
 def _grouped(emission: Emission, node: fx.Node, codes: fx.Node, scale: fx.Node, axis: int, group: int) -> str:
-    turned = _inner_first(axis)
+    turned = _in_features_first(axis)
 
     def packed(values: torch.Tensor) -> np.ndarray[Any, Any]:
         return pack_nibbles(turned(values).numpy())
@@ -118,14 +118,14 @@ def _grouped(emission: Emission, node: fx.Node, codes: fx.Node, scale: fx.Node, 
 def _scales(
     emission: Emission, scale: fx.Node, dtype: torch.dtype, shape: tuple[Any, ...], *, turn: bool = False
 ) -> str:
-    """Scales in the type the products have. Ones that the short type cannot hold are refused, because they would become 0."""
+    """Scales in the type of the GEMMs. Ones that it cannot hold are refused, because they would become 0."""
 
     def make(values: torch.Tensor) -> np.ndarray[Any, Any]:
         wanted = values.t().contiguous() if turn else values
-        short = wanted.to(dtype)
-        if bool((~torch.isfinite(short) | ((short == 0) & (wanted != 0))).any()):
+        cast = wanted.to(dtype)
+        if bool((~torch.isfinite(cast) | ((cast == 0) & (wanted != 0))).any()):
             raise Unsupported("a scale is out of the range of the artifact's precision")
-        return raw_values(short)
+        return raw_values(cast)
 
     return emission.stored(scale, "", [int(size) for size in shape], kind_of(dtype), make)
 
@@ -138,7 +138,7 @@ def _fp4(emission: Emission, node: fx.Node, given: dict[str, Any], axis: int) ->
         raise Unsupported(f"groups of {NVFP4_GROUP} do not divide a contraction of {depth}")
 
     def packed(values: torch.Tensor) -> np.ndarray[Any, Any]:
-        return pack_nibbles(_inner_first(axis)(values).numpy())
+        return pack_nibbles(_in_features_first(axis)(values).numpy())
 
     def turned(values: torch.Tensor) -> np.ndarray[Any, Any]:
         return raw_values(values.t())
@@ -164,7 +164,7 @@ def _reciprocal(emission: Emission, divisor: fx.Node) -> str:
 
 @emits("compile_sparse::fake_quantize")
 def _fake_quantize(emission: Emission, node: fx.Node) -> str:
-    """A value after coding and decoding: QuantizeLinear and DequantizeLinear."""
+    """Quantize-dequantize (QDQ): QuantizeLinear and DequantizeLinear."""
     given = arguments(node)
     form, source = given["format"], given["x"]
     if form == "fp4":
@@ -175,16 +175,16 @@ def _fake_quantize(emission: Emission, node: fx.Node) -> str:
     dtype = emission.dtype(node)
 
     def scalar(values: torch.Tensor) -> np.ndarray[Any, Any]:
-        short = values.reshape(()).to(dtype)
-        if not 0 < float(short) < float("inf"):
+        cast = values.reshape(()).to(dtype)
+        if not 0 < float(cast) < float("inf"):
             raise Unsupported("the scale of an activation is out of the range of the artifact's precision")
-        return raw_values(short)
+        return raw_values(cast)
 
     scale = emission.stored(given["scale"], "", (), kind_of(dtype), scalar)
     zero = emission.graph.weight(f"compile_sparse.zero.{kind}", (), kind, lambda: np.zeros((), _ZERO[kind]))
-    coded = emission.graph.call("QuantizeLinear", [emission.value(source), scale, zero], hint=f"{node.name}_codes")
+    quantized = emission.graph.call("QuantizeLinear", [emission.value(source), scale, zero], hint=f"{node.name}_codes")
     emission.count("int8 activations" if kind == "int8" else "FP8 activations")
-    return emission.graph.call("DequantizeLinear", [coded, scale, zero], hint=node.name)
+    return emission.graph.call("DequantizeLinear", [quantized, scale, zero], hint=node.name)
 
 
 _ZERO = {"int8": np.int8, "float8_e4m3fn": np.uint8}
@@ -211,5 +211,5 @@ def _fp4_activation(emission: Emission, node: fx.Node, source: fx.Node, divisor:
 
 @emits(*_DEQUANTIZE, lazy=True)
 def _other_reader(emission: Emission, node: fx.Node) -> str:
-    """Weights are dequantized where their product is written; nothing else reads them."""
-    raise Unsupported("a quantized weight is read by something that is no product")
+    """Weights are dequantized where their GEMM is written; nothing else reads them."""
+    raise Unsupported("a quantized weight is read by something that is no GEMM")

@@ -16,7 +16,7 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.ir.verify_masks import verify_masks
-from compile_sparse.compiler.lowering import raise_patterns
+from compile_sparse.compiler.lowering import raising_steps, run_steps
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.mask import Sparsify
@@ -210,7 +210,9 @@ def test_schemes_of_tensorrt_on_its_kind_of_target(tiny_llama_program: Program, 
     outputs = 14 if name == "w8a8-static" else 0
     assert names.count("fake_quantize") == (2 * 4 if SCHEMES[name].activations else 0) + outputs
     assert "quantize_dynamic" not in names
-    raised = [sorted(op_name(n) for n in raise_patterns(p)[0].graph.nodes) for p in (masked, result.program)]
+    raised = [
+        sorted(op_name(n) for n in run_steps(p, raising_steps())[0].graph.nodes) for p in (masked, result.program)
+    ]
     ours = {"rms_norm", "attention", "rotary"}
     counts = [{n: each.count(n) for n in each if any(part in n for part in ours)} for each in raised]
     assert counts[0] == counts[1]

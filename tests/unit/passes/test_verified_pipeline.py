@@ -11,7 +11,7 @@ from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
-from compile_sparse.compiler.lowering import raise_patterns
+from compile_sparse.compiler.lowering import raising_steps, run_steps
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
@@ -36,7 +36,7 @@ def test_all_passes_verify_on_every_model(captured: Callable[[str], Program], na
         passes = [PruneChannels(fraction=0.25), Sparsify(pattern="2:4"), Quantize(scheme=scheme)]
     context = PassContext(target=find_target("null"), progress=SilentProgress())
     program, sections = run_passes(dense, passes, context, verify_each=True)
-    verify_program(raise_patterns(program)[0], after="raising")
+    verify_program(run_steps(program, raising_steps())[0], after="raising")
     assert [section.name for section in sections] == [step.name for step in passes]
     assert program.parameter_count() < dense.parameter_count()
     outputs = Executor(program).run(example_inputs(program, 2, 6))
