@@ -32,6 +32,7 @@ from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Benchmark, Load
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.verify.measure import folder_bytes
 from compile_sparse.passes.prune_channels import PruneChannels
@@ -120,16 +121,15 @@ def main() -> None:
         folders = {BUILDER: build_theirs(source, work), **lower_ours(source, work)}
         with Worker(OnnxRuntimeBackend().worker_command(TARGET)) as worker:
             for label, folder in folders.items():
-                worker.call("load", name=label, folder=str(folder), threads=given.threads, device="cpu")
-            rounds = worker.call(
-                "benchmark",
-                names=list(folders),
+                worker.call(Load(label, str(folder), threads=given.threads))
+            request = Benchmark(
+                list(folders),
                 prompt_tokens=given.prompt,
                 output_tokens=given.output,
                 rounds=given.rounds,
-                warmup=1,
                 vocab=config.vocab_size,
-            )["rounds"]
+            )
+            rounds = worker.call(request).rounds
     _say(
         f"\nprompt {given.prompt}, output {given.output}, {given.threads} thread(s), {given.rounds} rounds, median ratios"
     )
@@ -137,9 +137,9 @@ def main() -> None:
     for label, times in rounds.items():
         parts = [label.ljust(20)]
         for phase in ("prefill_s", "decode_s"):
-            parts.append(f"{statistics.median(t[phase] for t in times):8.3f}s")
+            parts.append(f"{statistics.median(getattr(t, phase) for t in times):8.3f}s")
             for other in (BUILDER, OURS):
-                ratios = [o[phase] / t[phase] for o, t in zip(rounds[other], times, strict=True)]
+                ratios = [getattr(o, phase) / getattr(t, phase) for o, t in zip(rounds[other], times, strict=True)]
                 parts.append(f"{statistics.median(ratios):7.2f}x")
         _say("  ".join(parts))
 

@@ -29,6 +29,7 @@ from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Benchmark, BenchmarkSamples, Load
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.prune_channels import PruneChannels
@@ -117,26 +118,23 @@ def measure(name: str, options: argparse.Namespace) -> None:
             for index, label in enumerate([DENSE, *forms]):
                 if label in parameters:
                     where = str(work / f"form{index}")
-                    worker.call("load", name=label, folder=where, threads=options.threads, device="cpu")
+                    worker.call(Load(label, where, threads=options.threads))
             if program.kind == "decoder":
                 phases = ("prefill_s", "decode_s")
-                rounds = worker.call(
-                    "benchmark",
-                    names=list(parameters),
+                request = Benchmark(
+                    list(parameters),
                     prompt_tokens=options.prompt,
                     output_tokens=options.output,
                     rounds=options.rounds,
-                    warmup=1,
                     vocab=_LLAMA["vocab_size"],
-                )["rounds"]
+                )
+                rounds = {label: list(map(vars, times)) for label, times in worker.call(request).rounds.items()}
             else:
                 phases = ("image_s",)
                 images = work / "images.npz"
                 np.savez(images, pixel_values=np.random.default_rng(0).normal(size=(1, 3, 224, 224)).astype(np.float32))
-                reply = worker.call(
-                    "benchmark_samples", names=list(parameters), feeds=str(images), rounds=4 * options.rounds, warmup=3
-                )
-                rounds = {label: [{"image_s": s} for s in times] for label, times in reply["rounds"].items()}
+                reply = worker.call(BenchmarkSamples(list(parameters), str(images), 4 * options.rounds, warmup=3))
+                rounds = {label: [{"image_s": s} for s in times] for label, times in reply.rounds.items()}
     _report(name, parameters, rounds, phases)
 
 

@@ -27,6 +27,7 @@ from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.environments import find_runtime
+from compile_sparse.compiler.runtimes.messages import Benchmark, Load
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.verify.measure import folder_bytes
 from compile_sparse.passes.low_rank import LowRank
@@ -102,38 +103,36 @@ def main() -> None:
     options.add_argument("--only", default="", help="forms whose name contains this")
     given = options.parse_args()
     with tempfile.TemporaryDirectory() as name, Worker(VllmBackend().worker_command(TARGET)) as worker:
-        say(f"vLLM {worker.runtime['version']}, {worker.runtime['device']}, {given.threads} thread(s)")
+        say(f"vLLM {worker.runtime.version}, {worker.runtime.device}, {given.threads} thread(s)")
         make_model(Path(name, "model"))
         folders = write(Path(name, "model"), Path(name), given.only)
         levels = [int(level) for level in given.concurrency.split(",")]
         for label, folder in folders.items():
-            worker.call(
-                "load",
-                name=label,
-                folder=str(folder),
+            request = Load(
+                label,
+                str(folder),
                 threads=given.threads,
-                device="cpu",
                 sequence=given.prompt + given.output + 1,
                 sequences=max(levels),
             )
+            worker.call(request)
         for level in levels:
-            rounds = worker.call(
-                "benchmark",
-                names=list(folders),
+            asked = Benchmark(
+                list(folders),
                 prompt_tokens=given.prompt,
                 output_tokens=given.output,
-                batch=level,
                 rounds=given.rounds,
-                warmup=1,
                 vocab=8192,
-            )["rounds"]
+                batch=level,
+            )
+            rounds = worker.call(asked).rounds
             say(f"\n{level} request(s) at once, prompt {given.prompt}, output {given.output}, {given.rounds} rounds")
             say("| form | MB | prefill tok/s | prefill | decode tok/s | decode |\n|---|--:|--:|--:|--:|--:|")
             for label, times in rounds.items():
                 cells = [label, f"{folder_bytes(folders[label]) / 1e6:.0f}"]
                 for phase, tokens in (("prefill_s", given.prompt), ("decode_s", given.output)):
-                    ratios = [o[phase] / t[phase] for o, t in zip(rounds[DENSE], times, strict=True)]
-                    rate = level * tokens / statistics.median(t[phase] for t in times)
+                    ratios = [getattr(o, phase) / getattr(t, phase) for o, t in zip(rounds[DENSE], times, strict=True)]
+                    rate = level * tokens / statistics.median(getattr(t, phase) for t in times)
                     cells += [
                         f"{rate:.1f}",
                         f"{statistics.median(ratios):.2f}x ({min(ratios):.2f} to {max(ratios):.2f})",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
@@ -74,5 +74,4 @@ class HuggingFaceBackend:
 
     def worker_command(self, target: Target) -> Sequence[str]:
         """The measuring process; it imports torch and transformers only."""
-        # -P keeps this folder's modules from shadowing the worker's imports.
-        return [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+        return command("compile_sparse.backends.huggingface.worker")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Probe
 from compile_sparse.compiler.version_numbers import older
 
@@ -84,5 +84,4 @@ class OnnxRuntimeBackend:
 
     def worker_command(self, target: Target) -> Sequence[str]:
         """The measuring process; it imports numpy and onnxruntime only."""
-        # -P keeps this folder's modules from shadowing the worker's imports.
-        return [sys.executable, "-P", str(Path(__file__).with_name("worker.py"))]
+        return command("compile_sparse.backends.onnxruntime.worker")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER, copy_plugin
 from compile_sparse.backends.vllm.processor import cannot_run, other_hardware, registered, slow
+from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
@@ -115,8 +116,7 @@ class VllmBackend:
         record = find_runtime(_RUNTIME)
         if record is None:
             raise EnvironmentFailure("CS5007", "No vLLM is registered.", where=target.name, hint=_HINT)
-        # -P keeps this folder's modules from shadowing the worker's imports.
-        return [str(record.python), "-P", str(Path(__file__).with_name("worker.py")), str(_own_plugin())]
+        return command("compile_sparse.backends.vllm.worker", str(_own_plugin()), python=str(record.python))
 
 
 def _own_plugin() -> Path:

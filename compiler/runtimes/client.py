@@ -1,7 +1,7 @@
-"""Talk to a runtime in its own process: JSON lines on stdin and stdout.
+"""Talk to a runtime in its own process: the typed requests and replies of ``wire``, on its stdin and stdout.
 
-A runtime may crash, hang or take all memory; none of that may take the compiler with it. Requests carry an id, replies repeat
-it; ``{"event": "progress"}`` lines may come in between. The worker's stderr is kept and its tail put into errors.
+A runtime may crash, hang or take all memory; none of that may take the compiler with it. The worker's stderr is kept and its tail
+put into errors.
 
 ``COMPILE_SPARSE_WORKER_GIB`` is how much memory a worker and its children may take; without it 95 % of what the machine (or the
 control group of a container) has.
@@ -22,15 +22,18 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Self, TypeVar
 
 import psutil
 
 from compile_sparse.compiler.errors import EnvironmentFailure
+from compile_sparse.compiler.runtimes.messages import PROTOCOL, Hello, Runtime, Shutdown
+from compile_sparse.compiler.runtimes.wire import MalformedMessage, Request, to_line
 
 __all__ = ["Worker"]
 
-PROTOCOL = 1
+Reply = TypeVar("Reply")
+
 SHUTDOWN_SECONDS = 5.0
 STDERR_TAIL_BYTES = 2000
 MESSAGE_CHARACTERS = 1000
@@ -131,10 +134,13 @@ class Worker:
     ::
 
         with Worker(backend.worker_command(target)) as worker:
-            worker.call("load", name="compiled", folder=..., threads=2)
+            loaded = worker.call(Load(name="compiled", folder=..., threads=2))
 
     Args:
         command: argument list.
+
+    Attributes:
+        runtime: what answers; it says so when the process has started.
 
     Raises:
         EnvironmentFailure: CS5201 it does not start or speaks another protocol; CS5202 it died; CS5203 it took too long;
@@ -146,7 +152,7 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
         self._next_id = 0
-        self.runtime: dict[str, str] = {}
+        self.runtime = Runtime(self._command[-1])
 
     def __enter__(self) -> Self:
         limit = _memory_limit()
@@ -171,24 +177,23 @@ class Worker:
         self._memory = _Memory(self._process.pid, limit)
         threading.Thread(target=self._read, daemon=True).start()
         try:
-            hello = self.call("hello", timeout=120)
+            hello = self.call(Hello(), timeout=120)
         except BaseException:
             self._kill()
             raise
-        runtime = hello.get("runtime")
-        if hello.get("protocol") != PROTOCOL:
+        if hello.protocol != PROTOCOL:
             self._kill()
             raise EnvironmentFailure(
                 "CS5201",
                 "The runtime's worker speaks another protocol.",
                 where=self._command[-1],
-                why=f"It says {hello.get('protocol')}, this version needs {PROTOCOL}.",
+                why=f"It says {hello.protocol}, this version needs {PROTOCOL}.",
                 hint="Reinstall compile-sparse in the runtime's environment.",
             )
-        if not isinstance(runtime, dict):
+        if hello.runtime is None:
             self._kill()
-            raise _garbage("hello", json.dumps(hello))
-        self.runtime = runtime
+            raise _garbage(Hello.operation, to_line(vars(hello)))
+        self.runtime = hello.runtime
         return self
 
     def __exit__(
@@ -196,34 +201,32 @@ class Worker:
     ) -> None:
         if error is None:
             with contextlib.suppress(EnvironmentFailure, subprocess.TimeoutExpired):
-                self.call("shutdown", timeout=SHUTDOWN_SECONDS)
+                self.call(Shutdown(), timeout=SHUTDOWN_SECONDS)
                 if self._process is not None:
                     self._process.wait(timeout=SHUTDOWN_SECONDS)
         self._kill()
 
     def call(
         self,
-        operation: str,
+        request: Request[Reply],
         *,
         timeout: float = 3600,
         on_progress: Callable[[int, int], None] | None = None,
-        **arguments: Any,
-    ) -> dict[str, Any]:
-        """Send one request and wait for its reply.
+    ) -> Reply:
+        """Send a request and wait for its reply.
 
         Args:
-            operation: name of the operation.
+            request: see ``messages``.
             timeout: seconds without any line from the worker after which it is stopped.
             on_progress: called with (done, total).
-            arguments: plain JSON data.
         """
         self._next_id += 1
-        request = {"id": self._next_id, "op": operation, **arguments}
+        operation = request.operation
         process = self._process
         if process is None or process.stdin is None:
             raise RuntimeError("the worker is not running")
         try:
-            process.stdin.write(json.dumps(request) + "\n")
+            process.stdin.write(to_line({"id": self._next_id, "op": operation, **vars(request)}) + "\n")
             process.stdin.flush()
         except (BrokenPipeError, OSError):
             raise self._died(operation) from None
@@ -242,10 +245,10 @@ class Worker:
             if not isinstance(error, dict):
                 error = {"message": error}
             raise self._failed(operation, f"{error.get('type', 'Error')}: {error.get('message', 'no message')}")
-        result = reply.get("result")
-        if not isinstance(result, dict):
-            raise _garbage(operation, json.dumps(reply))
-        return result
+        try:
+            return request.read_reply(reply.get("result"))
+        except MalformedMessage as error:
+            raise _garbage(operation, f"{error}: {json.dumps(reply)}") from error
 
     def _failed(self, operation: str, why: str) -> EnvironmentFailure:
         """The error of a reply that says ``why``."""
@@ -260,12 +263,12 @@ class Worker:
         return EnvironmentFailure(
             "CS5204",
             f"The runtime failed in {operation!r}.",
-            where=str(self.runtime.get("name", self._command[-1])),
+            where=self.runtime.name,
             why=why,
             hint=hint,
         )
 
-    def _receive(self, operation: str, timeout: float) -> dict[str, Any]:
+    def _receive(self, operation: str, timeout: float) -> dict[str, object]:
         line = self._next_line(operation, timeout)
         if line is None:
             raise self._died(operation)
@@ -284,7 +287,7 @@ class Worker:
                 raise EnvironmentFailure(
                     "CS5208",
                     f"The runtime took too much memory in {operation!r}.",
-                    where=str(self.runtime.get("name", self._command[-1])),
+                    where=self.runtime.name,
                     why=f"{why}. It was stopped before the machine ran out.",
                     hint=f"Use a smaller --workload, or set {MEMORY_VARIABLE} to the GiB it may take.",
                 )
@@ -332,7 +335,7 @@ class Worker:
         return EnvironmentFailure(
             "CS5202",
             f"The runtime's process died during {operation!r}.",
-            where=str(self.runtime.get("name", self._command[-1])),
+            where=self.runtime.name,
             why=f"{how} Its last output: {self._tail()}",
             hint="Check memory; 'compile-sparse doctor' shows whether the runtime itself works.",
         )

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from compile_sparse.compiler.artifact.report import Fidelity
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Run, TokenTrace, Trace
+from compile_sparse.compiler.runtimes.wire import read
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 
 __all__ = ["LARGEST_NOISE_NATS", "check_fidelity", "fidelity_bound", "has_dense_traces"]
@@ -77,14 +79,9 @@ def _decoder(
     worker: Worker, name: str, reference: dict[str, Any], progress: Progress, traces: str, noise: float | None
 ) -> Fidelity:
     with progress.task("fidelity") as task:
-        reply = worker.call(
-            "trace",
-            name=name,
-            windows=reference["windows"],
-            prefill=reference["prefill"],
-            on_progress=lambda done, total: task.advance(),
-        )
-    expected, found = reference[traces], reply["windows"]
+        request = Trace(name, reference["windows"], reference["prefill"])
+        found = worker.call(request, on_progress=lambda done, total: task.advance()).windows
+    expected = [read(TokenTrace, trace) for trace in reference[traces]]
     difference = np.abs(_column(expected, "logprob") - _column(found, "logprob"))
     mean = float(difference.mean())
     allowed = min(mean if traces == "dense_traces" else noise or 0.0, LARGEST_NOISE_NATS)
@@ -105,8 +102,8 @@ def _decoder(
     )
 
 
-def _column(traces: list[dict[str, Any]], key: str) -> np.ndarray[Any, Any]:
-    return np.concatenate([np.asarray(trace[key], np.float64) for trace in traces])
+def _column(traces: list[TokenTrace], field: Literal["top1", "logprob", "margin"]) -> np.ndarray[Any, Any]:
+    return np.concatenate([np.asarray(getattr(trace, field), np.float64) for trace in traces])
 
 
 def _samples(worker: Worker, name: str, path: Path, progress: Progress) -> Fidelity:
@@ -133,7 +130,7 @@ def run_samples(
     """Outputs of the loaded model ``name``; arrays travel through files in ``scratch``."""
     inputs, outputs = scratch / f"{name}.in.npz", scratch / f"{name}.out.npz"
     np.savez(inputs, **feeds)  # type: ignore[arg-type]
-    worker.call("run", name=name, feeds=str(inputs), outputs=str(outputs))
+    worker.call(Run(name, str(inputs), str(outputs)))
     with np.load(outputs, allow_pickle=False) as archive:
         return {key: archive[key] for key in archive.files}
 

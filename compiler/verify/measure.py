@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from compile_sparse.compiler.extension.backend_contract import Backend
 from compile_sparse.compiler.pipeline.building import ENGINES
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
@@ -137,7 +138,7 @@ def measure(
             ratios = measure_twin(
                 worker, TWIN, workload, None if decoder else batch, vocabulary=vocabulary, seed=seed, progress=progress
             )
-        runtime = RuntimeSection(**{k: str(v) for k, v in worker.runtime.items()})
+        runtime = RuntimeSection(**asdict(worker.runtime))
     return Measured(runtime, fidelity, baseline_fidelity, performance, quality, ratios)
 
 
@@ -162,7 +163,7 @@ def measure_answers(
             quality = measure_agreement(worker, _reference_feeds(artifact / SAMPLE_FILE), progress=progress)
         else:
             quality = measure_perplexity(worker, slices, seed=seed, progress=progress) if slices else None
-        ran_in = f"{worker.runtime.get('name', '')} {worker.runtime.get('version', '')}"
+        ran_in = f"{worker.runtime.name} {worker.runtime.version}"
     return Measured(
         runtime=None,
         fidelity=fidelity.model_copy(update={"runtime": ran_in}),
@@ -183,16 +184,15 @@ def _load(
 ) -> None:
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
     for name, folder in folders.items():
-        worker.call(
-            "load",
+        request = Load(
             name=name,
             folder=str(folder),
             threads=threads,
             device=device,
             sequence=max(longest, workload.prompt + workload.output),
             sequences=max(workload.levels),
-            timeout=LOAD_TIMEOUT_SECONDS,
         )
+        worker.call(request, timeout=LOAD_TIMEOUT_SECONDS)
 
 
 def _check_both(worker: Worker, baseline: Path, artifact: Path, progress: Progress) -> tuple[Fidelity, Fidelity]:

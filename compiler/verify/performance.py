@@ -20,6 +20,7 @@ from compile_sparse.compiler.artifact.report import (
 )
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Bandwidth, Benchmark, BenchmarkSamples, Memory, Round
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.statistics import percentiles, ratio_of_rounds
 
@@ -55,27 +56,17 @@ def measure_decoder(
     """
     ideal: dict[str, float] = {}
     if weight_bytes:
-        bandwidth = float(worker.call("bandwidth", threads=threads)["bytes_per_s"])
+        bandwidth = worker.call(Bandwidth(threads)).bytes_per_s
         ideal = {name: weight_bytes[name] / bandwidth for name in NAMES}
     levels: dict[int, Level] = {}
     total = (WARMUP_ROUNDS + workload.rounds) * len(NAMES) * len(workload.levels)
     with progress.task("performance", total=total) as task:
         for batch in workload.levels:
-            reply = worker.call(
-                "benchmark",
-                names=list(NAMES),
-                prompt_tokens=workload.prompt,
-                output_tokens=workload.output,
-                batch=batch,
-                rounds=workload.rounds,
-                warmup=WARMUP_ROUNDS,
-                seed=seed,
-                vocab=vocabulary,
-                on_progress=lambda done, count: task.advance(),
-            )
+            request = _benchmark(NAMES, workload, batch, vocabulary, seed)
+            reply = worker.call(request, on_progress=lambda done, count: task.advance())
             # Memory was measured with the first number of requests.
             memory = peak_rss_bytes if batch == workload.levels[0] else {}
-            levels[batch] = _level(reply["rounds"], workload, batch, memory, ideal)
+            levels[batch] = _level(reply.rounds, workload, batch, memory, ideal)
     first = levels[workload.levels[0]]
     return Performance(
         workload=MeasuredWorkload(
@@ -92,14 +83,27 @@ def measure_decoder(
     )
 
 
+def _benchmark(names: Sequence[str], workload: Workload, batch: int, vocabulary: int, seed: int) -> Benchmark:
+    return Benchmark(
+        names=list(names),
+        prompt_tokens=workload.prompt,
+        output_tokens=workload.output,
+        rounds=workload.rounds,
+        vocab=vocabulary,
+        batch=batch,
+        warmup=WARMUP_ROUNDS,
+        seed=seed,
+    )
+
+
 def _level(
-    rounds: Mapping[str, Sequence[Mapping[str, Any]]],
+    rounds: Mapping[str, Sequence[Round]],
     workload: Workload,
     batch: int,
     peak_rss_bytes: Mapping[str, int],
     ideal_step_s: Mapping[str, float],
 ) -> Level:
-    def ratio(quantity: Callable[[Mapping[str, Any]], float]) -> Interval:
+    def ratio(quantity: Callable[[Round], float]) -> Interval:
         return _interval([quantity(r) for r in rounds[BASELINE]], [quantity(r) for r in rounds[COMPILED]])
 
     speeds = {
@@ -109,25 +113,25 @@ def _level(
         baseline=speeds[BASELINE],
         compiled=speeds[COMPILED],
         ratio=Ratios(
-            prefill_tok_s=ratio(lambda r: 1 / r["prefill_s"]),
-            decode_tok_s=ratio(lambda r: 1 / r["decode_s"]),
-            workload=ratio(lambda r: 1 / (r["prefill_s"] + r["decode_s"])),
+            prefill_tok_s=ratio(lambda r: 1 / r.prefill_s),
+            decode_tok_s=ratio(lambda r: 1 / r.decode_s),
+            workload=ratio(lambda r: 1 / (r.prefill_s + r.decode_s)),
         ),
     )
 
 
 def _speed(
-    rounds: Sequence[Mapping[str, Any]],
+    rounds: Sequence[Round],
     workload: Workload,
     batch: int,
     peak_rss_bytes: int | None,
     ideal_step_s: float | None,
 ) -> Speed:
-    prefill = float(np.median([r["prefill_s"] for r in rounds]))
-    decode = float(np.median([r["decode_s"] for r in rounds]))
-    steps = [t for r in rounds for t in r["token_s"]]
+    prefill = float(np.median([r.prefill_s for r in rounds]))
+    decode = float(np.median([r.decode_s for r in rounds]))
+    steps = [t for r in rounds for t in r.token_s]
     # A runtime that schedules requests itself tells each one's time; elsewhere the whole batch starts and ends together.
-    first = [t for r in rounds for t in r.get("ttft_s", [r["prefill_s"]])]
+    first = [t for r in rounds for t in r.ttft_s or [r.prefill_s]]
     return Speed(
         prefill_tok_s=batch * workload.prompt / prefill,
         decode_tok_s=batch * workload.output / decode,
@@ -151,11 +155,8 @@ def measure_samples(
     with progress.task("performance", total=1) as task, tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch, "feeds.npz")
         np.savez(path, **feeds)  # type: ignore[arg-type]
-        reply = worker.call(
-            "benchmark_samples", names=list(NAMES), feeds=str(path), rounds=rounds, warmup=WARMUP_ROUNDS
-        )
+        seconds = worker.call(BenchmarkSamples(list(NAMES), str(path), rounds, WARMUP_ROUNDS)).rounds
         task.advance()
-    seconds: dict[str, list[float]] = reply["rounds"]
 
     def speed(name: str) -> Speed:
         return Speed(
@@ -194,27 +195,17 @@ def measure_twin(
     names = [twin, COMPILED]
     with progress.task("sparse kernels against dense ones", total=1) as task, tempfile.TemporaryDirectory() as scratch:
         if feeds is None:
-            reply = worker.call(
-                "benchmark",
-                names=names,
-                prompt_tokens=workload.prompt,
-                output_tokens=workload.output,
-                batch=workload.levels[0],
-                rounds=workload.rounds,
-                warmup=WARMUP_ROUNDS,
-                seed=seed,
-                vocab=vocabulary,
-            )
+            decoded = worker.call(_benchmark(names, workload, workload.levels[0], vocabulary, seed)).rounds
             times = {
-                profile: [[float(r[key]) for r in reply["rounds"][name]] for name in names]
-                for profile, key in (("prefill", "prefill_s"), ("decode", "decode_s"))
+                "prefill": [[r.prefill_s for r in decoded[name]] for name in names],
+                "decode": [[r.decode_s for r in decoded[name]] for name in names],
             }
         else:
             path = Path(scratch, "feeds.npz")
             np.savez(path, **feeds)  # type: ignore[arg-type]
             rounds = max(workload.rounds, 10)
-            reply = worker.call("benchmark_samples", names=names, feeds=str(path), rounds=rounds, warmup=WARMUP_ROUNDS)
-            times = {"samples": [list(map(float, reply["rounds"][name])) for name in names]}
+            sampled = worker.call(BenchmarkSamples(names, str(path), rounds, WARMUP_ROUNDS)).rounds
+            times = {"samples": [sampled[name] for name in names]}
         task.advance()
     return {
         profile: _interval([1 / t for t in of_twin], [1 / t for t in of_sparse])
@@ -226,8 +217,7 @@ def measure_memory(
     worker: Worker, folder: Path, workload: Workload, *, threads: int, vocabulary: int, device: str
 ) -> int:
     """Peak resident bytes of a fresh process, ``worker``, that loads one model and generates once."""
-    reply = worker.call(
-        "memory",
+    request = Memory(
         folder=str(folder),
         threads=threads,
         prompt_tokens=workload.prompt,
@@ -236,7 +226,7 @@ def measure_memory(
         vocab=vocabulary,
         device=device,
     )
-    return int(reply["peak_rss_bytes"])
+    return worker.call(request).peak_rss_bytes
 
 
 def _interval(baseline: Sequence[float], compiled: Sequence[float]) -> Interval:

@@ -13,6 +13,7 @@ import numpy as np
 from compile_sparse.compiler.artifact.report import Quality, Slice
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Score, WindowScore
 from compile_sparse.compiler.verify.fidelity import cosine, run_samples
 from compile_sparse.compiler.verify.performance import BASELINE, COMPILED
 from compile_sparse.compiler.verify.statistics import perplexity_ratio
@@ -34,14 +35,9 @@ def measure_perplexity(
     measured: dict[str, Slice] = {}
     with progress.task("quality", total=total) as task:
         for name, windows in slices.items():
-            reply = worker.call(
-                "score",
-                name=COMPILED,
-                against=BASELINE,
-                windows=[list(w) for w in windows],
-                on_progress=lambda done, count: task.advance(),
-            )
-            measured[name] = _slice(reply["windows"], seed)
+            request = Score(COMPILED, BASELINE, [list(w) for w in windows])
+            reply = worker.call(request, on_progress=lambda done, count: task.advance())
+            measured[name] = _slice(reply.windows, seed)
     worst = max(measured, key=lambda name: _damage(measured[name])) if measured else None
     return Quality(slices=measured, worst_slice=worst)
 
@@ -51,14 +47,13 @@ def _damage(found: Slice) -> float:
     return math.inf if found.ratio is None else found.ratio
 
 
-def _slice(scores: Sequence[Mapping[str, Any]], seed: int) -> Slice:
-    tokens = [int(s["tokens"]) for s in scores]
+def _slice(scores: Sequence[WindowScore], seed: int) -> Slice:
+    tokens = [s.tokens for s in scores]
     count = sum(tokens)
-    if not all(
-        math.isfinite(s[key]) and s[key] < MAX_NATS * s["tokens"] for s in scores for key in ("nll", "nll_against")
-    ):
+    if not all(math.isfinite(nll) and nll < MAX_NATS * s.tokens for s in scores for nll in (s.nll, s.nll_against)):
         return Slice(samples=len(scores), tokens=count)  # no perplexity: gates on it fail
-    compiled, baseline = [float(s["nll"]) for s in scores], [float(s["nll_against"]) for s in scores]
+    compiled, baseline = [s.nll for s in scores], [s.nll_against for s in scores]
+    divergences = [s.kl for s in scores if s.kl is not None]
     estimate = perplexity_ratio(baseline, compiled, tokens, seed=seed)
     return Slice(
         ppl_baseline=math.exp(sum(baseline) / count),
@@ -66,8 +61,8 @@ def _slice(scores: Sequence[Mapping[str, Any]], seed: int) -> Slice:
         ratio=estimate.value,
         ci95=(estimate.low, estimate.high),
         # Some runtimes tell the given tokens' probabilities only: no divergence then.
-        kl=None if any(s["kl"] is None for s in scores) else sum(float(s["kl"]) for s in scores) / count,
-        top1_agreement=sum(int(s["top1_equal"]) for s in scores) / count,
+        kl=sum(divergences) / count if len(divergences) == len(scores) else None,
+        top1_agreement=sum(s.top1_equal for s in scores) / count,
         samples=len(scores),
         tokens=count,
     )

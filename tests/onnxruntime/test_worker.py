@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 
-from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend, worker
+from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
+from compile_sparse.backends.onnxruntime.worker import OnnxRuntimeWorker
+from compile_sparse.backends.worker import decoder, scoring
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.targets.target import find_target
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
@@ -88,30 +90,27 @@ def test_trace_equals_a_full_forward(client: Client, program_of: ProgramOf, pref
 
 def test_score(client: Client, program_of: ProgramOf) -> None:
     ids = [5, 17, 40, 8, 33, 2, 71, 9, 12, 50]
-    (alone,) = client.ask("score", name="fp32", against=None, windows=[ids])["windows"]
-    expected = _reference(program_of, ids)
-    assert alone["tokens"] == 9
-    assert alone["nll"] == pytest.approx(-sum(float(expected[i, ids[i + 1]]) for i in range(9)), abs=1e-4)
-    assert alone["kl"] is None
     (same,) = client.ask("score", name="fp32", against="fp32", windows=[ids])["windows"]
+    expected = _reference(program_of, ids)
+    assert same["tokens"] == 9
+    assert same["nll"] == pytest.approx(-sum(float(expected[i, ids[i + 1]]) for i in range(9)), abs=1e-4)
+    assert same["nll_against"] == same["nll"]
     assert same["kl"] == 0
     assert same["top1_equal"] == 9
     (other,) = client.ask("score", name="w8a8", against="fp32", windows=[ids])["windows"]
-    assert other["nll_against"] == pytest.approx(alone["nll"])
+    assert other["nll_against"] == pytest.approx(same["nll"])
     assert other["kl"] > 0
 
 
 def test_scores_do_not_depend_on_the_chunk(folder_of: FolderOf, monkeypatch: pytest.MonkeyPatch) -> None:
-    state, ids = worker.Worker(), np.random.default_rng(0).integers(3, 96, 60).tolist()
-    silent = lambda done, total: None  # noqa: E731
-    state.op_load({"name": "m", "folder": str(folder_of("llama")[0]), "threads": 1}, silent)
-    request = {"name": "m", "against": "m", "windows": [ids]}
-    (whole,) = state.op_score(request, silent)["windows"]
-    monkeypatch.setattr(worker, "_CHUNK_TOKENS", 7)
-    monkeypatch.setattr(worker, "_ROWS", 3)
-    (pieces,) = state.op_score(request, silent)["windows"]
-    assert pieces["nll"] == pytest.approx(whole["nll"], abs=1e-4)
-    assert pieces["tokens"] == pieces["top1_equal"] == 59
+    worker, ids = OnnxRuntimeWorker(), np.random.default_rng(0).integers(3, 96, 60).tolist()
+    model = worker.open(str(folder_of("llama")[0]), 1, "cpu")
+    whole = decoder.score_window(model, model, ids)
+    monkeypatch.setattr(decoder, "CHUNK_TOKENS", 7)
+    monkeypatch.setattr(scoring, "ROWS", 3)
+    pieces = decoder.score_window(model, model, ids)
+    assert pieces.nll == pytest.approx(whole.nll, abs=1e-4)
+    assert pieces.tokens == pieces.top1_equal == 59
 
 
 def test_benchmark(client: Client) -> None:
@@ -157,10 +156,12 @@ def test_run_and_samples(client: Client, folder_of: FolderOf, program_of: Progra
         ('{"id": 7, "op": "load", "name": "x", "folder": "/nowhere", "threads": 1}', "no model.onnx in /nowhere"),
         ('{"id": 7, "op": "load", "name": "x", "folder": "/nowhere", "threads": "all"}', "'threads'"),
         ('{"id": 7, "op": "trace", "name": "absent", "windows": [[1, 2]], "prefill": 1}', "'absent'"),
-        ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1]], "prefill": 1}', "at least 2 ids"),
+        ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1]], "prefill": 1}', "at least 2"),
         ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1, 2], [1, 2, 3]], "prefill": 1}', "equal lengths"),
-        ('{"id": 7, "op": "score", "name": "fp32", "windows": [[1, -2]]}', "non-negative"),
-        ('{"id": 7, "op": "score", "name": "fp32", "windows": [[1, 5000, 2]]}', ""),
+        ('{"id": 7, "op": "score", "name": "fp32", "against": "fp32", "windows": [[1, -2]]}', "at least 0"),
+        ('{"id": 7, "op": "score", "name": "fp32", "against": "fp32", "windows": [[1, 5000, 2]]}', ""),
+        ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1, 2]]}', "'prefill'"),
+        ('{"id": 7, "op": "trace", "name": "fp32", "windows": [[1, true]], "prefill": 1}', "'windows[0][1]'"),
         ('{"id": 7, "op": "benchmark", "names": [], "prompt_tokens": 1}', "'names'"),
     ],
 )
@@ -170,9 +171,3 @@ def test_a_bad_request_is_answered_and_survived(client: Client, line: str, part:
     assert part in reply["error"]["message"]
     assert reply["error"]["type"]
     client.ask("hello")
-
-
-def test_the_worker_needs_nothing_of_this_package() -> None:
-    source = Path(OnnxRuntimeBackend().worker_command(find_target("ort-cpu"))[-1]).read_text(encoding="utf-8")
-    assert "compile_sparse." not in source.replace("compile_sparse.json", "")
-    assert "import torch" not in source

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from compile_sparse.backends.tensorrt.engine import bindings
+from compile_sparse.backends.tensorrt.engine.build_messages import Build
+from compile_sparse.compiler.runtimes.wire import read
 from tests.tensorrt.graphs import dynamic, linear, save
 from tests.tensorrt.vendor_stubs import repair, write_stubs
 
@@ -23,9 +25,9 @@ def trt() -> Any:
     return bindings.choose("tensorrt_rtx")
 
 
-def fields(path: Path, **changed: Any) -> dict[str, Any]:
+def asked(path: Path, **changed: Any) -> Build:
     made = {"onnx": str(path), "engine": None, "profiles": dynamic(), "sparse": False, "timing_cache": None}
-    return {**made, "capability_name": "SM80", "parse_only": False, **changed}
+    return read(Build, {**made, "capability_name": "SM80", "parse_only": False, **changed})
 
 
 def test_one_vendor_per_process(trt: Any) -> None:
@@ -48,7 +50,7 @@ def test_what_the_builder_is_told(trt: Any) -> None:
     log = Log(driverless=True)
     builder = trt.Builder(log)
     for sparse in (False, True):
-        config = _configure(builder, fields(Path("m"), sparse=sparse))
+        config = _configure(builder, asked(Path("m"), sparse=sparse))
         assert config.get_flag(trt.BuilderFlag.SPARSE_WEIGHTS) is sparse
         assert config.profiling_verbosity == trt.ProfilingVerbosity.DETAILED
         assert config.num_compute_capabilities == 1
@@ -126,7 +128,7 @@ def test_a_timing_cache_is_written_after_a_build(trt: Any, tmp_path: Path) -> No
 
     path, cache = save(linear("fp16"), tmp_path), tmp_path / "timing.cache"
     seen: list[int] = []
-    assert "failure" not in run_build(fields(path, timing_cache=str(cache)), seen.append)
+    assert not run_build(asked(path, timing_cache=str(cache)), seen.append).failure
     assert seen
     assert cache.is_file()
     assert sorted(found.name for found in tmp_path.iterdir()) == ["model.onnx", "timing.cache"]

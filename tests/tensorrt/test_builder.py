@@ -21,6 +21,7 @@ import pytest
 
 from compile_sparse.backends.tensorrt.engine import builder
 from compile_sparse.backends.tensorrt.engine.build_errors import explain, source_module
+from compile_sparse.backends.tensorrt.engine.build_messages import BuildReply
 from compile_sparse.backends.tensorrt.engine.build_progress import TOTAL, BuildProgress
 from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, Built, build
 from compile_sparse.backends.tensorrt.engine.capabilities import built_for
@@ -231,7 +232,7 @@ def test_a_graph_that_the_builder_fails_on_gives_its_reason(tmp_path: Path) -> N
     ],
 )
 def test_messages_of_builds_on_a_gpu(log: list[str], code: str, tmp_path: Path) -> None:
-    error = explain({"failure": "build", "log": log}, request(tmp_path / "model.onnx"))
+    error = explain(BuildReply(log, "build"), request(tmp_path / "model.onnx"))
     assert error.code == code
     assert error.why
 

@@ -20,6 +20,7 @@ from compile_sparse.compiler.artifact.report import Change, Fidelity, Interval, 
 from compile_sparse.compiler.extension.backend_contract import Probe
 from compile_sparse.compiler.pipeline.compilation import judge
 from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.runtimes.messages import Benchmark, BenchmarkSamples, Round, Rounds, SampleTimes
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.measure import TWIN, Measured, folder_bytes
 from compile_sparse.compiler.verify.performance import COMPILED, measure_twin
@@ -122,18 +123,18 @@ def test_bytes_are_those_of_the_graph(tmp_path: Path) -> None:
 class _Worker:
     """Answers as the measuring process on the GPU would: the twin takes twice as long for prompts and as long per token."""
 
-    def call(self, operation: str, **request: Any) -> dict[str, Any]:
-        assert request["names"] == [TWIN, COMPILED]
-        if operation == "benchmark_samples":
-            return {"rounds": {TWIN: [0.3, 0.31, 0.29], COMPILED: [0.2, 0.21, 0.19]}}
-        assert (operation, request["prompt_tokens"], request["output_tokens"]) == ("benchmark", 32, 8)
+    def call(self, request: Benchmark | BenchmarkSamples) -> Rounds | SampleTimes:
+        assert request.names == [TWIN, COMPILED]
+        if isinstance(request, BenchmarkSamples):
+            return SampleTimes({TWIN: [0.3, 0.31, 0.29], COMPILED: [0.2, 0.21, 0.19]})
+        assert (request.prompt_tokens, request.output_tokens) == (32, 8)
         times = {TWIN: (2.0, 1.0), COMPILED: (1.0, 1.0)}
-        return {
-            "rounds": {
-                name: [{"prefill_s": prefill + d, "decode_s": decode + d} for d in (0.0, 0.01, -0.01)]
+        return Rounds(
+            {
+                name: [Round(prefill + d, decode + d, []) for d in (0.0, 0.01, -0.01)]
                 for name, (prefill, decode) in times.items()
             }
-        }
+        )
 
 
 def test_the_twin_is_measured_against(twin_ratio: Callable[..., dict[str, Interval]]) -> None:

@@ -20,7 +20,6 @@ import pytest
 import torch
 from onnx import helper, numpy_helper
 
-from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt import processor
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, EngineRecord, Profile, Value
 from compile_sparse.backends.tensorrt.engine.engines import Here
@@ -30,9 +29,19 @@ from compile_sparse.backends.tensorrt.run.engine_session import CacheOnDevice, E
 from compile_sparse.backends.tensorrt.run.io_binding import bind, fitting_profile
 from compile_sparse.backends.tensorrt.run.portable import portable_model
 from compile_sparse.backends.tensorrt.run.reference_session import ReferenceRuntime
-from compile_sparse.backends.tensorrt.run.worker import main
+from compile_sparse.backends.tensorrt.run.worker import Generate, main
+from compile_sparse.backends.worker.errors import RequestError
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import (
+    Benchmark,
+    BenchmarkSamples,
+    Load,
+    Memory,
+    Run,
+    Score,
+    Trace,
+)
 from compile_sparse.compiler.targets.target import find_target
 from tests.tensorrt.graphs import DECODER, K, decoder, decoder_profiles, linear, save
 
@@ -185,36 +194,36 @@ def test_sequences_stay_within_the_cache(folder: Path) -> None:
 def client(folder: Path) -> Iterator[Worker]:
     command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker", "stand-in"]
     with Worker(command) as worker:
-        worker.call("load", name="compiled", folder=str(folder), threads=1, device="cuda", sequence=64, sequences=2)
+        worker.call(Load("compiled", str(folder), device="cuda", sequence=64, sequences=2))
         yield worker
 
 
 def test_the_worker_says_that_it_stands_in(client: Worker) -> None:
-    assert client.runtime["name"] == "onnxruntime, standing in for tensorrt"
-    assert client.runtime["device"] == "cpu"
-    assert client.runtime["version"]
+    assert client.runtime.name == "onnxruntime, standing in for tensorrt"
+    assert client.runtime.device == "cpu"
+    assert client.runtime.version
 
 
 def test_trace_and_score(client: Worker, folder: Path, tokens: np.ndarray[Any, Any]) -> None:
     expected = torch.log_softmax(full_forward(folder, tokens), -1)[:, :-1]
     chosen = expected.gather(-1, torch.from_numpy(tokens[:, 1:, None]))[..., 0]
     limit = tolerance("float16", full_forward(folder, tokens))
-    traces = client.call("trace", name="compiled", windows=tokens.tolist(), prefill=PROMPT)["windows"]
+    traces = client.call(Trace("compiled", tokens.tolist(), PROMPT)).windows
     for trace, wanted, row in zip(traces, chosen, expected, strict=True):
-        np.testing.assert_allclose(trace["logprob"], wanted, atol=limit)
+        np.testing.assert_allclose(trace.logprob, wanted, atol=limit)
         best = row.topk(2, -1).values
         clear = (best[:, 0] - best[:, 1] > 2 * limit).numpy()
         assert clear.sum() > 10, "enough positions that rounding cannot decide"
-        assert (np.array(trace["top1"])[clear] == row.argmax(-1).numpy()[clear]).all()
-    scores = client.call("score", name="compiled", against="compiled", windows=tokens.tolist())["windows"]
+        assert (np.array(trace.top1)[clear] == row.argmax(-1).numpy()[clear]).all()
+    scores = client.call(Score("compiled", "compiled", tokens.tolist())).windows
     for score, wanted in zip(scores, chosen, strict=True):
-        assert score["nll"] == pytest.approx(-float(wanted.sum()), abs=limit * len(wanted))
-        assert score["kl"] == 0
+        assert score.nll == pytest.approx(-float(wanted.sum()), abs=limit * len(wanted))
+        assert score.kl == 0
 
 
 def test_greedy_tokens(client: Worker, folder: Path, tokens: np.ndarray[Any, Any]) -> None:
     prompts = tokens[:, :PROMPT]
-    found = client.call("generate", name="compiled", windows=prompts.tolist(), output_tokens=4)["tokens"]
+    found = client.call(Generate("compiled", prompts.tolist(), output_tokens=4)).tokens
     ids = np.concatenate([prompts, np.array(found)], axis=1)
     expected = full_forward(folder, ids)[:, PROMPT - 1 : -1]
     best = expected.topk(2, -1).values
@@ -224,12 +233,11 @@ def test_greedy_tokens(client: Worker, folder: Path, tokens: np.ndarray[Any, Any
 
 
 def test_memory_and_no_speed(client: Worker, folder: Path) -> None:
-    fields = {"prompt_tokens": 4, "output_tokens": 2, "batch": 1, "vocab": DECODER["vocabulary"]}
-    reply = client.call("memory", folder=str(folder), threads=1, device="cuda", **fields)
-    assert reply["peak_rss_bytes"] > 30 << 20
-    for operation in ("benchmark", "benchmark_samples"):
+    sizes = {"prompt_tokens": 4, "output_tokens": 2, "vocab": DECODER["vocabulary"]}
+    assert client.call(Memory(str(folder), device="cuda", **sizes)).peak_rss_bytes > 30 << 20
+    for request in (Benchmark(["compiled"], rounds=1, **sizes), BenchmarkSamples(["compiled"], "", rounds=1)):
         with pytest.raises(EnvironmentFailure, match="CS5204") as caught:
-            client.call(operation, names=["compiled"], rounds=1, **fields)
+            client.call(request)
         assert "says nothing of TensorRT's" in caught.value.why
 
 
@@ -237,11 +245,11 @@ def test_models_without_a_cache(client: Worker, tmp_path: Path) -> None:
     model = linear("int8")
     save(model, tmp_path)
     (tmp_path / DESCRIPTION_FILE).write_text(described(model).model_dump_json())
-    client.call("load", name="encoder", folder=str(tmp_path), threads=1, device="cuda")
+    client.call(Load("encoder", str(tmp_path), device="cuda"))
     x = np.random.default_rng(0).standard_normal((3, K)).astype(np.float32)
     feeds, outputs = tmp_path / "in.npz", tmp_path / "out.npz"
     np.savez(feeds, x=x)
-    client.call("run", name="encoder", feeds=str(feeds), outputs=str(outputs))
+    client.call(Run("encoder", str(feeds), str(outputs)))
     weights = {t.name: numpy_helper.to_array(t) for t in model.graph.initializer}
     step = np.float32(weights["step"].item())
     codes = np.clip(np.rint(x.astype(np.float16) / weights["step"]), -128, 127).astype(np.float32)
@@ -252,9 +260,9 @@ def test_models_without_a_cache(client: Worker, tmp_path: Path) -> None:
     limit = 2 * float(step) * 1.27 + 2.0**-10 * np.abs(expected).max()
     np.testing.assert_allclose(found, expected, atol=limit)
     assert limit < 0.5 * expected.std()
-    for operation in ("trace", "score"):
+    for request in (Trace("encoder", [[1, 2]], 1), Score("encoder", "encoder", [[1, 2]])):
         with pytest.raises(EnvironmentFailure, match="CS5204") as caught:
-            client.call(operation, name="encoder", windows=[[1, 2]], prefill=1)
+            client.call(request)
         assert "needs a decoder" in caught.value.why
 
 
@@ -263,10 +271,10 @@ def test_graphs_that_cannot_stand_in_are_answered(client: Worker, tmp_path: Path
     save(model, tmp_path)
     (tmp_path / DESCRIPTION_FILE).write_text(described(model).model_dump_json())
     with pytest.raises(EnvironmentFailure, match="CS5204") as caught:
-        client.call("load", name="nvfp4", folder=str(tmp_path), threads=1, device="cuda")
+        client.call(Load("nvfp4", str(tmp_path), device="cuda"))
     assert "cannot stand in for TensorRT" in caught.value.why
     with pytest.raises(EnvironmentFailure, match="CS5204") as caught:
-        client.call("load", name="absent", folder=str(tmp_path / "absent"), threads=1, device="cuda")
+        client.call(Load("absent", str(tmp_path / "absent"), device="cuda"))
     assert "CS4419" in caught.value.why
 
 
@@ -294,7 +302,7 @@ def test_an_engine_worker_without_a_gpu_says_what_is_missing(folder: Path) -> No
     (path / DESCRIPTION_FILE).write_text(text)
     command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker", "engine"]
     with Worker(command) as worker, pytest.raises(EnvironmentFailure, match="CS5204") as caught:
-        worker.call("load", name="compiled", folder=str(path), threads=1, device="cuda")
+        worker.call(Load("compiled", str(path), device="cuda"))
     assert "CS4422" in caught.value.why or "CS5210" in caught.value.why
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -18,6 +17,7 @@ from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.environments import find_runtime
+from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target, find_target, load_targets
 from compile_sparse.compiler.verify.reference import write_reference
 
@@ -71,8 +71,7 @@ def artifact(
     return done, lowered
 
 
-def load(worker: Worker, name: str, folder: Path) -> dict[str, Any]:
+def load(worker: Worker, name: str, folder: Path) -> None:
     """Load ``folder/model`` under ``name``."""
-    return worker.call(
-        "load", name=name, folder=str(folder / "model"), threads=1, device=here().device, sequence=SEQUENCE, sequences=4
-    )
+    model, device = str(folder / "model"), here().device
+    worker.call(Load(name, model, threads=1, device=device, sequence=SEQUENCE, sequences=4))

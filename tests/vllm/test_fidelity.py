@@ -28,6 +28,7 @@ from compile_sparse.compiler.ir.weights import DerivedTensor
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.environments import RuntimeRecord
+from compile_sparse.compiler.runtimes.messages import Benchmark
 from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bound
 from compile_sparse.compiler.verify.verdict import wrong_model
 from compile_sparse.passes.low_rank import LowRank
@@ -265,14 +266,14 @@ def test_speed_of_everything_in_turns(
     for name, steps in passes.items():
         artifact(program, steps, tmp_path / name)
         load(worker, name, tmp_path / name)
-    request = {"prompt_tokens": 16, "output_tokens": 6, "batch": 2, "rounds": 2, "warmup": 1, "vocab": 320}
-    rounds = worker.call("benchmark", names=["dense", *passes], **request)["rounds"]
+    request = Benchmark(["dense", *passes], prompt_tokens=16, output_tokens=6, rounds=2, vocab=320, batch=2)
+    rounds = worker.call(request).rounds
     for name, times in rounds.items():
         assert len(times) == 2, name
         for measured in times:
-            assert measured["prefill_s"] > 0
-            assert measured["decode_s"] >= 6 * min(measured["token_s"]) * 0.99
-            assert len(measured["ttft_s"]) == len(measured["token_s"]) == 2
+            assert measured.prefill_s > 0
+            assert measured.decode_s >= 6 * min(measured.token_s) * 0.99
+            assert len(measured.ttft_s) == len(measured.token_s) == 2
 
 
 def test_a_model_that_needs_the_plugin_says_so_without_it(

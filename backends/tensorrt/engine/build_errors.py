@@ -17,9 +17,11 @@ CS5003 the disk; CS5211 the builder does not load; CS5212 no memory
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compile_sparse.backends.tensorrt.engine.build_messages import BuildReply, ParserError, ProfileProblem
 from compile_sparse.compiler.errors import CompileSparseError, EnvironmentFailure, Refusal
 from compile_sparse.compiler.files.durable import as_disk_failure
 
@@ -65,39 +67,37 @@ def before_parsing(onnx: Path) -> None:
         raise Refusal("CS4408", "The file is no ONNX model.", where=str(onnx), why="It is empty.")
 
 
-def explain(reply: dict[str, Any], request: BuildRequest) -> CompileSparseError:
+def explain(reply: BuildReply, request: BuildRequest) -> CompileSparseError:
     """The error that a failed build's ``reply`` describes."""
-    kind, log = reply["failure"], [str(line) for line in reply.get("log", ())]
-    if kind == "import":
+    if reply.failure == "import":
         return EnvironmentFailure(
             "CS5211",
             f"The builder {request.builder} does not load.",
             where=request.builder,
-            why=str(reply["why"]),
+            why=reply.why,
             hint="Install it again; its libraries must be of the same version as its Python module.",
         )
-    if kind == "disk":
-        failure = as_disk_failure(OSError(reply["errno"], reply["why"], reply["file"]), request.onnx)
-        return failure or EnvironmentFailure(
-            "CS5003", "A file cannot be written.", where=reply["file"], why=reply["why"]
-        )
-    if kind == "profile":
-        return _shape(reply)
-    return _parse(reply["errors"], log, request) if kind == "parse" else _build(log, request)
+    if reply.failure == "disk":
+        failure = as_disk_failure(OSError(reply.errno, reply.why, reply.file), request.onnx)
+        return failure or EnvironmentFailure("CS5003", "A file cannot be written.", where=reply.file, why=reply.why)
+    if reply.problem is not None:
+        return _shape(reply.problem)
+    return _parse(reply.errors, reply.log, request) if reply.failure == "parse" else _build(reply.log, request)
 
 
-def _shape(reply: dict[str, Any]) -> Refusal:
-    profile = reply["profile"]
+def _shape(problem: ProfileProblem) -> Refusal:
     return Refusal(
         "CS4403",
         "The builder does not know what shapes an input takes.",
-        where=f"{reply['input']} {reply['shape']}",
-        why=f"Profile {profile!r}: {reply['why']}." if profile else "A dimension varies and there is no profile.",
+        where=f"{problem.input} {problem.shape}",
+        why=f"Profile {problem.profile!r}: {problem.why}."
+        if problem.profile
+        else "A dimension varies and there is no profile.",
         hint="Give every input with a dimension that varies its least, optimal and largest shape.",
     )
 
 
-def _parse(errors: list[dict[str, str]], log: list[str], request: BuildRequest) -> Refusal:
+def _parse(errors: Sequence[ParserError], log: Sequence[str], request: BuildRequest) -> Refusal:
     for line in log:
         if match := _WEIGHTS.search(line):
             return Refusal(
@@ -107,23 +107,23 @@ def _parse(errors: list[dict[str, str]], log: list[str], request: BuildRequest) 
                 why=match[1].strip(),
                 hint="Copy the whole folder: the ONNX file and the data beside it belong together.",
             )
-    first = errors[0] if errors else {"code": "unknown", "node": "", "operator": "", "text": "\n".join(log)}
-    if first["code"] == "MODEL_DESERIALIZE_FAILED":
+    first = errors[0] if errors else ParserError("unknown", "", "", "\n".join(log))
+    if first.code == "MODEL_DESERIALIZE_FAILED":
         return Refusal(
             "CS4408",
             "The file is no ONNX model.",
             where=str(request.onnx),
-            why=f"The parser says: {_plain(first['text'])}",
+            why=f"The parser says: {_plain(first.text)}",
             hint="Check whether the file was copied whole.",
         )
     others = [_place(error) for error in errors[1:]]
-    why = f"The parser of {request.builder} says {first['code']}: {_plain(first['text'])}"
+    why = f"The parser of {request.builder} says {first.code}: {_plain(first.text)}"
     if others:
         why += f" It also refuses {'; '.join(others[:5])}{' and more' if len(others) > 5 else ''}."
     if _unknown_operator(first):
         return Refusal(
             "CS4401",
-            f"TensorRT has no operator {first['operator']}.",
+            f"TensorRT has no operator {first.operator}.",
             where=_place(first),
             why=why,
             hint="Please report it with the model's config.json; ort-cpu may run it.",
@@ -131,20 +131,20 @@ def _parse(errors: list[dict[str, str]], log: list[str], request: BuildRequest) 
     return Refusal("CS4400", "TensorRT refuses a node of the graph.", where=_place(first), why=why)
 
 
-def _unknown_operator(error: dict[str, str]) -> bool:
+def _unknown_operator(error: ParserError) -> bool:
     """An importer that refuses an operator whole states the bare condition 'false'."""
-    return "Plugin not found" in error["text"] or (
-        error["code"] == "UNSUPPORTED_NODE" and error["text"].strip().lower() in ("", "false")
+    return "Plugin not found" in error.text or (
+        error.code == "UNSUPPORTED_NODE" and error.text.strip().lower() in ("", "false")
     )
 
 
-def _place(error: dict[str, str]) -> str:
-    node, module = error["node"], source_module(error["node"])
-    place = f"{error['operator'] or 'a node'} {node}".strip()
+def _place(error: ParserError) -> str:
+    module = source_module(error.node)
+    place = f"{error.operator or 'a node'} {error.node}".strip()
     return f"{place} (module {module})" if module else place
 
 
-def _build(log: list[str], request: BuildRequest) -> CompileSparseError:
+def _build(log: Sequence[str], request: BuildRequest) -> CompileSparseError:
     errors = [line[4:] for line in log if line.startswith(("[E]", "[F]"))]
     text = "\n".join(errors)
     where = ", ".join(dict.fromkeys(_ONNX_LAYER.findall(text))) or str(request.onnx)

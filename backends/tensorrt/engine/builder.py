@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
 from compile_sparse.backends.tensorrt.engine.build_errors import before_parsing, explain
+from compile_sparse.backends.tensorrt.engine.build_messages import Build, ShapeProfile
 from compile_sparse.backends.tensorrt.engine.build_progress import TOTAL
 from compile_sparse.backends.tensorrt.engine.capabilities import BuiltFor, built_for
 from compile_sparse.backends.tensorrt.engine.gpu import find_gpu
@@ -22,6 +23,7 @@ from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.files.durable import disk_errors, sync_folder
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.wire import read
 
 __all__ = ["EXTRAS", "BuildRequest", "Built", "build"]
 
@@ -117,7 +119,15 @@ def build(request: BuildRequest, progress: Progress) -> Built:
         request = replace(request, timing_cache=None)
     before_parsing(request.onnx)
     command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.engine.builder_worker", request.builder]
-    fields = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(request).items()}
+    asked = Build(
+        onnx=str(request.onnx),
+        engine=None if request.engine is None else str(request.engine),
+        capability_name=target.name,
+        profiles=[read(ShapeProfile, profile) for profile in request.profiles],
+        sparse=request.sparse,
+        timing_cache=None if request.timing_cache is None else str(request.timing_cache),
+        parse_only=request.parse_only,
+    )
     with progress.task("build", total=TOTAL) as task, Worker(command) as worker:
         reached = 0
 
@@ -126,29 +136,27 @@ def build(request: BuildRequest, progress: Progress) -> Built:
             task.advance(done - reached)
             reached = done
 
-        reply = worker.call(
-            "build", timeout=_SILENT_SECONDS, on_progress=advance, capability_name=target.name, **fields
-        )
+        reply = worker.call(asked, timeout=_SILENT_SECONDS, on_progress=advance)
         task.advance(TOTAL - reached)
-    if "failure" in reply:
+    if reply.failure:
         raise explain(reply, request)
     if request.engine is not None and not request.parse_only:
         with disk_errors(request.engine.parent):
             sync_folder(request.engine.parent)
     return Built(
-        sha256=str(reply.get("sha256", "")),
-        bytes=int(reply.get("bytes", 0)),
+        sha256=reply.sha256,
+        bytes=reply.bytes,
         builder=request.builder,
-        version=str(reply["version"]),
+        version=reply.version,
         compute_capability=target.compute_capability,
         gpu=gpu,
         substitute=target.substitute,
         flags=("SPARSE_WEIGHTS",) if request.sparse else (),
-        seconds=float(reply["seconds"]),
-        peak_rss_bytes=int(reply["peak_rss_bytes"]),
-        messages=tuple(map(str, reply["log"])),
-        inspector=str(reply["inspector"]),
-        layers=int(reply["layers"]),
+        seconds=reply.seconds,
+        peak_rss_bytes=reply.peak_rss_bytes,
+        messages=tuple(reply.log),
+        inspector=reply.inspector,
+        layers=reply.layers,
     )
 
 

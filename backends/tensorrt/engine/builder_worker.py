@@ -6,40 +6,46 @@ Builders crash, hang and take memory; this process may. It serves one build, so 
 from __future__ import annotations
 
 import sys
-from typing import Any
+from dataclasses import replace
 
-from compile_sparse.backends.onnxruntime.worker import PROTOCOL, Report, RequestError, memory, serve
 from compile_sparse.backends.tensorrt.engine.bindings import choose
+from compile_sparse.backends.tensorrt.engine.build_messages import Build, BuildReply
 from compile_sparse.backends.tensorrt.engine.build_progress import TOTAL
+from compile_sparse.backends.worker.machine import resident_bytes
+from compile_sparse.backends.worker.serve import serve
+from compile_sparse.compiler.runtimes.messages import PROTOCOL, Greeting, Hello, Runtime
+from compile_sparse.compiler.runtimes.wire import Report
 
 __all__ = ["BuilderWorker"]
 
 
 class BuilderWorker:
-    """Answers ``build`` with the bindings called ``name``."""
+    """Answers with the bindings called ``name``."""
 
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def op_hello(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        return {"protocol": PROTOCOL, "runtime": {"name": self._name}}
+    def hello(self, request: Hello, report: Report) -> Greeting:
+        """Who builds."""
+        return Greeting(PROTOCOL, Runtime(self._name))
 
-    def op_build(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        """See ``network_build.run_build``; also ``{"failure": "import", "why": ...}``, and ``{"failure": "disk", ...}``."""
+    def build(self, request: Build, report: Report) -> BuildReply:
+        """See ``network_build.run_build``; here what goes wrong before and around it."""
         try:
             choose(self._name)
         except (ImportError, OSError) as error:
-            return {"failure": "import", "why": f"{type(error).__name__}: {error}", "log": []}
+            return BuildReply([], "import", f"{type(error).__name__}: {error}")
         from compile_sparse.backends.tensorrt.engine.network_build import run_build
 
         try:
             built = run_build(request, lambda done: report(done, TOTAL))
         except OSError as error:
-            return {"failure": "disk", "errno": error.errno, "file": str(error.filename), "why": str(error), "log": []}
-        return {**built, "peak_rss_bytes": memory("VmHWM")}
+            return BuildReply([], "disk", str(error), errno=error.errno, file=str(error.filename))
+        return replace(built, peak_rss_bytes=resident_bytes("VmHWM"))
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        raise RequestError("give the name of the bindings")
-    sys.exit(serve(BuilderWorker(sys.argv[1])))
+        sys.exit("give the name of the bindings")
+    worker = BuilderWorker(sys.argv[1])
+    sys.exit(serve([Hello.handled_by(worker.hello), Build.handled_by(worker.build)]))

@@ -9,11 +9,18 @@ import ctypes
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from compile_sparse.backends.tensorrt.engine.bindings import trt
+from compile_sparse.backends.tensorrt.engine.build_messages import (
+    Build,
+    BuildReply,
+    ParserError,
+    ProfileProblem,
+    ShapeProfile,
+)
 from compile_sparse.backends.tensorrt.engine.build_progress import BuildProgress
 from compile_sparse.backends.tensorrt.engine.observers import Log, Monitor
 
@@ -22,52 +29,51 @@ __all__ = ["run_build"]
 _MOST_ERRORS = 20
 
 
-def run_build(request: dict[str, Any], report: Callable[[int], None]) -> dict[str, Any]:
-    """Serve one build.
+def run_build(request: Build, report: Callable[[int], None]) -> BuildReply:
+    """Serve one build; ``report`` is called with progress out of ``build_progress.TOTAL``.
 
-    Args:
-        request: fields of ``BuildRequest``, and ``capability_name`` for TensorRT-RTX.
-        report: called with progress out of ``build_progress.TOTAL``.
-
-    Returns:
-        What was built, or ``{"failure": "parse" | "profile" | "build", "log": [...], ...}``.
+    Raises:
+        OSError: a file cannot be written.
     """
     began = time.monotonic()
-    portable = bool(request["capability_name"])
-    log = Log(driverless=portable)
+    log = Log(driverless=bool(request.capability_name))
     builder = trt.Builder(log)
     network = builder.create_network(_network_flags())
     parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(request["onnx"]):
-        return {"failure": "parse", "errors": _parser_errors(parser), "log": log.lines}
-    found = {"version": trt.__version__, "layers": network.num_layers}
-    if request["parse_only"]:
-        return {**found, "seconds": time.monotonic() - began, "log": log.lines, "inspector": ""}
-    for profile in request["profiles"] or [None]:
+    if not parser.parse_from_file(request.onnx):
+        return BuildReply(log.lines, "parse", errors=_parser_errors(parser))
+    version, layers = trt.__version__, network.num_layers
+    if request.parse_only:
+        return BuildReply(log.lines, version=version, layers=layers, seconds=time.monotonic() - began)
+    expected: Sequence[ShapeProfile | None] = request.profiles or [None]
+    for profile in expected:
         if problem := _profile_problem(network, profile):
-            return {"failure": "profile", **problem, "log": log.lines}
+            return BuildReply(log.lines, "profile", problem=problem)
     config, monitor = _configure(builder, request), Monitor(BuildProgress(report))
     config.progress_monitor = monitor
-    cache = _load_timing_cache(config, request["timing_cache"], log)
-    for profile in request["profiles"]:
+    cache = _load_timing_cache(config, request.timing_cache, log)
+    for profile in request.profiles:
         if config.add_optimization_profile(_shapes(builder, profile)) < 0:
-            return {"failure": "build", "log": log.lines}
+            return BuildReply(log.lines, "build")
     plan = builder.build_serialized_network(network, config)
     if plan is None:
-        return {"failure": "build", "log": log.lines}
-    if cache is not None:
-        _replace(Path(request["timing_cache"]), _content(cache.serialize()))
+        return BuildReply(log.lines, "build")
+    if cache is not None and request.timing_cache:
+        _replace(Path(request.timing_cache), _content(cache.serialize()))
     seconds, lines = time.monotonic() - began, list(log.lines)
     content = _content(plan)
-    return {
-        **found,
-        "seconds": seconds,
-        "log": lines,
-        "bytes": content.nbytes,
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "inspector": _inspect(content, log),
-        "written": _replace(Path(request["engine"]), content) if request["engine"] else False,
-    }
+    inspector = _inspect(content, log)
+    if request.engine:
+        _replace(Path(request.engine), content)
+    return BuildReply(
+        lines,
+        version=version,
+        layers=layers,
+        seconds=seconds,
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=content.nbytes,
+        inspector=inspector,
+    )
 
 
 def _content(memory: trt.IHostMemory) -> memoryview:
@@ -80,20 +86,18 @@ def _network_flags() -> int:
     return 0 if flag is None else 1 << int(flag)
 
 
-def _parser_errors(parser: trt.OnnxParser) -> list[dict[str, str]]:
+def _parser_errors(parser: trt.OnnxParser) -> list[ParserError]:
     errors = []
     for index in range(min(parser.num_errors, _MOST_ERRORS)):
         error: trt.ParserError = parser.get_error(index)
         code = error.code().name
-        errors.append(
-            {"code": code, "node": error.node_name(), "operator": error.node_operator(), "text": error.desc()}
-        )
+        errors.append(ParserError(code, error.node_name(), error.node_operator(), error.desc()))
     return errors
 
 
-def _profile_problem(network: trt.INetworkDefinition, profile: dict[str, Any] | None) -> dict[str, str]:
-    """What a profile (None: there is none) does not say or says wrongly of an input; empty when all is well."""
-    given = profile["shapes"] if profile else {}
+def _profile_problem(network: trt.INetworkDefinition, profile: ShapeProfile | None) -> ProfileProblem | None:
+    """What a profile (None: there is none) does not say or says wrongly of an input; None when all is well."""
+    given = profile.shapes if profile else {}
     for index in range(network.num_inputs):
         value = network.get_input(index)
         shape = [int(value.shape[axis]) for axis in range(len(value.shape))]
@@ -111,30 +115,25 @@ def _profile_problem(network: trt.INetworkDefinition, profile: dict[str, Any] | 
                 problem = f"its range {ranges} changes a dimension that is fixed"
         if problem:
             names = [value.get_dimension_name(axis) or str(size) for axis, size in enumerate(shape)]
-            return {
-                "input": value.name,
-                "shape": f"[{', '.join(names)}]",
-                "profile": profile["name"] if profile else "",
-                "why": problem,
-            }
-    return {}
+            return ProfileProblem(value.name, f"[{', '.join(names)}]", profile.name if profile else "", problem)
+    return None
 
 
-def _configure(builder: trt.Builder, request: dict[str, Any]) -> trt.IBuilderConfig:
+def _configure(builder: trt.Builder, request: Build) -> trt.IBuilderConfig:
     config = builder.create_builder_config()
-    if request["sparse"]:
+    if request.sparse:
         config.set_flag(trt.BuilderFlag.SPARSE_WEIGHTS)
     config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
-    if request["capability_name"]:  # TensorRT-RTX; left out, it would take formats that the target's GPU lacks
+    if request.capability_name:  # TensorRT-RTX; left out, it would take formats that the target's GPU lacks
         config.num_compute_capabilities = 1
-        if not config.set_compute_capability(getattr(trt.ComputeCapability, request["capability_name"]), 0):
-            raise RuntimeError(f"the builder does not take compute capability {request['capability_name']}")
+        if not config.set_compute_capability(getattr(trt.ComputeCapability, request.capability_name), 0):
+            raise RuntimeError(f"the builder does not take compute capability {request.capability_name}")
     return config
 
 
-def _shapes(builder: trt.Builder, profile: dict[str, Any]) -> trt.IOptimizationProfile:
+def _shapes(builder: trt.Builder, profile: ShapeProfile) -> trt.IOptimizationProfile:
     made = builder.create_optimization_profile()
-    for name, ranges in profile["shapes"].items():
+    for name, ranges in profile.shapes.items():
         made.set_shape(name, *(trt.Dims(bound) for bound in ranges))
     return made
 
@@ -170,7 +169,7 @@ def _inspect(plan: memoryview, log: Log) -> str:
     return str(engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON))
 
 
-def _replace(path: Path, content: memoryview) -> bool:
+def _replace(path: Path, content: memoryview) -> None:
     """Write ``path`` so that it is there whole or not at all."""
     temporary = path.with_name(f".{path.name}.new")
     try:
@@ -182,4 +181,3 @@ def _replace(path: Path, content: memoryview) -> bool:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    return True

@@ -6,20 +6,38 @@ Unverified: never run on a GPU.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
-from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt.run.engine_session import CacheOnDevice, EngineSession
 from compile_sparse.backends.tensorrt.run.io_binding import bind, largest_call
+from compile_sparse.backends.worker.errors import RequestError
+from compile_sparse.backends.worker.model import Array, Tokens, taken
+from compile_sparse.compiler.runtimes.messages import Round
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["GreedyStep", "prefill", "time_call", "time_generation"]
+__all__ = ["GreedyStep", "TimedGeneration", "prefill", "time_call", "time_generation"]
+
+
+@dataclass(frozen=True)
+class TimedGeneration:
+    """What one generation took and gave.
+
+    Attributes:
+        round: prefill is from ids on the host to the first token on the host, a step from one CUDA event to the next.
+        tokens: per row, the first token and those of all steps.
+        cuda_graph: whether steps were replayed; where they cannot be recorded they are enqueued one by one, which is slower.
+    """
+
+    round: Round
+    tokens: list[list[int]]
+    cuda_graph: bool
 
 
 class GreedyStep:
@@ -69,18 +87,13 @@ def prefill(cache: CacheOnDevice, ids: torch.Tensor) -> torch.Tensor:
     return logits[:, -1].argmax(-1, keepdim=True)
 
 
-def time_generation(session: EngineSession, prompt: NDArray[np.int64], steps: int) -> dict[str, Any]:
-    """Seconds of one generation.
+def time_generation(session: EngineSession, prompt: Tokens, steps: int) -> TimedGeneration:
+    """Run one generation and time it.
 
     Args:
         session: of a decoder, on a GPU.
         prompt: ids ``[B, P]``.
         steps: greedy steps after the prompt.
-
-    Returns:
-        ``prefill_s``: from ids on the host to the first token on the host. ``token_s``: of each step, from one CUDA event to the
-        next. ``decode_s``: their sum. ``tokens``: the first token and those of all steps. ``cuda_graph``: whether steps were
-        replayed; where they cannot be recorded they are enqueued one by one, which is slower.
     """
     import torch
 
@@ -106,13 +119,7 @@ def time_generation(session: EngineSession, prompt: NDArray[np.int64], steps: in
     torch.cuda.synchronize()
     seconds = [early.elapsed_time(late) / 1e3 for early, late in pairwise(events)]
     tokens = torch.cat([first_host, step.chosen.cpu()], dim=1).tolist()
-    return {
-        "prefill_s": prefill_s,
-        "decode_s": sum(seconds),
-        "token_s": seconds,
-        "tokens": tokens,
-        "cuda_graph": graph is not None,
-    }
+    return TimedGeneration(Round(prefill_s, sum(seconds), seconds), tokens, cuda_graph=graph is not None)
 
 
 def _recorded(step: GreedyStep) -> torch.cuda.CUDAGraph | None:
@@ -128,11 +135,11 @@ def _recorded(step: GreedyStep) -> torch.cuda.CUDAGraph | None:
     return graph
 
 
-def time_call(session: EngineSession, feeds: dict[str, NDArray[Any]]) -> float:
+def time_call(session: EngineSession, feeds: Mapping[str, Array]) -> float:
     """Seconds of one call of a model without a cache, its inputs on the device; outputs stay there."""
     import torch
 
-    given = {name: session.on_device(name, value) for name, value in feeds.items()}
+    given = {name: session.on_device(name, value) for name, value in taken(session.inputs, feeds).items()}
     context = session.context(given)
     bind(context, session.description, given)
     torch.cuda.synchronize()

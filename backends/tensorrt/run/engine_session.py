@@ -9,20 +9,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
-from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt.description import Description
 from compile_sparse.backends.tensorrt.run.io_binding import bind, fitting_profile, largest_call, torch_type
 from compile_sparse.backends.tensorrt.run.reference_session import cache_shape, require_decoder
+from compile_sparse.backends.worker.errors import RequestError
+from compile_sparse.backends.worker.model import Array, Tokens, taken
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt
     import torch
 
 __all__ = ["CacheOnDevice", "EngineSession", "load_engine"]
-
-Array = NDArray[Any]
 
 
 def load_engine(plan: bytes, log: Any) -> trt.ICudaEngine:
@@ -53,7 +51,7 @@ def load_engine(plan: bytes, log: Any) -> trt.ICudaEngine:
 
 
 class EngineSession:
-    """One loaded engine, as the workers' operations use it.
+    """One loaded engine, a ``worker.model.Model``.
 
     Args:
         engine: deserialized.
@@ -119,8 +117,9 @@ class EngineSession:
 
         return torch.from_numpy(np.ascontiguousarray(value)).to(self.device, torch_type(self.inputs[name].dtype))
 
-    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """Values of ``outputs``; more samples than a profile holds are run one part after another."""
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs by name; more samples than a profile holds are run one part after another."""
+        feeds = taken(self.inputs, feeds)
         first = next(iter(feeds))
         most = largest_call(self.profiles, first, 0) or len(feeds[first])
         parts = []
@@ -129,8 +128,8 @@ class EngineSession:
             context = self.context(given)
             results = bind(context, self.description, given)
             self.enqueue(context)
-            parts.append([_to_host(results[name]) for name in self.outputs])
-        return [np.concatenate(columns) for columns in zip(*parts, strict=True)]
+            parts.append({name: _to_host(results[name]) for name in self.outputs})
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.outputs}
 
     def generation(self, batch: int, capacity: int) -> Sequences:
         """``batch`` empty sequences that will not grow beyond ``capacity`` tokens."""
@@ -178,7 +177,7 @@ class Sequences:
         rows = largest_call(session.profiles, "input_ids", 0) or batch
         self._parts = [CacheOnDevice(session, min(rows, batch - start), capacity) for start in range(0, batch, rows)]
 
-    def step(self, ids: Array) -> Array:
+    def step(self, ids: Tokens) -> Array:
         """Logits ``[B, S, V]`` in float32 of new tokens ``ids [B, S]``."""
         most, results, start = largest_call(self._session.profiles, "input_ids", 1) or ids.shape[1], [], 0
         for part in self._parts:

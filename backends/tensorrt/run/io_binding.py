@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt.description import Description, Profile, Value
+from compile_sparse.backends.worker.errors import RequestError
 
 if TYPE_CHECKING:
     import tensorrt_rtx as trt

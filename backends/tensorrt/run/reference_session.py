@@ -8,25 +8,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from compile_sparse.backends.onnx.external_data import MODEL_FILE
-from compile_sparse.backends.onnxruntime.worker import RequestError
 from compile_sparse.backends.tensorrt.description import Description, Value, read_description
 from compile_sparse.backends.tensorrt.run.portable import portable_model
+from compile_sparse.backends.worker.errors import RequestError
+from compile_sparse.backends.worker.model import Array, Tokens, taken
 
 __all__ = ["ReferenceRuntime", "StaticCache"]
 
 _WEIGHTS_FOLDER = "session.model_external_initializers_file_folder_path"
 
-Array = NDArray[Any]
-
 
 class ReferenceRuntime:
-    """One loaded folder, as the workers' operations use it.
+    """One loaded folder, a ``worker.model.Model``.
 
     Args:
         folder: with ``model.onnx`` and its description.
@@ -70,20 +67,16 @@ class ReferenceRuntime:
             raise RequestError(f"the description has the inputs {sorted(self.inputs)}, the graph {sorted(found)}")
         self.outputs = [value.name for value in self._session.get_outputs()]
 
-    def require_decoder(self) -> None:
-        """Raise unless the graph has a key-value cache and logits."""
-        require_decoder(self.description)
-
     def generation(self, batch: int, capacity: int) -> StaticCache:
         """``batch`` empty sequences that will not grow beyond ``capacity`` tokens."""
-        self.require_decoder()
+        require_decoder(self.description)
         return StaticCache(self, batch, capacity)
 
-    def run(self, feeds: Mapping[str, Array]) -> list[Array]:
-        """Values of ``outputs`` for one call; 16-bit floats as float32, which holds them exactly."""
-        cast = {name: np.asarray(value, self.inputs[name].dtype) for name, value in feeds.items()}
-        results: list[Array] = self._session.run(self.outputs, cast)
-        return [value.astype(np.float32) if value.dtype == np.float16 else value for value in results]
+    def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
+        """Outputs of one call; 16-bit floats as float32, which holds them exactly."""
+        cast = {name: np.asarray(value, self.inputs[name].dtype) for name, value in taken(self.inputs, feeds).items()}
+        results = self.step(cast)
+        return {n: value.astype(np.float32) if value.dtype == np.float16 else value for n, value in results.items()}
 
     def step(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """All outputs by name, in their own types."""
@@ -129,7 +122,7 @@ class StaticCache:
         }
         self._batch, self._capacity = batch, capacity
 
-    def step(self, ids: Array) -> Array:
+    def step(self, ids: Tokens) -> Array:
         """Logits ``[B, S, V]`` in float32 of new tokens ``ids [B, S]``."""
         if self._length + ids.shape[1] > self._capacity:
             raise RequestError(f"the sequences grow beyond the {self._capacity} tokens that were announced")

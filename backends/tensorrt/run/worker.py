@@ -1,62 +1,102 @@
 """The measuring process of the TensorRT target: ``python -m compile_sparse.backends.tensorrt.run.worker engine|stand-in``.
 
-``engine`` runs the engines of a folder on the GPU here (unverified: never run). ``stand-in`` runs the folder's ONNX graph on the
-processor with ONNX Runtime: what it computes is the graph's, how fast says nothing of the target, so that it measures no speed.
-
-The protocol and most operations are those of ``backends/onnxruntime/worker.py``.
+``engine`` runs the engines of a folder on the GPU here (unverified: never run). ``stand-in``, the reference runtime, runs the
+folder's ONNX graph on the processor with ONNX Runtime: what it computes is the graph's, how fast says nothing of the target, so
+that it measures no speed.
 """
 
 from __future__ import annotations
 
 import hashlib
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from compile_sparse.backends.onnxruntime.worker import Report, RequestError, Worker, count, memory, serve, token_windows
 from compile_sparse.backends.tensorrt.description import read_description
 from compile_sparse.backends.tensorrt.engine.engines import check_engine, choose_engine
 from compile_sparse.backends.tensorrt.processor import here, stand_in_available
+from compile_sparse.backends.tensorrt.run.engine_session import EngineSession
 from compile_sparse.backends.tensorrt.run.reference_session import ReferenceRuntime
+from compile_sparse.backends.worker.decoder import as_batch
+from compile_sparse.backends.worker.errors import RequestError
+from compile_sparse.backends.worker.model import Array, Tokens
+from compile_sparse.backends.worker.models import ModelWorker
+from compile_sparse.backends.worker.serve import serve
+from compile_sparse.compiler.runtimes.messages import (
+    Bandwidth,
+    Benchmark,
+    BenchmarkSamples,
+    Memory,
+    PeakMemory,
+    Positive,
+    ReadSpeed,
+    Round,
+    Rounds,
+    Runtime,
+    SampleTimes,
+    Window,
+)
+from compile_sparse.compiler.runtimes.wire import Handler, Report, Request
 
-__all__ = ["EngineWorker", "StandInWorker"]
+if TYPE_CHECKING:
+    from compile_sparse.backends.tensorrt.engine.observers import Log
+
+__all__ = ["EngineWorker", "Generate", "Generated", "ReferenceWorker"]
 
 _PROBE_BYTES = 1 << 30
 
 
-class StandInWorker(Worker):
+@dataclass(frozen=True)
+class Generated:
+    """Per prompt."""
+
+    tokens: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Generate(Request[Generated], operation="generate"):
+    """Greedy tokens after a batch of prompts of one length: ``output_tokens`` of each."""
+
+    name: str
+    windows: list[Window]
+    output_tokens: Positive
+
+
+class ReferenceWorker(ModelWorker[ReferenceRuntime]):
     """Answers for the graph; its speed is not the target's and is not told."""
 
-    def runtime(self) -> dict[str, str]:
+    def runtime(self) -> Runtime:
         """ONNX Runtime, in words that nobody takes for TensorRT."""
-        return {"name": "onnxruntime, standing in for tensorrt", "version": stand_in_available(), "device": "cpu"}
+        return Runtime("onnxruntime, standing in for tensorrt", stand_in_available(), "cpu")
 
     def open(self, folder: str, threads: int, device: str) -> ReferenceRuntime:
-        """The graph in ``folder``."""
         return ReferenceRuntime(Path(folder), threads)
 
-    def op_generate(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        """Greedy tokens after a batch of prompts of one length: ``output_tokens`` of each."""
-        model, prompts = self._model(request.get("name")), _prompts(request)
-        steps = count(request, "output_tokens", 1)
-        generation = model.generation(prompts.shape[0], prompts.shape[1] + steps)
-        tokens, ids = [], prompts
-        for done in range(steps):
+    def handlers(self) -> list[Handler]:
+        return [*super().handlers(), Generate.handled_by(self.greedy)]
+
+    def greedy(self, request: Generate, report: Report) -> Generated:
+        ids = as_batch(request.windows)
+        generation = self.model(request.name).generation(ids.shape[0], ids.shape[1] + request.output_tokens)
+        tokens = []
+        for done in range(request.output_tokens):
             ids = generation.step(ids)[:, -1].argmax(-1)[:, None]
             tokens.append(ids)
-            report(done + 1, steps)
-        return {"tokens": np.concatenate(tokens, axis=1).tolist()}
+            report(done + 1, request.output_tokens)
+        return Generated(np.concatenate(tokens, axis=1).tolist())
 
-    def op_benchmark(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+    def benchmark(self, request: Benchmark, report: Report) -> Rounds:
         raise _no_speed()
 
-    def op_benchmark_samples(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+    def benchmark_samples(self, request: BenchmarkSamples, report: Report) -> SampleTimes:
         raise _no_speed()
 
 
-class EngineWorker(Worker):
+class EngineWorker(ModelWorker[EngineSession]):
     """Runs engines of ours on the GPU here. Unverified: never run on one.
 
     Args:
@@ -66,15 +106,18 @@ class EngineWorker(Worker):
     def __init__(self, allow_foreign: bool = False) -> None:
         super().__init__()
         self._allow_foreign = allow_foreign
-        self._log: Any = None
+        self._log: Log | None = None
 
-    def runtime(self) -> dict[str, str]:
+    def runtime(self) -> Runtime:
         """The builder whose engines are preferred, and the GPU."""
         machine = here()
         name = next(iter(machine.versions), "tensorrt")
-        return {"name": name, "version": machine.versions.get(name, ""), "device": machine.gpu or "cuda"}
+        return Runtime(name, machine.versions.get(name, ""), machine.gpu or "cuda")
 
-    def open(self, folder: str, threads: int, device: str) -> Any:
+    def handlers(self) -> list[Handler]:
+        return [*super().handlers(), Generate.handled_by(self.greedy)]
+
+    def open(self, folder: str, threads: int, device: str) -> EngineSession:
         """The engine in ``folder`` that fits this machine.
 
         Raises:
@@ -88,7 +131,7 @@ class EngineWorker(Worker):
         import torch
 
         from compile_sparse.backends.tensorrt.engine.bindings import choose
-        from compile_sparse.backends.tensorrt.run.engine_session import EngineSession, load_engine
+        from compile_sparse.backends.tensorrt.run.engine_session import load_engine
 
         choose(record.builder)
         from compile_sparse.backends.tensorrt.engine.observers import Log
@@ -104,40 +147,37 @@ class EngineWorker(Worker):
         engine = load_engine(plan, self._log)
         return EngineSession(engine, description, record.profiles)
 
-    def generate(self, model: Any, tokens: np.ndarray[Any, Any], prompt: int) -> dict[str, Any]:
+    def generate(self, model: EngineSession, tokens: Tokens, prompt: int) -> Round:
         """A prompt and greedy steps; as many as tokens are given after the prompt."""
         from compile_sparse.backends.tensorrt.run.decode_graph import time_generation
 
-        return time_generation(model, tokens[:, :prompt], tokens.shape[1] - prompt)
+        return time_generation(model, tokens[:, :prompt], tokens.shape[1] - prompt).round
 
-    def call(self, model: Any, feeds: dict[str, np.ndarray[Any, Any]]) -> float:
+    def call(self, model: EngineSession, feeds: Mapping[str, Array]) -> float:
         """Seconds of one call, from inputs on the device to outputs on the device."""
         from compile_sparse.backends.tensorrt.run.decode_graph import time_call
 
         return time_call(model, feeds)
 
-    def op_generate(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
-        """Greedy tokens after a batch of prompts of one length: ``output_tokens`` of each."""
-        model, prompts = self._model(request.get("name")), _prompts(request)
-        steps = count(request, "output_tokens", 1)
-        tokens = np.concatenate([prompts, np.zeros((len(prompts), steps), np.int64)], axis=1)
-        # The token after the prompt comes before the first step.
-        made = self.generate(model, tokens[:, :-1], prompts.shape[1]) if steps > 1 else None
-        if made is None:
-            logits = model.generation(prompts.shape[0], prompts.shape[1]).step(prompts)
-            return {"tokens": logits[:, -1].argmax(-1)[:, None].tolist()}
-        return {"tokens": made["tokens"]}
+    def greedy(self, request: Generate, report: Report) -> Generated:
+        from compile_sparse.backends.tensorrt.run.decode_graph import time_generation
 
-    def op_memory(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+        model, prompts = self.model(request.name), as_batch(request.windows)
+        if request.output_tokens == 1:  # the token after the prompt comes before the first step
+            logits = model.generation(prompts.shape[0], prompts.shape[1]).step(prompts)
+            return Generated(logits[:, -1].argmax(-1)[:, None].tolist())
+        return Generated(time_generation(model, prompts, request.output_tokens - 1).tokens)
+
+    def memory(self, request: Memory, report: Report) -> PeakMemory:
         """Peak memory of the process, and what the GPU has less to give after the model was loaded and ran than before."""
         import torch
 
         free_before, _ = torch.cuda.mem_get_info()
-        answer = super().op_memory(request, report)
+        answer = super().memory(request, report)
         free_after, _ = torch.cuda.mem_get_info()
-        return {**answer, "peak_rss_bytes": memory("VmHWM"), "device_bytes": free_before - free_after}
+        return replace(answer, device_bytes=free_before - free_after)
 
-    def op_bandwidth(self, request: dict[str, Any], report: Report) -> dict[str, Any]:
+    def bandwidth(self, request: Bandwidth, report: Report) -> ReadSpeed:
         """Best of several reads of an array much larger than the GPU's cache."""
         import torch
 
@@ -150,14 +190,7 @@ class EngineWorker(Worker):
             end.record()
             torch.cuda.synchronize()
             best = min(best, begin.elapsed_time(end) / 1e3)
-        return {"bytes_per_s": _PROBE_BYTES / best}
-
-
-def _prompts(request: dict[str, Any]) -> np.ndarray[Any, Any]:
-    windows = token_windows(request)
-    if len({len(ids) for ids in windows}) != 1:
-        raise RequestError("prompts must have equal lengths: they run as one batch")
-    return np.stack(windows)
+        return ReadSpeed(_PROBE_BYTES / best)
 
 
 def _no_speed() -> RequestError:
@@ -169,9 +202,9 @@ def _no_speed() -> RequestError:
 def main(arguments: list[str]) -> int:
     """Serve as ``engine`` or ``stand-in``."""
     if arguments == ["stand-in"]:
-        return serve(StandInWorker())
+        return serve(ReferenceWorker().handlers())
     if arguments[:1] == ["engine"] and set(arguments[1:]) <= {"--allow-foreign-engine"}:
-        return serve(EngineWorker(allow_foreign=len(arguments) > 1))
+        return serve(EngineWorker(allow_foreign=len(arguments) > 1).handlers())
     sys.stderr.write("usage: worker engine [--allow-foreign-engine] | worker stand-in\n")
     return 2
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -13,6 +14,8 @@ import pytest
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.runtimes import client as module
 from compile_sparse.compiler.runtimes.client import PASSED_ON, Worker
+from compile_sparse.compiler.runtimes.messages import Bandwidth, Runtime
+from compile_sparse.compiler.runtimes.wire import Request
 
 PROLOGUE = """
 import json, os, signal, sys, time
@@ -33,6 +36,14 @@ def serve(work):
             work(request)
 """
 ECHO = "serve(lambda request: answer(request, request))"
+
+
+@dataclass(frozen=True)
+class Work(Request[dict[str, object]], operation="work"):
+    """Answered with any object."""
+
+    die: bool = False
+    size: int = 0
 
 
 def command(script: str) -> list[str]:
@@ -87,14 +98,14 @@ def failure(script: str, timeout: float = 20) -> tuple[EnvironmentFailure, int]:
     with pytest.raises(EnvironmentFailure) as caught, Worker(command(script)) as worker:
         group = pid_of(worker)
         assert alive(group)
-        worker.call("work", timeout=timeout)
+        worker.call(Work(), timeout=timeout)
     return caught.value, group
 
 
 def test_a_call_is_answered_with_its_own_reply() -> None:
     with Worker(command(ECHO)) as worker:
-        assert worker.runtime == {"name": "fake"}
-        assert worker.call("work", size=3)["size"] == 3
+        assert worker.runtime == Runtime("fake")
+        assert worker.call(Work(size=3))["size"] == 3
         group = pid_of(worker)
     assert gone(group)
 
@@ -111,7 +122,7 @@ serve(work)
 """
     seen: list[tuple[int, int]] = []
     with Worker(command(script)) as worker:
-        assert worker.call("work", on_progress=lambda done, total: seen.append((done, total))) == {"stale": False}
+        assert worker.call(Work(), on_progress=lambda done, total: seen.append((done, total))) == {"stale": False}
     assert seen == [(1, 2), (2, 2)]
 
 
@@ -183,6 +194,19 @@ def test_a_reply_of_another_form_is_a_typed_error(reply: str) -> None:
     assert gone(group)
 
 
+@pytest.mark.parametrize("result", [{}, {"bytes_per_s": "fast"}, {"bytes_per_s": None}, {"bytes_per_s": True}])
+def test_a_result_of_another_shape_is_garbage(result: dict[str, object]) -> None:
+    """It stops here: nobody behind the client asks again what it is."""
+    with (
+        Worker(command(f"serve(lambda request: answer(request, {result}))")) as worker,
+        pytest.raises(EnvironmentFailure) as caught,
+    ):
+        worker.call(Bandwidth())
+    assert caught.value.code == "CS5202"
+    assert caught.value.where == "bandwidth"
+    assert "'bytes_per_s' must be a number" in caught.value.why
+
+
 def test_a_megabyte_of_stderr_neither_blocks_nor_floods() -> None:
     script = """
 def work(request):
@@ -194,9 +218,9 @@ def work(request):
 serve(work)
 """
     with Worker(command(script)) as worker:
-        assert worker.call("work", timeout=20) == {}
+        assert worker.call(Work(), timeout=20) == {}
         with pytest.raises(EnvironmentFailure) as caught:
-            worker.call("work", timeout=20, die=True)
+            worker.call(Work(die=True), timeout=20)
     assert "code 9" in caught.value.why
     assert "the last words" in caught.value.why
     assert len(caught.value.why) < 3000
@@ -212,7 +236,7 @@ serve(work)
     with Worker(command(script)) as worker:
         for _ in range(2):
             with pytest.raises(EnvironmentFailure) as caught:
-                worker.call("work")
+                worker.call(Work())
             assert caught.value.code == "CS5204"
             assert caught.value.where == "fake"
             assert caught.value.why == "InvalidGraph: node 7 has no input"
@@ -267,7 +291,7 @@ def test_what_the_worker_started_ends_with_it(ending: str) -> None:
     try:
         with Worker(command(WITH_CHILD + ending)) as worker:
             group = pid_of(worker)
-            worker.call("work", timeout=0.5)
+            worker.call(Work(), timeout=0.5)
     except EnvironmentFailure:
         pass
     assert gone(group)
@@ -303,7 +327,7 @@ def test_secrets_of_the_environment_stay_here(monkeypatch: pytest.MonkeyPatch) -
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     with Worker(command("serve(lambda request: answer(request, dict(os.environ)))")) as worker:
-        seen = worker.call("work")
+        seen = worker.call(Work())
     # LC_CTYPE is set by Python itself where the locale is C.
     assert set(seen) - {"LC_CTYPE"} <= set(PASSED_ON)
     assert seen["OMP_NUM_THREADS"] == "3"
@@ -327,7 +351,7 @@ def work(request):
 serve(work)
 """
     with Worker(command(script)) as worker:
-        assert worker.call("work", timeout=1.2) == {}
+        assert worker.call(Work(), timeout=1.2) == {}
 
 
 FILL = """
@@ -376,7 +400,7 @@ def work(request):
 serve(work)
 """
     with Worker(command(script)) as worker:
-        assert worker.call("work", timeout=60) == {"total": 0}
+        assert worker.call(Work(), timeout=60) == {"total": 0}
         assert psutil.Process(pid_of(worker)).memory_info().rss > 0.05 * 2**30
 
 
@@ -436,7 +460,7 @@ serve(lambda request: answer(request, {"child": child}))
 os._exit(0)
 """
     with Worker(command(script)) as worker:
-        group, child = pid_of(worker), worker.call("work")["child"]
+        group, child = pid_of(worker), worker.call(Work())["child"]
         assert psutil.pid_exists(child)
     assert gone(group)
 
@@ -446,7 +470,7 @@ def test_the_last_answer_of_a_worker_that_ends_at_once_arrives() -> None:
         "def work(request):\n    time.sleep(0.7)\n    answer(request, {'last': True})\n    os._exit(0)\nserve(work)"
     )
     with Worker(command(script)) as worker:
-        assert worker.call("work", timeout=20) == {"last": True}
+        assert worker.call(Work(), timeout=20) == {"last": True}
 
 
 def test_a_worker_that_closes_its_output_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -507,5 +531,5 @@ def test_what_chooses_a_gpu_is_passed_on_and_hub_settings_are_not(monkeypatch: p
     for name in ("CUDA_HOME", "NVIDIA_VISIBLE_DEVICES", "HF_HOME", "HF_ENDPOINT", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.setenv(name, "set")
     with Worker(command("serve(lambda request: answer(request, dict(os.environ)))")) as worker:
-        seen = worker.call("work")
+        seen = worker.call(Work())
     assert {name for name, value in seen.items() if value == "set"} == {"CUDA_HOME", "NVIDIA_VISIBLE_DEVICES"}

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.runtimes.messages import Ran, Run, TokenTrace, Trace, Traces
 from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 
@@ -22,12 +23,11 @@ class FakeWorker:
     def __init__(self, noise: float = 0.0, flipped: int = 0, broken: bool = False) -> None:
         self.noise, self.flipped, self.broken = noise, flipped, broken
 
-    def call(self, operation: str, **request: Any) -> dict[str, Any]:
-        assert operation == "trace"
+    def call(self, request: Trace, **_: Any) -> Traces:
         trace = traces()[0]
         logprob = np.asarray(trace["logprob"]) + self.noise
         top1 = [t + 1 if i < self.flipped else t for i, t in enumerate(trace["top1"])]
-        return {"windows": [{"top1": top1, "logprob": [float("nan")] * COUNT if self.broken else logprob.tolist()}]}
+        return Traces([TokenTrace(top1, [float("nan")] * COUNT if self.broken else logprob.tolist())])
 
 
 def traces() -> list[dict[str, list[float]]]:
@@ -88,9 +88,9 @@ def test_outputs_that_are_no_numbers_fail_the_check(tmp_path: Path) -> None:
     """A runtime that overflows must not end in an error of ours."""
 
     class Overflowing:
-        def call(self, operation: str, **request: Any) -> dict[str, Any]:
-            np.savez(request["outputs"], y=np.full((3, 5), np.nan, np.float32))
-            return {}
+        def call(self, request: Run) -> Ran:
+            np.savez(request.outputs, y=np.full((3, 5), np.nan, np.float32))
+            return Ran(["y"])
 
     values = np.random.default_rng(0).standard_normal((3, 5)).astype(np.float32)
     np.savez(tmp_path / "reference.npz", **{"in.x": values, "out.y": values})
