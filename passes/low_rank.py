@@ -14,12 +14,12 @@ from compile_sparse.compiler.execution.scratch import Scratch
 from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.weights import AbsentTensor
+from compile_sparse.compiler.ir.weights import AbsentTensor, LastComputed
 from compile_sparse.passes.factoring.allocation import allocate, uniform_rank
 from compile_sparse.passes.factoring.candidates import Candidate, find_candidates, limits
 from compile_sparse.passes.factoring.decompositions import decompositions, rows_of
-from compile_sparse.passes.factoring.factors import factor
-from compile_sparse.passes.factoring.rewriting import FactorSources, OnDemand, replace_by_factors
+from compile_sparse.passes.factoring.factors import Factors, factor
+from compile_sparse.passes.factoring.rewriting import FactorSources, lazy_factors, replace_by_factors
 from compile_sparse.passes.reconstruction.least_squares import refit
 
 __all__ = ["LowRank"]
@@ -237,7 +237,8 @@ def _lazy(
     program: Program, candidates: Sequence[Candidate], ranks: Mapping[str, int | None]
 ) -> dict[str, FactorSources]:
     """Plain decompositions, made when their factors are read."""
-    on_demand, sources = OnDemand(), {}
+    memory: LastComputed[Factors] = LastComputed()
+    sources = {}
     for each in candidates:
         rank, linear = ranks[each.name], each.linear
         source = program.weights[linear.tensor]
@@ -251,7 +252,7 @@ def _lazy(
             return factor(rows_of(program, each.linear), where=each.linear.tensor).truncated(rank)
 
         shape = (each.choices.rows, each.choices.columns)
-        sources[each.name] = on_demand.sources(linear.tensor, shape, rank, source.dtype, compute)
+        sources[each.name] = lazy_factors(memory, linear.tensor, shape, rank, source.dtype, compute)
     return sources
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.ir.liveness import last_uses
 from compile_sparse.compiler.ir.program import Program
 
-__all__ = ["Executor", "decoder_inputs", "interpret_graph", "last_uses"]
+__all__ = ["Executor", "decoder_inputs", "interpret_graph"]
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -139,18 +140,6 @@ def _input(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
     if name not in inputs:
         raise UsageError("CS1033", f"Input {name!r} is missing.", why=f"Given: {', '.join(inputs)}.")
     return inputs[name]
-
-
-def last_uses(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values that nobody needs after it."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        for used in node.all_input_nodes:
-            last[used] = node
-    dead_after: dict[fx.Node, list[fx.Node]] = {}
-    for used, user in last.items():
-        dead_after.setdefault(user, []).append(used)
-    return dead_after
 
 
 def decoder_inputs(

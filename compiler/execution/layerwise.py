@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_sparse.compiler.ir.liveness import last_uses
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import TensorSource
 
@@ -38,7 +39,7 @@ class LayerwiseExecutor:
         self._program = program
         self._nodes = list(program.graph.nodes)
         self._place = {node: index for index, node in enumerate(self._nodes)}
-        self._dead_after = _dead_after(program.graph)
+        self._dead_after = last_uses(program.graph, outputs=False)  # nobody asks for the outputs
         self._next = 0
         self._replaced: dict[str, TensorSource] = {}
         names = {entry.placeholder: entry.name for entry in program.inputs}
@@ -115,17 +116,3 @@ class LayerwiseExecutor:
             tensor = self._program.bindings[node.name].tensor
             weights[node] = self._replaced.get(tensor, self._program.weights[tensor]).load()
         return weights[node]
-
-
-def _dead_after(graph: fx.Graph) -> dict[fx.Node, list[fx.Node]]:
-    """For each node, the values no later computation needs. The program's outputs are not needed: nobody asks for them."""
-    last: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
-        if node.op == "call_function":
-            last[node] = node
-            for used in node.all_input_nodes:
-                last[used] = node
-    dead: dict[fx.Node, list[fx.Node]] = {}
-    for used, user in last.items():
-        dead.setdefault(user, []).append(used)
-    return dead

@@ -13,7 +13,8 @@ from dataclasses import replace
 import torch
 
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.execution.executor import interpret_graph, last_uses
+from compile_sparse.compiler.execution.executor import interpret_graph
+from compile_sparse.compiler.ir.liveness import last_uses
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import ResidentTensor, TensorSource
 

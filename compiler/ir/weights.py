@@ -10,13 +10,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Protocol
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
 from compile_sparse.compiler.errors import ModelError
 
-__all__ = ["AbsentTensor", "DerivedTensor", "DowncastTensor", "ResidentTensor", "TensorSource", "WeightStore"]
+__all__ = [
+    "AbsentTensor",
+    "DerivedTensor",
+    "DowncastTensor",
+    "LastComputed",
+    "ResidentTensor",
+    "TensorSource",
+    "WeightStore",
+]
+
+T = TypeVar("T")
 
 
 class TensorSource(Protocol):
@@ -88,6 +98,22 @@ class DerivedTensor:
                 f"derived tensor is {tuple(value.shape)} {value.dtype}, declared {self.shape} {self.dtype}"
             )
         return value
+
+
+class LastComputed(Generic[T]):
+    """Remembers one result. Tensors that are made together (codes and their scales, two factors) are loaded one after the other:
+    what makes them runs once, and memory is one result's.
+    """
+
+    def __init__(self) -> None:
+        self._last: tuple[object, T] | None = None
+
+    def get(self, key: object, compute: Callable[[], T]) -> T:
+        """``compute()``, or the last result if it was for an equal ``key``."""
+        if self._last is None or self._last[0] != key:
+            self._last = None  # freed before the next one is made
+            self._last = (key, compute())
+        return self._last[1]
 
 
 @dataclass(frozen=True)

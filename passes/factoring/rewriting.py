@@ -11,10 +11,10 @@ from torch import fx
 from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of, op_name
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Binding, Program
-from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, LastComputed, TensorSource
 from compile_sparse.passes.factoring.factors import Factors
 
-__all__ = ["FactorSources", "OnDemand", "replace_by_factors"]
+__all__ = ["FactorSources", "lazy_factors", "replace_by_factors"]
 
 aten = torch.ops.aten
 
@@ -27,29 +27,26 @@ class FactorSources:
     outer: TensorSource
 
 
-class OnDemand:
-    """Factors computed when one of them is loaded. Both halves of the last layer are kept, so that each layer is decomposed
-    once while its two tensors are read in turn, and memory is one layer's.
+def lazy_factors(
+    memory: LastComputed[Factors],
+    name: str,
+    shape: tuple[int, int],
+    rank: int,
+    dtype: torch.dtype,
+    compute: Callable[[], Factors],
+) -> FactorSources:
+    """Factors of the weight called ``name``, ``[N, K]``, made when one of them is loaded; ``compute`` gives them at ``rank``.
+
+    ``memory`` is shared by the layers of a model: each is decomposed once while its two tensors are read in turn.
     """
 
-    def __init__(self) -> None:
-        self._last: tuple[str, Factors] | None = None
+    def factors() -> Factors:
+        return memory.get(name, compute)
 
-    def sources(
-        self, name: str, shape: tuple[int, int], rank: int, dtype: torch.dtype, compute: Callable[[], Factors]
-    ) -> FactorSources:
-        """Lazy factors of the weight called ``name``, ``[N, K]``; ``compute`` gives them at rank ``rank``."""
-
-        def factors() -> Factors:
-            if self._last is None or self._last[0] != name:
-                self._last = None  # freed before the next ones are made
-                self._last = (name, compute())
-            return self._last[1]
-
-        return FactorSources(
-            DerivedTensor((rank, shape[1]), dtype, lambda: factors().inner.to(dtype)),
-            DerivedTensor((shape[0], rank), dtype, lambda: factors().outer.to(dtype)),
-        )
+    return FactorSources(
+        DerivedTensor((rank, shape[1]), dtype, lambda: factors().inner.to(dtype)),
+        DerivedTensor((shape[0], rank), dtype, lambda: factors().outer.to(dtype)),
+    )
 
 
 def replace_by_factors(program: Program, factors: Mapping[str, FactorSources]) -> Program:

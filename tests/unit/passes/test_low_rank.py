@@ -18,14 +18,14 @@ from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.storage import stored_bytes
 from compile_sparse.compiler.ir.verifier import verify_program
-from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, WeightStore
+from compile_sparse.compiler.ir.weights import AbsentTensor, LastComputed, ResidentTensor, WeightStore
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import LowRankGemms
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.passes.factoring.candidates import find_candidates
 from compile_sparse.passes.factoring.factors import Factors, factor
-from compile_sparse.passes.factoring.rewriting import FactorSources, OnDemand, replace_by_factors
+from compile_sparse.passes.factoring.rewriting import FactorSources, lazy_factors, replace_by_factors
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.quantize import Quantize
 from tests.models import example_inputs
@@ -153,12 +153,12 @@ def test_one_layer_is_decomposed_once_and_one_layer_is_kept(monkeypatch, tiny_ll
 
 
 def test_only_the_last_layer_is_kept():
-    on_demand = OnDemand()
+    memory: LastComputed[Factors] = LastComputed()
 
     def make(value: float) -> Factors:
         return Factors(torch.full((1, 2), value), torch.full((3, 1), value), torch.ones(2))
 
-    pairs = [on_demand.sources(str(v), (3, 2), 1, torch.float32, lambda v=v: make(v)) for v in (1.0, 2.0)]
+    pairs = [lazy_factors(memory, str(v), (3, 2), 1, torch.float32, lambda v=v: make(v)) for v in (1.0, 2.0)]
     assert [pair.inner.load()[0, 0].item() for pair in pairs] == [1.0, 2.0]
     assert pairs[0].outer.load()[0, 0].item() == 1.0  # computed again, not the other layer's
 
