@@ -150,7 +150,7 @@ def _unrewarded(each: Contraction, pattern: SparsityPattern, target: Target) -> 
     rule = target.pattern(pattern.family)
     if rule is None:
         return None
-    inner, outer = each.inner, each.outer
+    inner, outer = each.in_features, each.out_features
     wanted = []
     if inner < rule.min_in_features or outer < rule.min_out_features:
         least = [f"{rule.min_in_features} inputs"] * bool(rule.min_in_features) + [

@@ -13,7 +13,8 @@ from compile_sparse.backends.checkpoint.modelopt_layout import GROUP_SIZES, Algo
 from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.edit import op_name
-from compile_sparse.compiler.ir.linears import FORMS, find_linears
+from compile_sparse.compiler.ir.gemms import gemm_of
+from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import Scheme
@@ -57,11 +58,8 @@ def require_expressible(program: Program) -> None:
 
 
 def _reads_as_input(user: fx.Node, value: fx.Node) -> bool:
-    form = FORMS.get(op_name(user))
-    if form is None or user.args[form[0]] is not value:
-        return False
-    weight = user.args[form[1]]
-    return isinstance(weight, fx.Node) and op_name(weight) in WEIGHT_DEQUANTIZERS
+    gemm = gemm_of(user)
+    return gemm is not None and gemm.is_layer and gemm.input is value and op_name(gemm.weight) in WEIGHT_DEQUANTIZERS
 
 
 def joined(view: Program) -> list[list[str]]:

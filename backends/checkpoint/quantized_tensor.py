@@ -11,7 +11,7 @@ from torch import fx
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, op_name, schema_arguments
 from compile_sparse.compiler.ir.float_activations import with_float_activations
-from compile_sparse.compiler.ir.linears import FORMS
+from compile_sparse.compiler.ir.gemms import gemm_of
 from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP, WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import CODES, Binding, Program
 from compile_sparse.compiler.ir.quantization_schemes import ActivationFormat, Scheme, WeightFormat
@@ -112,14 +112,13 @@ def _activations(node: fx.Node) -> tuple[ActivationFormat, fx.Node | None]:
     """Format and scale of what the linear layers that read this weight are given."""
     found: dict[tuple[ActivationFormat, fx.Node | None], None] = {}
     for user in node.users:
-        form = FORMS.get(op_name(user))
-        if form is None or user.args[form[1]] is not node:
+        gemm = gemm_of(user)
+        if gemm is None or not gemm.is_layer or gemm.weight is not node:
             raise _strange(node, f"it is read by {op_name(user)}, which is no linear layer")
-        source = user.args[form[0]]
-        quantizer = op_name(source) if isinstance(source, fx.Node) else ""
+        quantizer = op_name(gemm.input)
         if quantizer == "dequantize_activation":
             raise _strange(node, "its input has one run-time scale for the whole tensor")
-        given = schema_arguments(source) if isinstance(source, fx.Node) and quantizer == "fake_quantize" else {}
+        given = schema_arguments(gemm.input) if quantizer == "fake_quantize" else {}
         found[given.get("format", ""), given.get("scale")] = None
     if len(found) != 1:
         raise _strange(node, "linear layers that share it quantize their inputs differently")

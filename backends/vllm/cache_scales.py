@@ -9,7 +9,7 @@ from torch import fx
 
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.edit import op_name, schema_arguments
-from compile_sparse.compiler.ir.linears import FORMS
+from compile_sparse.compiler.ir.gemms import gemm_of
 from compile_sparse.compiler.ir.program import CODES, Program
 from compile_sparse.compiler.ir.weights import TensorSource
 
@@ -73,11 +73,10 @@ def cache_scales(program: Program) -> dict[tuple[str, str], TensorSource]:
 def _projection(program: Program, node: Any) -> str:
     """Name of the weight that a key or value was projected with: the nearest linear layer above."""
     while isinstance(node, fx.Node):
-        form = FORMS.get(op_name(node))
-        if form is not None:
-            weight = node.args[form[1]]
+        gemm = gemm_of(node)
+        if gemm is not None and gemm.is_layer:
             # Of a quantized weight the codes are stored, and dequantized where they are used.
-            stored = weight.args[0] if isinstance(weight, fx.Node) and weight.op != "placeholder" else weight
+            stored = gemm.weight.args[0] if gemm.weight.op != "placeholder" else gemm.weight
             name = program.tensor_of(stored) if isinstance(stored, fx.Node) else None
             if name is None:
                 break

@@ -84,7 +84,7 @@ def analyse(program: Program, *, interface_may_change: frozenset[str] = CACHE_RO
         program: any program; weights are not read, shapes suffice.
         interface_may_change: roles of inputs and outputs whose static axes may shrink. All others are frozen.
     """
-    ledger = AnalysisState(stored=frozenset(program.bindings))
+    state = AnalysisState(stored=frozenset(program.bindings))
     inputs = {entry.placeholder: entry for entry in program.inputs}
     by_tensor: dict[str, Label] = {}
     for node in program.graph.nodes:
@@ -93,40 +93,40 @@ def analyse(program: Program, *, interface_may_change: frozenset[str] = CACHE_RO
             if not isinstance(value, torch.Tensor):
                 continue
             label = [leaf(size) for size in shape_of(value)]
-            ledger.labels[node.name] = label
+            state.labels[node.name] = label
             tensor = program.tensor_of(node)
             if tensor is not None:
-                _tie_same_tensor(ledger, node, label, by_tensor.setdefault(tensor, label))
+                _tie_same_tensor(state, node, label, by_tensor.setdefault(tensor, label))
             elif node.name not in inputs or inputs[node.name].role not in interface_may_change:
                 name = inputs[node.name].name if node.name in inputs else node.name
-                _freeze_all(ledger, [label], f"model input '{name}' has a fixed shape", node)
+                _freeze_all(state, [label], f"model input '{name}' has a fixed shape", node)
         elif node.op == "get_attr" and isinstance(value, torch.Tensor):
-            ledger.labels[node.name] = label = [leaf(size) for size in shape_of(value)]
-            _freeze_all(ledger, [label], "it belongs to a constant kept in the graph", node)
+            state.labels[node.name] = label = [leaf(size) for size in shape_of(value)]
+            _freeze_all(state, [label], "it belongs to a constant kept in the graph", node)
         elif node.op == "call_function":
-            _visit(ledger, node, value)
-    _freeze_outputs(ledger, program, interface_may_change)
+            _visit(state, node, value)
+    _freeze_outputs(state, program, interface_may_change)
     frozen: dict[Axis, dict[Freeze, None]] = {}
-    for axis, cause in ledger.freezes:
+    for axis, cause in state.freezes:
         for found in leaves(axis):
             frozen.setdefault(found, {})[cause] = None
     causes = {axis: tuple(found) for axis, found in frozen.items()}
     return Analysis(
         program=program,
-        labels=ledger.labels,
-        domains=ledger.domains,
-        groups=build_groups(program, ledger, causes),
+        labels=state.labels,
+        domains=state.domains,
+        groups=build_groups(program, state, causes),
         frozen=causes,
-        unknown=ledger.unknown,
-        conflicts=tuple(ledger.conflicts),
+        unknown=state.unknown,
+        conflicts=tuple(state.conflicts),
     )
 
 
-def _visit(ledger: AnalysisState, node: fx.Node, value: Any) -> None:
+def _visit(state: AnalysisState, node: fx.Node, value: Any) -> None:
     if node.target is operator.getitem:
-        _getitem(ledger, node)
+        _getitem(state, node)
         return
-    step = RuleContext(node, ledger)
+    step = RuleContext(node, state)
     values = value if isinstance(value, (tuple, list)) else (value,)
     if not any(isinstance(item, torch.Tensor) for item in values):
         step.freeze_unread_domains()  # sizes and scalars: nothing to label
@@ -136,33 +136,34 @@ def _visit(ledger: AnalysisState, node: fx.Node, value: Any) -> None:
         reason = f"op '{step.name}' has no axis rule for this call"
     except Conflict as conflict:
         found, reason = None, f"op '{step.name}' relates dimensions that do not match: {conflict}"
-        ledger.conflicts.append(f"{node.name}: {conflict}")
+        state.conflicts.append(f"{node.name}: {conflict}")
     if found is not None and not _agrees(found, value):
         found, reason = None, f"the axis rule of op '{step.name}' disagrees with the operator's own shape"
-        ledger.conflicts.append(f"{node.name}: rule disagrees with fake shape")
+        state.conflicts.append(f"{node.name}: rule disagrees with fake shape")
     step.freeze_unread_domains()
     if found is None:
-        ledger.unknown[step.name] = ledger.unknown.get(step.name, 0) + 1
-        _freeze_all(ledger, [ledger.label(operand) for operand in step.operands], reason, node)
+        state.unknown[step.name] = state.unknown.get(step.name, 0) + 1
+        _freeze_all(state, [state.label(operand) for operand in step.operands], reason, node)
         # A failed rule may have named domains; nothing may rely on them.
-        for key in [node.name, *((node.name, place) for place in range(len(values)))]:
-            axis = ledger.domains.pop(key, None)
+        keys: list[str | tuple[str, int]] = [node.name, *((node.name, place) for place in range(len(values)))]
+        for key in keys:
+            axis = state.domains.pop(key, None)
             if axis is not None:
-                ledger.freeze(axis, reason, node)
+                state.freeze(axis, reason, node)
         fresh = [step.frozen_like(item, reason) if isinstance(item, torch.Tensor) else [] for item in values]
         found = tuple(fresh) if isinstance(value, (tuple, list)) else fresh[0]
-    ledger.labels[node.name] = found
+    state.labels[node.name] = found
 
 
-def _getitem(ledger: AnalysisState, node: fx.Node) -> None:
+def _getitem(state: AnalysisState, node: fx.Node) -> None:
     source, place = node.args
     assert isinstance(source, fx.Node) and isinstance(place, int)  # the graph's form
-    found = ledger.labels.get(source.name)
+    found = state.labels.get(source.name)
     if isinstance(found, tuple) and isinstance(node.meta.get("val"), torch.Tensor):
-        ledger.labels[node.name] = found[place]
-        domain = ledger.domains.get((source.name, place))
+        state.labels[node.name] = found[place]
+        domain = state.domains.get((source.name, place))
         if domain is not None:
-            ledger.domains[node.name] = domain
+            state.domains[node.name] = domain
 
 
 def _agrees(found: Label | tuple[Label, ...], value: Any) -> bool:
@@ -179,29 +180,29 @@ def _agrees(found: Label | tuple[Label, ...], value: Any) -> bool:
     return True
 
 
-def _tie_same_tensor(ledger: AnalysisState, node: fx.Node, label: Label, first: Label) -> None:
+def _tie_same_tensor(state: AnalysisState, node: fx.Node, label: Label, first: Label) -> None:
     if first is label:
         return
-    step = RuleContext(node, ledger)
+    step = RuleContext(node, state)
     for mine, theirs in zip(label, first, strict=True):
         step.tie(mine, theirs)
 
 
-def _freeze_outputs(ledger: AnalysisState, program: Program, may_change: frozenset[str]) -> None:
+def _freeze_outputs(state: AnalysisState, program: Program, may_change: frozenset[str]) -> None:
     for node, output in zip(program.output_nodes, program.outputs, strict=True):
-        if not isinstance(node, fx.Node) or not isinstance(ledger.labels.get(node.name), list):
+        if not isinstance(node, fx.Node) or not isinstance(state.labels.get(node.name), list):
             continue
-        domain = ledger.domains.get(node.name)
+        domain = state.domains.get(node.name)
         if domain is not None:
-            ledger.freeze(domain, f"model output '{output.name}' holds positions along it", node)
-        for axis in ledger.label(node):
-            ledger.roles.append((axis, f"output_{output.role}"))
+            state.freeze(domain, f"model output '{output.name}' holds positions along it", node)
+        for axis in state.label(node):
+            state.roles.append((axis, f"output_{output.role}"))
         if output.role not in may_change:
-            _freeze_all(ledger, [ledger.label(node)], f"model output '{output.name}' has a fixed shape", node)
+            _freeze_all(state, [state.label(node)], f"model output '{output.name}' has a fixed shape", node)
 
 
-def _freeze_all(ledger: AnalysisState, labels: list[Label], reason: str, node: fx.Node) -> None:
+def _freeze_all(state: AnalysisState, labels: list[Label], reason: str, node: fx.Node) -> None:
     for label in labels:
         for axis in label:
             if not is_dynamic(axis):
-                ledger.freeze(axis, reason, node)
+                state.freeze(axis, reason, node)

@@ -13,13 +13,15 @@ from torch import fx
 
 from compile_sparse.compiler.axes.algebra import Axis
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.nodes import node_argument
+from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 
 __all__ = ["AnalysisState", "AxisUse", "Freeze", "Label", "origin", "source_line"]
 
 Label = list[Axis]
 """One axis per dimension of a tensor."""
 
-_SAME_VALUES = {"alias", "_to_copy", "to", "clone", "contiguous", "detach", "dequantize_weight"}
+_SAME_VALUES = {"alias", "_to_copy", "to", "clone", "contiguous", "detach"} | WEIGHT_DEQUANTIZERS
 _MOVES = frozenset(_SAME_VALUES | {"transpose", "t", "permute", "unsqueeze", "squeeze", "expand"})
 _CHOICES = frozenset({"index", "index_select"})
 _FRAME = re.compile(r'File "([^"]+)", line (\d+), in (\S+)')
@@ -95,8 +97,8 @@ def origin(node: fx.Node, *, choices: bool = False) -> fx.Node:
     With ``choices``, also through indexing: one matrix of several, as experts are chosen.
     """
     passing = _MOVES | _CHOICES if choices else _MOVES
-    while node.op == "call_function" and op_name(node) in passing and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while node.op == "call_function" and op_name(node) in passing:
+        node = node_argument(node)
     return node
 
 

@@ -65,7 +65,7 @@ class Group:
 
 
 def build_groups(
-    program: Program, ledger: AnalysisState, frozen: Mapping[Axis, tuple[Freeze, ...]]
+    program: Program, state: AnalysisState, frozen: Mapping[Axis, tuple[Freeze, ...]]
 ) -> tuple[Group, ...]:
     """One group per static leaf that meets a weight, ordered by first weight."""
     nodes = {node.name: node for node in program.graph.nodes}
@@ -74,16 +74,16 @@ def build_groups(
     for name, binding in program.bindings.items():
         if name not in nodes or not nodes[name].users:
             continue
-        for dim, axis in enumerate(ledger.label(nodes[name])):
+        for dim, axis in enumerate(state.label(nodes[name])):
             for found in leaves(axis):
                 members.setdefault(found, {})[(binding.tensor, dim)] = None
                 anchors.setdefault(found, Anchor(binding.tensor, dim, _path_to(axis, found)))
     roles: dict[Axis, set[str]] = {}
-    for axis, role in ledger.roles:
+    for axis, role in state.roles:
         for found in leaves(axis):
             roles.setdefault(found, set()).add(role)
-    producers = _contacts(program, nodes, ledger.producers)
-    consumers = _contacts(program, nodes, ledger.consumers)
+    producers = _contacts(program, nodes, state.producers)
+    consumers = _contacts(program, nodes, state.consumers)
     groups = []
     for axis, places in members.items():
         if not isinstance(axis.size, int):

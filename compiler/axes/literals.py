@@ -20,6 +20,7 @@ from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.selection import Selection
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.gemms import CONVOLUTIONS, gemm_of
 
 __all__ = ["regenerate"]
 
@@ -47,8 +48,7 @@ class _Site:
 
     def set(self, name: str, value: Any) -> None:
         """Write one argument, positional or keyword, by schema name."""
-        names = [argument.name for argument in self.node.target._schema.arguments]  # type: ignore[union-attr]
-        place = names.index(name)
+        place = list(self.arguments).index(name)  # in the order of the schema
         if place < len(self.node.args):
             self.node.args = (*self.node.args[:place], value, *self.node.args[place + 1 :])
         else:
@@ -88,7 +88,7 @@ def regenerate(node: fx.Node, selection: Selection) -> None:
 @_writer("view", "_unsafe_view", "reshape")
 def _reshape(site: _Site) -> None:
     # Strides change with sizes, so a view that was legal may not be: reshape always is.
-    shape = site.arguments.get("size", site.arguments.get("shape"))
+    shape = site.arguments["shape" if "shape" in site.arguments else "size"]
     site.node.target = torch.ops.aten.reshape.default
     site.node.args, site.node.kwargs = (site.node.args[0], _new_shape(site, list(shape), site.single)), {}
 
@@ -177,14 +177,11 @@ def _norm(site: _Site) -> None:
         site.set("normalized_shape", [site.size(axis) for axis in site.label("input")[-count:]])
 
 
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-
-
-@_writer("convolution", "conv1d", "conv2d", "conv3d", *_TRANSPOSED)
+@_writer(*(name.removeprefix("aten::") for name in CONVOLUTIONS))
 def _convolution(site: _Site) -> None:
-    if site.arguments["groups"] > 1:
-        transposed = site.arguments.get("transposed") or op_name(site.node) in _TRANSPOSED
-        channels, inner = (site.single if transposed else site.label("input"))[1], site.label("weight")[1]
+    gemm = gemm_of(site.node)
+    if gemm is not None and site.arguments["groups"] > 1:
+        channels, inner = (site.single if gemm.is_transposed else site.label("input"))[1], site.label("weight")[1]
         site.set("groups", site.size(channels) // site.size(inner))
 
 

@@ -27,7 +27,11 @@ from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
 from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.gemms import gemm_of
+from compile_sparse.compiler.ir.nodes import is_op, operator_of
+from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.sizes import shape_of, total
 
 __all__ = ["OracleReport", "compare", "interpret", "masked_outputs", "relative_error", "tolerance", "zeroed_outputs"]
 
@@ -99,7 +103,8 @@ def tolerance(program: Program) -> float:
     roots, unit = 0.0, 0.0
     for node in program.graph.nodes:
         value = node.meta.get("val")
-        if isinstance(value, torch.Tensor) and value.is_floating_point():
+        # Nothing is computed in 8-bit floats: they only store codes.
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.dtype.itemsize > 1:
             unit = max(unit, torch.finfo(value.dtype).eps / 2)
         length = _summed_terms(node)
         roots += math.sqrt(length) if length else 0.0
@@ -108,35 +113,36 @@ def tolerance(program: Program) -> float:
 
 def _summed_terms(node: fx.Node) -> int:
     """Terms each element of a contraction sums over; 0 for other operators, 1 for a dynamic length."""
-    name = op_name(node)
-    if name.startswith("conv"):
-        weight = node.args[1].meta["val"]  # type: ignore[union-attr]
-        transposed = "transpose" in name or bool(schema_arguments(node).get("transposed"))
-        return math.prod(weight.shape[2:]) * int(weight.shape[0 if transposed else 1])
-    if name in ("linear", "addmm", "baddbmm", "mm", "bmm", "matmul", "einsum", "scaled_dot_product_attention"):
-        length = node.all_input_nodes[0].meta["val"].shape[-1]
-        return length if isinstance(length, int) else 1
-    return 0
+    gemm = gemm_of(node)
+    if gemm is not None:
+        length = total([gemm.in_features, gemm.kernel])
+    elif is_op(node, "aten::einsum", "aten::scaled_dot_product_attention"):
+        length = shape_of(node.all_input_nodes[0].meta["val"])[-1]
+    else:
+        return 0
+    return length if isinstance(length, int) else 1
 
 
 def interpret(program: Program, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Plain reference execution, all weights in memory; outputs by public name."""
-    return _run(
-        program, inputs, program.weights.load, lambda node, arguments, keywords: node.target(*arguments, **keywords)
-    )
+    return _run(program, inputs, program.weights.load, _executed)
 
 
 def zeroed_outputs(
     analysis: Analysis, selection: Selection, inputs: Mapping[str, torch.Tensor]
 ) -> dict[str, torch.Tensor]:
-    """Oracle Z: the dense program with the removed slices of every weight at zero."""
+    """Oracle Z: the dense program with the removed slices of every weight at zero, of a quantized one as it is dequantized."""
     program = analysis.program
     labels = {binding.tensor: _label(analysis, name) for name, binding in program.bindings.items()}
 
     def load(tensor: str) -> torch.Tensor:
         return _held(program.weights.load(tensor), labels[tensor], selection)
 
-    return _run(program, inputs, load, lambda node, arguments, keywords: node.target(*arguments, **keywords))
+    def execute(node: fx.Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+        value = _executed(node, arguments, keywords)
+        return _held(value, _label(analysis, node.name), selection) if op_name(node) in WEIGHT_DEQUANTIZERS else value
+
+    return _run(program, inputs, load, execute)
 
 
 def masked_outputs(
@@ -151,11 +157,11 @@ def masked_outputs(
     def execute(node: fx.Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
         special = _SPECIAL.get(op_name(node))
         if special is not None:
-            names = [argument.name for argument in node.target._schema.arguments]  # type: ignore[union-attr]
-            given = {**schema_arguments(node), **dict(zip(names, arguments, strict=False)), **keywords}
+            given = schema_arguments(node)
+            given = {**given, **dict(zip(given, arguments, strict=False)), **keywords}
             value = special(_Masked(node, given, analysis, selection))
         else:
-            value = node.target(*arguments, **keywords)  # type: ignore[operator]
+            value = _executed(node, arguments, keywords)
         found = analysis.labels.get(node.name)
         if isinstance(found, tuple):
             return tuple(_held(item, part, selection) for item, part in zip(value, found, strict=True))
@@ -169,6 +175,10 @@ def masked_outputs(
         for entry in program.inputs
     }
     return _run(program, held, load, execute)
+
+
+def _executed(node: fx.Node, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> Any:
+    return operator_of(node)(*arguments, **keywords)
 
 
 def _run(
@@ -225,11 +235,11 @@ class _Masked:
         return None if mask is None else mask.nonzero().flatten()
 
     def call(self, changes: Mapping[str, Any] | None = None) -> Any:
-        return self.node.target(**{**self.given, **(changes or {})})  # type: ignore[operator]
+        return operator_of(self.node)(**{**self.given, **(changes or {})})
 
 
 def _first_name(masked: _Masked) -> str:
-    return str(masked.node.target._schema.arguments[0].name)  # type: ignore[union-attr]
+    return next(iter(masked.given))
 
 
 def _spread(value: torch.Tensor, dim: int, kept: torch.Tensor, size: int) -> torch.Tensor:

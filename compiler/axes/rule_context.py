@@ -12,6 +12,7 @@ from compile_sparse.compiler.axes import algebra
 from compile_sparse.compiler.axes.algebra import Axis, Conflict, find, leaf, one
 from compile_sparse.compiler.axes.analysis_state import AnalysisState, AxisUse, Label, origin
 from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.nodes import node_argument
 from compile_sparse.compiler.ir.sizes import is_static, same_size, shape_of
 
 __all__ = ["RuleContext"]
@@ -27,30 +28,28 @@ class RuleContext:
         arguments: arguments by schema name.
     """
 
-    def __init__(self, node: fx.Node, ledger: AnalysisState) -> None:
+    def __init__(self, node: fx.Node, state: AnalysisState) -> None:
         self.node = node
         self.name = op_name(node)
         self.value: Any = node.meta.get("val")
         self.arguments: dict[str, Any] = schema_arguments(node) if hasattr(node.target, "_schema") else {}
-        self._ledger = ledger
+        self._state = state
         self._domains_read: set[str] = set()
 
     @property
     def operands(self) -> list[fx.Node]:
         """Labelled tensor inputs, each once."""
-        return [n for n in self.node.all_input_nodes if isinstance(self._ledger.labels.get(n.name), list)]
+        return [n for n in self.node.all_input_nodes if isinstance(self._state.labels.get(n.name), list)]
 
     @property
     def first(self) -> fx.Node:
         """First positional argument, which must be a node."""
-        found = self.node.args[0]
-        assert isinstance(found, fx.Node)  # schemas put the tensor first
-        return found
+        return node_argument(self.node)  # schemas put the tensor first
 
     def label(self, argument: fx.Node | str) -> Label:
         """A copy of the label of a node, or of the argument of that schema name."""
         node = self.arguments[argument] if isinstance(argument, str) else argument
-        return list(self._ledger.label(node))
+        return list(self._state.label(node))
 
     def optional(self, argument: str) -> Label | None:
         """Label of an argument that may be None."""
@@ -58,18 +57,18 @@ class RuleContext:
 
     def is_weight(self, node: fx.Node) -> bool:
         """Whether the node is a stored tensor, or matrices chosen from one."""
-        return origin(node, choices=True).name in self._ledger.stored
+        return origin(node, choices=True).name in self._state.stored
 
     # -- index domains: a tensor whose *values* are positions along an axis
 
     def domain(self, node: fx.Node) -> Axis | None:
         """Axis the node's values index, or None. Reading it promises to treat the values as positions."""
         self._domains_read.add(node.name)
-        return self._ledger.domains.get(node.name)
+        return self._state.domains.get(node.name)
 
     def set_domain(self, axis: Axis, output: int | None = None) -> None:
         """This node's values (or those of one of its outputs) are positions along ``axis``."""
-        self._ledger.domains[self.node.name if output is None else (self.node.name, output)] = axis
+        self._state.domains[self.node.name if output is None else (self.node.name, output)] = axis
 
     def pass_domain(self, source: fx.Node) -> None:
         """This node's values are those of ``source``, moved or copied."""
@@ -80,7 +79,7 @@ class RuleContext:
     def freeze_unread_domains(self) -> None:
         """Positions used as plain numbers would change meaning when the axis they index is pruned."""
         for operand in self.node.all_input_nodes:
-            axis = self._ledger.domains.get(operand.name)
+            axis = self._state.domains.get(operand.name)
             if axis is not None and operand.name not in self._domains_read:
                 self.freeze(axis, f"op '{self.name}' uses positions along it as numbers")
 
@@ -88,7 +87,7 @@ class RuleContext:
 
     def freeze(self, axis: Axis, reason: str) -> None:
         """The axis may not change."""
-        self._ledger.freeze(axis, reason, self.node)
+        self._state.freeze(axis, reason, self.node)
 
     def frozen(self, size: Any, reason: str) -> Axis:
         """A new axis that may not change."""
@@ -103,16 +102,16 @@ class RuleContext:
 
     def role(self, axis: Axis, role: str) -> None:
         """Something the axis does; decides only how a group is called in reports."""
-        self._ledger.roles.append((axis, role))
+        self._state.roles.append((axis, role))
 
     def contract(self, operand: fx.Node, dim: int, weight: fx.Node, axis: Axis) -> None:
         """The node sums over ``axis``, dimension ``dim`` of ``operand``, against ``weight``."""
         self.role(axis, "contract")
-        self._ledger.consumers.append((axis, AxisUse(self.node.name, operand.name, dim, weight.name)))
+        self._state.consumers.append((axis, AxisUse(self.node.name, operand.name, dim, weight.name)))
 
     def produce(self, weight: fx.Node, axis: Axis) -> None:
         """The node's output has ``axis`` because ``weight`` has."""
-        self._ledger.producers.append((axis, AxisUse(self.node.name, "", -1, weight.name)))
+        self._state.producers.append((axis, AxisUse(self.node.name, "", -1, weight.name)))
 
     # -- ties
 
@@ -121,7 +120,7 @@ class RuleContext:
         try:
             return algebra.unify(a, b)
         except Conflict as conflict:
-            self._ledger.conflicts.append(f"{self.node.name}: {conflict}")
+            self._state.conflicts.append(f"{self.node.name}: {conflict}")
             for axis in (a, b):
                 self.freeze(axis, f"op '{self.name}' relates dimensions that do not match: {conflict}")
             return a

@@ -1,4 +1,4 @@
-"""Find the stored weights that are contracted with activations: in matrix products and in convolutions."""
+"""Find the stored weights that are contracted with activations: in linear layers and in convolutions."""
 
 from __future__ import annotations
 
@@ -8,27 +8,26 @@ from dataclasses import dataclass
 from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.gemms import gemm_of, is_convolution
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["Contraction", "find_contractions"]
 
-TRANSPOSED = frozenset({"conv_transpose1d", "conv_transpose2d", "conv_transpose3d"})
-CONVOLUTIONS = frozenset({"conv1d", "conv2d", "conv3d", "convolution"}) | TRANSPOSED
 _Use = tuple[fx.Node, fx.Node, fx.Node, int]
-"""Product, input, weight placeholder, contraction dimension of the weight."""
+"""The call, its input, its weight's placeholder, the contraction dimension of the weight."""
 
 
 @dataclass(frozen=True)
 class Contraction:
-    """A stored weight that only products read, all of them contracting the same dimension.
+    """A stored weight that only GEMMs or convolutions read, all of them contracting the same dimension.
 
     Attributes:
         tensor: stored name.
         shape: ``[N, K]`` (linear), ``[K, N]`` (addmm, mm, matmul) or ``[N, K, *kernel]`` (convolution).
         axis: the dimension of size K that is contracted with activations: 1, 0 or 1.
-        nodes: the products, in graph order; several when layers share the weight.
+        nodes: the calls, in graph order; several when layers share the weight.
         inputs: the activations of each.
     """
 
@@ -39,12 +38,12 @@ class Contraction:
     inputs: tuple[fx.Node, ...]
 
     @property
-    def inner(self) -> int:
+    def in_features(self) -> int:
         """K: input features or channels."""
         return self.shape[self.axis]
 
     @property
-    def outer(self) -> int:
+    def out_features(self) -> int:
         """N: output features or channels."""
         return self.shape[1 - self.axis]
 
@@ -76,17 +75,17 @@ def find_contractions(program: Program) -> tuple[list[Contraction], list[Diagnos
 
 def _convolutions(program: Program, skips: list[Diagnostic]) -> Iterator[tuple[str, _Use]]:
     for node in program.graph.nodes:
-        if node.op != "call_function" or op_name(node) not in CONVOLUTIONS:
+        gemm = gemm_of(node) if is_convolution(node) else None
+        if gemm is None:
             continue
-        given = schema_arguments(node)
-        source, weight = given["input"], given["weight"]
-        tensor = program.tensor_of(weight)
-        if tensor is None or program.bindings[weight.name].kind != "parameter":
+        groups = schema_arguments(node)["groups"]
+        tensor = program.tensor_of(gemm.weight)
+        if tensor is None or program.bindings[gemm.weight.name].kind != "parameter":
             skips.append(Diagnostic(node.name, "CS2202", "Its weight is computed, not stored.", "It stays as it is."))
-        elif given.get("transposed") or op_name(node) in TRANSPOSED:
+        elif gemm.is_transposed:
             skips.append(Diagnostic(tensor, "CS2204", "It is a transposed convolution."))
-        elif given["groups"] != 1:
-            why = f"Its channels are convolved in {given['groups']} groups; kernels that skip zeros need one."
+        elif groups != 1:
+            why = f"Its channels are convolved in {groups} groups; kernels that skip zeros need one."
             skips.append(Diagnostic(tensor, "CS2204", why))
         else:
-            yield tensor, (node, source, weight, 1)
+            yield tensor, (node, gemm.input, gemm.weight, gemm.axis)

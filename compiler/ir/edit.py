@@ -36,7 +36,8 @@ def op_name(node: fx.Node) -> str:
 
 def schema_arguments(node: fx.Node) -> dict[str, Any]:
     """Arguments of an ATen node by schema name, defaults filled in."""
-    declared = node.target._schema.arguments  # type: ignore[union-attr]
+    assert isinstance(node.target, torch._ops.OpOverload)
+    declared = node.target._schema.arguments
     values = {a.name: a.default_value if a.has_default_value() else None for a in declared}
     values.update({a.name: v for a, v in zip(declared, node.args, strict=False)})
     values.update(node.kwargs)

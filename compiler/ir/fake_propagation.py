@@ -1,23 +1,44 @@
-"""Run every node on fake tensors again: the proof that a graph still fits together after an edit."""
+"""Run nodes on fake tensors: what a call gives for the shapes it is given, and the proof that a whole graph fits together."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
 from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compile_sparse.compiler.errors import CompileSparseError
 from compile_sparse.compiler.ir.edit import fake_mode_of
+from compile_sparse.compiler.ir.nodes import operator_of
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.sizes import Size, same_size, shape_of
 
-__all__ = ["Shapes", "propagate_fake_tensors"]
+__all__ = ["FakeError", "Shapes", "fake_result", "propagate_fake_tensors"]
 
 Shapes = Sequence[Size] | tuple[Sequence[Size], ...]
 """Expected shape of a node, or of each output of a node with several."""
+
+
+class FakeError(Exception):
+    """An operator rejects the shapes, types or arguments it is given; the message is the operator's own."""
+
+
+def fake_result(node: fx.Node, mode: FakeTensorMode, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What a ``call_function`` node gives on fake values; ``value_of`` gives those of its inputs.
+
+    Raises:
+        FakeError: the operator does not take them.
+    """
+    arguments, keywords = fx.map_arg((node.args, node.kwargs), value_of)
+    # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
+    with enable_python_dispatcher(), mode, torch.no_grad():
+        try:
+            return operator_of(node)(*arguments, **keywords)
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise FakeError(str(error)) from error
 
 
 def propagate_fake_tensors(program: Program, expected: Mapping[str, Shapes] | None = None) -> Program:
@@ -46,13 +67,9 @@ def propagate_fake_tensors(program: Program, expected: Mapping[str, Shapes] | No
             values[node] = node.meta.get("val")
             _check_weight(program, node)
         elif node.op == "call_function":
-            arguments = fx.map_arg(node.args, values.__getitem__)
-            keywords = fx.map_arg(node.kwargs, values.__getitem__)
             try:
-                # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
-                with enable_python_dispatcher(), mode, torch.no_grad():
-                    values[node] = node.target(*arguments, **keywords)  # type: ignore[operator]
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
+                values[node] = fake_result(node, mode, values.__getitem__)
+            except FakeError as error:
                 raise _internal(node, f"The operator rejects its arguments: {error}") from error
             node.meta["val"] = values[node]
         else:

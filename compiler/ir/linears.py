@@ -1,4 +1,4 @@
-"""Find the matrix products with a stored weight, whatever they are called in the graph."""
+"""Find the linear layers: GEMMs with a stored weight, whatever they are called in the graph."""
 
 from __future__ import annotations
 
@@ -8,12 +8,11 @@ from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.gemms import LAYERS, gemm_of
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["Linear", "find_linears", "is_lm_head"]
 
-# Operator -> (argument index of the input, of the weight, contraction dimension of the weight).
-FORMS = {"linear": (0, 1, 1), "addmm": (1, 2, 0), "mm": (0, 1, 0), "matmul": (0, 1, 0)}
 TRANSPARENT = {
     "reshape",
     "transpose",
@@ -32,7 +31,7 @@ TRANSPARENT = {
 
 @dataclass(frozen=True)
 class Linear:
-    """One matrix product ``x @ W`` or ``x @ W.T`` with a stored weight.
+    """One GEMM ``x @ W`` or ``x @ W.T`` with a stored weight.
 
     Attributes:
         node: the call.
@@ -40,6 +39,7 @@ class Linear:
         weight: placeholder of ``W``.
         tensor: stored name of ``W``.
         axis: contraction dimension of ``W`` (1 for ``[N, K]``, 0 for ``[K, N]``).
+        bias: node of what is added to the result; None when nothing is.
     """
 
     node: fx.Node
@@ -47,32 +47,29 @@ class Linear:
     weight: fx.Node
     tensor: str
     axis: int
+    bias: fx.Node | None
 
 
 def find_linears(program: Program) -> tuple[list[Linear], list[Diagnostic]]:
-    """Every linear in graph order, and the products that look like one but are left alone."""
+    """Every linear layer in graph order, and the GEMMs that look like one but are left alone."""
     found: list[Linear] = []
     skips: list[Diagnostic] = []
     for node in program.graph.nodes:
-        form = FORMS.get(op_name(node)) if node.op == "call_function" else None
-        if form is None:
+        gemm = gemm_of(node)
+        if gemm is None or not gemm.is_layer:
             continue
-        source, weight = node.args[form[0]], node.args[form[1]]
-        tensor = program.tensor_of(weight) if isinstance(weight, fx.Node) else None
-        if tensor is None or not isinstance(source, fx.Node):
-            if op_name(node) in ("linear", "addmm"):
-                skips.append(
-                    Diagnostic(
-                        node.name, "CS2202", "Its weight is computed, not stored.", "It stays in floating point."
-                    )
-                )
-        elif program.bindings[weight.name].kind == "parameter" and len(program.weights[tensor].shape) == 2:
-            found.append(Linear(node, source, weight, tensor, form[2]))
+        tensor = program.tensor_of(gemm.weight)
+        if tensor is None:
+            if LAYERS[gemm.operator].bias:  # the others multiply activations as often as not
+                why = "Its weight is computed, not stored."
+                skips.append(Diagnostic(node.name, "CS2202", why, "It stays in floating point."))
+        elif program.bindings[gemm.weight.name].kind == "parameter" and len(program.weights[tensor].shape) == 2:
+            found.append(Linear(node, gemm.input, gemm.weight, tensor, gemm.axis, gemm.bias))
     return found, skips
 
 
 def is_lm_head(program: Program, node: fx.Node) -> bool:
-    """Whether ``node``'s result becomes the logits without passing through another weight."""
+    """Whether ``node`` is the lm_head: its result becomes the logits without passing through another weight."""
     wanted = {n for n, output in zip(program.output_nodes, program.outputs, strict=True) if output.role == "logits"}
     while node not in wanted:
         users = list(node.users)

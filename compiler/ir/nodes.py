@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,10 +13,13 @@ from compile_sparse.compiler.ir.edit import schema_arguments
 __all__ = [
     "arguments",
     "dimensions",
+    "fake_tensor",
     "insert_call",
     "is_op",
     "module_of",
+    "node_argument",
     "operand_pairs",
+    "operator_of",
     "qualified_name",
     "same_dimension",
 ]
@@ -40,11 +43,31 @@ def arguments(node: fx.Node) -> dict[str, Any]:
     return schema_arguments(node)
 
 
+def node_argument(node: fx.Node, place: int = 0) -> fx.Node:
+    """The positional argument at ``place``, which the operator's schema says is a value of the graph."""
+    found = node.args[place]
+    assert isinstance(found, fx.Node)
+    return found
+
+
+def operator_of(node: fx.Node) -> Callable[..., Any]:
+    """What a ``call_function`` node calls."""
+    assert callable(node.target)  # only placeholders and the output have a name instead
+    return node.target
+
+
 def operand_pairs(node: fx.Node) -> Iterator[tuple[Any, Any]]:
     """Both orders of a commutative node's two operands."""
     left, right = node.args[:2]
     yield left, right
     yield right, left
+
+
+def fake_tensor(node: fx.Node) -> torch.Tensor:
+    """The fake value of a node that is one tensor."""
+    value = node.meta["val"]
+    assert isinstance(value, torch.Tensor)
+    return value
 
 
 def dimensions(node: fx.Node) -> tuple[Any, ...]:

@@ -11,10 +11,10 @@ Programs are values: a pass clones, edits the clone and returns it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import fx
@@ -161,7 +161,7 @@ class Program:
     @property
     def output_nodes(self) -> tuple[fx.Node, ...]:
         """Arguments of the output node, aligned with ``outputs``."""
-        return tuple(next(iter(reversed(self.graph.nodes))).args[0])  # type: ignore[arg-type]
+        return tuple(cast("Sequence[fx.Node]", next(iter(reversed(self.graph.nodes))).args[0]))
 
     def parameter_count(self) -> int:
         """Trained elements of the model: codes count, scales do not, and the codes of a tied tensor count once with it."""

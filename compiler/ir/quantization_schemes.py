@@ -1,4 +1,4 @@
-"""Quantization schemes as data: how weights and activations are coded. Passes write them, backends read them.
+"""Quantization schemes as data: how weights and activations are quantized. Passes write them, backends read them.
 
 Names follow the serving world's: ``w8a8`` is 8-bit weights and 8-bit activations, ``w4a16`` 4-bit weights and floating-point
 activations, ``-g32`` groups of 32 weights per scale, ``-asym`` a zero point per group, ``-static`` activation ranges fixed by
@@ -36,7 +36,7 @@ tensor), found at run time. ``fp8-group``: one per 128 elements of a token. ``fp
 
 @dataclass(frozen=True)
 class WeightFormat:
-    """How a weight matrix is coded.
+    """How a weight matrix is quantized.
 
     Attributes:
         kind: ``int`` (two's complement around zero, or with a zero point), ``fp8`` (e4m3), ``fp4`` (e2m1, NVFP4).

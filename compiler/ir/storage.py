@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.nodes import node_argument
 from compile_sparse.compiler.ir.program import CODES, Program
 from compile_sparse.compiler.ir.weights import DowncastTensor, TensorSource
 
@@ -48,7 +49,7 @@ def stored_bytes(program: Program) -> int:
 def bytes_by_tensor(program: Program) -> dict[str, int]:
     """Bytes of every bound tensor as an artifact stores it: 4-bit codes take half a byte."""
     four_bit = {
-        node.args[0].name
+        node_argument(node).name
         for node in program.graph.nodes
         if (op_name(node) == "dequantize_weight" and node.args[4:5] == (4,)) or op_name(node) == "dequantize_nvfp4"
     }

@@ -13,17 +13,18 @@
 
 from __future__ import annotations
 
-import operator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
-import sympy
 import torch
 from torch import fx
-from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from compile_sparse.compiler.ir.edit import fake_mode_of, is_pure, op_name, schema_arguments
-from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP
+from compile_sparse.compiler.ir.fake_propagation import FakeError, fake_result
+from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP, WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.sizes import same_size, shape_of
 from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
 
 __all__ = ["InvalidProgram", "verify_program"]
@@ -33,6 +34,10 @@ class InvalidProgram(RuntimeError):
     """A pass broke the IR. Always a defect of the pass, never of the user's model."""
 
 
+Broken: TypeAlias = Callable[[int, object, str], InvalidProgram]
+"""``broken(rule, where, why)``: the error to raise, with the name of the pass in it."""
+
+
 def verify_program(program: Program, *, after: str = "capture") -> None:
     """Check rules 1 to 6.
 
@@ -40,8 +45,8 @@ def verify_program(program: Program, *, after: str = "capture") -> None:
         InvalidProgram: naming the rule, the node and the pass it came ``after``.
     """
 
-    def broken(rule: int, node: object, why: str) -> InvalidProgram:
-        return InvalidProgram(f"after {after}: rule {rule} broken at {node}: {why}")
+    def broken(rule: int, where: object, why: str) -> InvalidProgram:
+        return InvalidProgram(f"after {after}: rule {rule} broken at {where}: {why}")
 
     program.graph.lint()
     _check_placeholders(program, broken)
@@ -67,7 +72,7 @@ def _legal_target(target: Any) -> bool:
     )
 
 
-def _check_placeholders(program: Program, broken: Any) -> None:
+def _check_placeholders(program: Program, broken: Broken) -> None:
     declared = {i.placeholder for i in program.inputs}
     for node in program.graph.nodes:
         if node.op != "placeholder":
@@ -88,21 +93,15 @@ def _check_placeholders(program: Program, broken: Any) -> None:
         raise broken(2, sorted(missing), "declared but not in the graph")
 
 
-def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
+def _check_call(node: fx.Node, mode: FakeTensorMode, broken: Broken) -> None:
     recorded = node.meta.get("val")
     if recorded is None:
         raise broken(4, node.name, "it has no fake value")
-    if node.target is operator.getitem:
-        computed = node.args[0].meta["val"][node.args[1]]  # type: ignore[union-attr, index]
-    else:
-        args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
-        # Without torch's Python rules some operators (padding) turn dynamic sizes into numbers.
-        with enable_python_dispatcher(), mode, torch.no_grad():
-            try:
-                computed = node.target(*args, **kwargs)  # type: ignore[operator]
-            except (RuntimeError, ValueError, TypeError, IndexError) as error:
-                raise broken(4, node.name, f"it cannot run on its inputs: {error}") from error
-    dequantizes = op_name(node) in ("dequantize_weight", "dequantize_block", "dequantize_nvfp4")
+    try:
+        computed = fake_result(node, mode, lambda source: source.meta["val"])
+    except FakeError as error:
+        raise broken(4, node.name, f"it cannot run on its inputs: {error}") from error
+    dequantizes = op_name(node) in WEIGHT_DEQUANTIZERS
     if dequantizes:
         _check_scales(node, broken)
     pairs = _tensors(recorded), _tensors(computed)
@@ -111,7 +110,7 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
     for before, now in zip(*pairs, strict=True):
         # Mixed precision: a runtime dequantizes into the type of the GEMM that reads the weight, whatever its scales have.
         same_type = before.dtype == now.dtype or (dequantizes and before.dtype.is_floating_point)
-        if not same_type or not _same_shape(before.shape, now.shape):
+        if not same_type or not _same_shape(before, now):
             raise broken(
                 4,
                 node.name,
@@ -119,9 +118,9 @@ def _check_call(node: fx.Node, mode: Any, broken: Any) -> None:
             )
 
 
-def _check_scales(node: fx.Node, broken: Any) -> None:
+def _check_scales(node: fx.Node, broken: Broken) -> None:
     given = {name: a.meta["val"] if isinstance(a, fx.Node) else a for name, a in schema_arguments(node).items()}
-    codes, scale, axis = given.get("q", given.get("codes")), given["scale"], given["axis"]
+    codes, scale, axis = given["q" if "q" in given else "codes"], given["scale"], given["axis"]
     channels, depth = codes.shape[1 - axis], codes.shape[axis]
     stored: tuple[torch.dtype, ...] = (torch.int8, torch.float8_e4m3fn)
     wanted: tuple[int, ...]
@@ -138,7 +137,7 @@ def _check_scales(node: fx.Node, broken: Any) -> None:
         raise broken(6, node.name, f"scales {tuple(scale.shape)} for {codes.dtype} codes, expected {wanted}")
 
 
-def _check_mask(program: Program, name: str, broken: Any) -> None:
+def _check_mask(program: Program, name: str, broken: Broken) -> None:
     mask = program.masks[name]
     if name not in program.weights:
         raise broken(6, name, "a mask names a tensor that is not stored")
@@ -161,12 +160,6 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [v for v in value if isinstance(v, torch.Tensor)] if isinstance(value, (tuple, list)) else []
 
 
-def _same_shape(left: torch.Size, right: torch.Size) -> bool:
-    return len(left) == len(right) and all(_same_size(a, b) for a, b in zip(left, right, strict=True))
-
-
-def _same_size(left: Any, right: Any) -> bool:
-    if isinstance(left, int) and isinstance(right, int):
-        return left == right
-    a, b = (sympy.sympify(s.node.expr if isinstance(s, torch.SymInt) else s) for s in (left, right))
-    return bool(sympy.simplify(a - b) == 0)
+def _same_shape(left: torch.Tensor, right: torch.Tensor) -> bool:
+    a, b = shape_of(left), shape_of(right)
+    return len(a) == len(b) and all(map(same_size, a, b))

@@ -8,6 +8,8 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.nodes import operator_of
+from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import CODES, Program, SparsityMask
 from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
 from compile_sparse.compiler.ir.verifier import InvalidProgram
@@ -61,14 +63,14 @@ def _zeros(program: Program, tensor: str) -> Iterator[torch.Tensor]:
     value = program.weights.load(tensor)
     nodes = [n for n in program.graph.nodes if n.op == "placeholder" and program.tensor_of(n) == tensor]
     readers = [user for node in nodes for user in node.users]
-    coded = [reader for reader in readers if op_name(reader).startswith("dequantize_")]
-    for reader in coded:
-        yield _restored_with_unit_scales(program, reader, value) == 0
-    if len(coded) < len(readers) or not readers:
+    dequantizers = [reader for reader in readers if op_name(reader) in WEIGHT_DEQUANTIZERS]
+    for reader in dequantizers:
+        yield _dequantized_with_unit_scales(program, reader, value) == 0
+    if len(dequantizers) < len(readers) or not readers:
         yield value == 0
 
 
-def _restored_with_unit_scales(program: Program, reader: fx.Node, codes: torch.Tensor) -> torch.Tensor:
+def _dequantized_with_unit_scales(program: Program, reader: fx.Node, codes: torch.Tensor) -> torch.Tensor:
     """What a dequantize node gives when every scale is one: zero exactly where the codes stand for zero."""
     given = schema_arguments(reader)
     for name in ("scale", "global_scale"):
@@ -78,6 +80,6 @@ def _restored_with_unit_scales(program: Program, reader: fx.Node, codes: torch.T
     if isinstance(zero := given.get("zero_point"), fx.Node):
         given["zero_point"] = program.weights.load(program.bindings[zero.name].tensor)
     given["q" if "q" in given else "codes"] = codes
-    restored = reader.target(**given)  # type: ignore[operator]
-    assert isinstance(restored, torch.Tensor)
-    return restored
+    value = operator_of(reader)(**given)
+    assert isinstance(value, torch.Tensor)
+    return value

@@ -12,7 +12,9 @@ from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.gemms import LAYERS, multiplies
 from compile_sparse.compiler.ir.linears import Linear, find_linears
+from compile_sparse.compiler.ir.nodes import qualified_name
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.sizes import Size, shape_of
 from compile_sparse.compiler.targets.workload import Workload
@@ -20,10 +22,6 @@ from compile_sparse.compiler.targets.workload import Workload
 __all__ = ["ProductShape", "product_shapes"]
 
 Regime = Literal["decode", "prompt", "forward"]
-_OTHERS = (
-    *("conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "convolution"),
-    *("bmm", "baddbmm", "_grouped_mm", "grouped_mm_fallback", "einsum"),
-)
 _MOVING = frozenset(
     {"transpose", "t", "permute", "reshape", "unsqueeze", "squeeze", "index", "select", "contiguous", "to"}
 )
@@ -120,8 +118,10 @@ def _other_products(program: Program) -> list[Diagnostic]:
     """Products with a stored weight that are no linear layers, counted by operator."""
     counts: dict[str, int] = {}
     for node in program.graph.nodes:
-        name = op_name(node)
-        if name in _OTHERS and any(_stored(program, operand) for operand in node.all_input_nodes):
+        if not multiplies(node) or qualified_name(node) in LAYERS:
+            continue
+        if any(_stored(program, operand) for operand in node.all_input_nodes):
+            name = op_name(node)
             counts[name] = counts.get(name, 0) + 1
     return [
         Diagnostic(

@@ -27,16 +27,16 @@ def speedup_bound(dense: Program, planned: Program, target: Target, *, prompt: i
 
     Returns:
         Plain data: ``basis``; for a decoder ``decode`` (bytes read per decoded token) and ``prefill`` (operations per prompt
-        token, without those of the logits, which a prompt needs once); for other models ``forward`` (operations per sample).
+        token, without those of the lm_head, which a prompt needs once); for other models ``forward`` (operations per sample).
         Each has ``quantity``, ``baseline``, ``compiled``, ``at_most`` (the ratio, or None where it is not known), ``if`` (the
         condition of the bound) and ``unknown_because``.
     """
     decoder = dense.kind == "decoder"
     before, after = (token_cost(each, tokens=1 if decoder else prompt) for each in (dense, planned))
     zeros = _skipped_zeros(planned, target)
-    products = _products(before, after, zeros or _integers(planned))
+    gemms = _gemms(before, after, zeros or _integers(planned))
     if not decoder:
-        return {"basis": BASIS, "forward": {"quantity": "operations per sample", **products}}
+        return {"basis": BASIS, "forward": {"quantity": "operations per sample", **gemms}}
     read, left = (sum(cost.read_bytes.values()) for cost in (before, after))
     return {
         "basis": BASIS,
@@ -44,15 +44,15 @@ def speedup_bound(dense: Program, planned: Program, target: Target, *, prompt: i
             "quantity": "bytes read per decoded token",
             **_bound(read, left, "bandwidth-bound on weights", zeros),
         },
-        "prefill": {"quantity": "operations per prompt token", **products},
+        "prefill": {"quantity": "operations per prompt token", **gemms},
     }
 
 
-def _products(before: TokenCost, after: TokenCost, why: str) -> dict[str, Any]:
+def _gemms(before: TokenCost, after: TokenCost, why: str) -> dict[str, Any]:
     uncounted = ", ".join({*before.uncounted, *after.uncounted})
     work, left = (sum(cost.flops.values()) - cost.head_flops for cost in (before, after))
     return _bound(
-        work, left, "compute-bound on weights", f"products of {uncounted} are not counted" if uncounted else why
+        work, left, "compute-bound on weights", f"the work of {uncounted} is not counted" if uncounted else why
     )
 
 
@@ -69,7 +69,7 @@ def _bound(before: int, after: int, condition: str, why: str) -> dict[str, Any]:
 
 def _integers(program: Program) -> str:
     quantized = any(op_name(node).startswith("dequantize_") for node in program.graph.nodes)
-    return "quantized products run at another rate than the baseline's" if quantized else ""
+    return "quantized GEMMs run at another rate than the baseline's" if quantized else ""
 
 
 def _skipped_zeros(program: Program, target: Target) -> str:

@@ -15,24 +15,23 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.gemms import WITHOUT_FORM, Gemm, gemm_of
 from compile_sparse.compiler.ir.linears import is_lm_head
+from compile_sparse.compiler.ir.nodes import fake_tensor, node_argument, qualified_name
+from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.sizes import shape_of
+from compile_sparse.compiler.ir.sizes import Size, shape_of
 from compile_sparse.compiler.ir.storage import bytes_by_tensor
 
 __all__ = ["TokenCost", "token_cost"]
 
-# Operator -> argument indices of its two factors.
-_FACTORS = {
-    **dict.fromkeys(("linear", "mm", "bmm", "matmul", "_grouped_mm", "grouped_mm_fallback"), (0, 1)),
-    **dict.fromkeys(("conv1d", "conv2d", "conv3d", "convolution"), (0, 1)),
-    **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), (0, 1)),
-    **dict.fromkeys(("addmm", "baddbmm"), (1, 2)),
-}
 _CHOOSING = frozenset({"embedding", "index", "index_select", "gather", "slice", "select", "narrow"})
-_MOVING = frozenset(
+MOVING = WEIGHT_DEQUANTIZERS | frozenset(
     {"reshape", "transpose", "t", "permute", "unsqueeze", "squeeze", "alias", "contiguous"}
-) | frozenset({"to", "_to_copy", "clone", "detach", "dequantize_weight", "dequantize_block", "dequantize_nvfp4"})
+    | {"to", "_to_copy", "clone", "detach"}
+)
+"""What is read through them is counted as what they read: the stored form of a weight."""
+_READS = MOVING | _CHOOSING
 
 
 @dataclass(frozen=True)
@@ -40,10 +39,10 @@ class TokenCost:
     """What one token costs, or one sample for models whose inputs are not a stream of tokens.
 
     Attributes:
-        flops: stored tensor -> floating-point operations of the products it is a factor of, two per multiply-add.
+        flops: stored tensor -> floating-point operations of the GEMMs it is a factor of, two per multiply-add.
         read_bytes: stored tensor -> bytes read, once: the rows looked up of an embedding, the experts chosen, else all.
-        head_flops: the part of ``flops`` that makes the logits of a decoder. A prompt needs it at its last token only.
-        uncounted: operators with a stored factor whose products this module cannot count.
+        head_flops: the part of ``flops`` that is a decoder's lm_head. A prompt needs it at its last token only.
+        uncounted: operators with a stored factor whose work this module cannot count.
     """
 
     flops: Mapping[str, int]
@@ -59,13 +58,13 @@ def token_cost(program: Program, *, tokens: int = 1) -> TokenCost:
     flops: dict[str, int] = {}
     head, uncounted = 0, set()
     for node in program.graph.nodes:
-        if op_name(node) == "einsum" and any(_stored(program, operand) for operand in node.all_input_nodes):
-            uncounted.add("einsum")
-        found = _factors(node)
-        tensor = next((name for factor in found for name in [_stored(program, factor)] if name), None)
-        if tensor is None:
+        if qualified_name(node) in WITHOUT_FORM and any(_stored(program, operand) for operand in node.all_input_nodes):
+            uncounted.add(op_name(node))
+        gemm = gemm_of(node)
+        tensor = None if gemm is None else _stored(program, gemm.input) or _stored(program, gemm.weight)
+        if gemm is None or tensor is None:
             continue
-        work = 2 * _multiply_adds(node, found, sizes)
+        work = 2 * _multiply_adds(gemm, sizes)
         flops[tensor] = flops.get(tensor, 0) + work
         if program.kind == "decoder" and is_lm_head(program, node):
             head += work
@@ -93,7 +92,7 @@ class _Sizes:
                 length = shape_of(node.meta["val"])[-1]
                 self._values |= {} if isinstance(length, int) else dict.fromkeys(length.free_symbols, tokens)
 
-    def dimension(self, size: int | sympy.Expr) -> int:
+    def dimension(self, size: Size) -> int:
         if isinstance(size, int):
             return size
         if size not in self._known:
@@ -101,32 +100,24 @@ class _Sizes:
         return self._known[size]
 
     def elements(self, node: fx.Node) -> int:
-        return math.prod(self.dimension(size) for size in shape_of(node.meta["val"]))
-
-
-def _factors(node: fx.Node) -> list[fx.Node]:
-    places = _FACTORS.get(op_name(node), ()) if node.op == "call_function" else ()
-    return [factor for place in places if isinstance(factor := node.args[place], fx.Node)]
+        return math.prod(self.dimension(size) for size in shape_of(fake_tensor(node)))
 
 
 def _stored(program: Program, node: fx.Node) -> str | None:
     """The parameter that a value is, or is a choice from."""
-    while node.op == "call_function" and op_name(node) in _MOVING | _CHOOSING and isinstance(node.args[0], fx.Node):
+    while node.op == "call_function" and op_name(node) in _READS:
         if op_name(node) == "embedding":  # looked-up rows are activations
             return None
-        node = node.args[0]
+        node = node_argument(node)
     return program.tensor_of(node) if node.op == "placeholder" else None
 
 
-def _multiply_adds(node: fx.Node, factors: list[fx.Node], sizes: _Sizes) -> int:
+def _multiply_adds(gemm: Gemm, sizes: _Sizes) -> int:
     """Elements of the result times the length of the sums they are; transposed convolutions are counted from their input."""
-    source, weight = factors
-    name = op_name(node)
-    if "conv" not in name:
-        return sizes.elements(node) * sizes.dimension(shape_of(source.meta["val"])[-1])
-    transposed = "transpose" in name or (name == "convolution" and bool(node.args[6]))
-    channels = sizes.dimension(shape_of(weight.meta["val"])[0])
-    return sizes.elements(source if transposed else node) * (sizes.elements(weight) // channels)
+    kernel = sizes.dimension(gemm.kernel)
+    if gemm.is_transposed:
+        return sizes.elements(gemm.input) * sizes.dimension(gemm.out_features) * kernel
+    return sizes.elements(gemm.node) * sizes.dimension(gemm.in_features) * kernel
 
 
 def _elements_read(node: fx.Node, sizes: _Sizes) -> int:
@@ -135,13 +126,13 @@ def _elements_read(node: fx.Node, sizes: _Sizes) -> int:
     for user in node.users:
         if not isinstance(user.meta.get("val"), (torch.Tensor, tuple, list)):
             continue  # sizes
-        first, name = user.args[0] is node, op_name(user)
+        first, name, gemm = user.args[0] is node, op_name(user), gemm_of(user)
         if name in _CHOOSING and first:
             total += min(whole, sizes.elements(user))
-        elif name in _MOVING and first:
+        elif name in MOVING and first:
             total += _elements_read(user, sizes)
-        elif name in _FACTORS and node in _factors(user):
-            total += min(whole, _multiply_adds(user, _factors(user), sizes))
+        elif gemm is not None and node in (gemm.input, gemm.weight):
+            total += min(whole, _multiply_adds(gemm, sizes))
         else:
             total += whole
     return total

@@ -22,15 +22,14 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.ir.edit import op_name, schema_arguments
+from compile_sparse.compiler.ir.gemms import BATCHED, WITHOUT_FORM, is_convolution, multiplies
+from compile_sparse.compiler.ir.nodes import node_argument, qualified_name
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["Block", "Branch", "BranchKind", "carried", "find_blocks", "find_branches", "same_type"]
 
 BranchKind = Literal["attention", "mlp", "other"]
 
-_CONVOLUTIONS = {"convolution", "conv1d", "conv2d", "conv3d"}
-_BATCHED_PRODUCTS = {"matmul", "bmm", "baddbmm", "einsum"}
-_PRODUCTS = {"linear", "addmm", "mm", "grouped_mm_fallback", "_grouped_mm"} | _BATCHED_PRODUCTS | _CONVOLUTIONS
 _COPIES = {"reshape", "expand", "_to_copy", "to", "type_as", "dropout", "clone"}
 _CARRIERS = {"layer_norm", "rms_norm", "reshape"}
 """What may stand between the sum of one branch and the stream that the next one reads (the norm of a post-norm model)."""
@@ -46,7 +45,7 @@ class Branch:
         output: the term; nothing but the sum uses it.
         nodes: what dies with it, in graph order: weights, cache inputs and calls that nothing else needs.
         weights: stored tensors that only it reads.
-        kind: ``attention``, ``mlp`` (matrix products, neither attention nor convolution) or ``other``.
+        kind: ``attention``, ``mlp`` (GEMMs, neither attention nor convolution) or ``other``.
         layer: index of its block: an attention opens a block, the next MLP closes it, parallel branches share one.
         caches: layers of the key-value cache that it reads and writes.
     """
@@ -88,7 +87,7 @@ class _Term:
     def kind(self) -> BranchKind:
         if any(_is_attention(node) for node in self.between):
             return "attention"
-        return "other" if any(op_name(node) in _CONVOLUTIONS for node in self.between) else "mlp"
+        return "other" if any(is_convolution(node) for node in self.between) else "mlp"
 
 
 def find_branches(program: Program) -> tuple[Branch, ...]:
@@ -161,17 +160,19 @@ def _is_addition(node: fx.Node) -> bool:
 def same_type(left: Any, right: fx.Node) -> bool:
     """Whether both are nodes with tensors of one shape and dtype."""
     a, b = (node.meta.get("val") if isinstance(node, fx.Node) else None for node in (left, right))
-    return isinstance(a, torch.Tensor) and a.dtype == b.dtype and tuple(map(str, a.shape)) == tuple(map(str, b.shape))
+    if not isinstance(a, torch.Tensor) or not isinstance(b, torch.Tensor):
+        return False
+    return a.dtype == b.dtype and tuple(map(str, a.shape)) == tuple(map(str, b.shape))
 
 
 def _branch(node: fx.Node, operands: Sequence[fx.Node], place: Mapping[fx.Node, int]) -> _Term | None:
-    """``node`` as a branch, when it was computed from another operand by at least one matrix product or attention."""
+    """``node`` as a branch, when it was computed from another operand by at least one GEMM or attention."""
     if len(node.users) != 1:
         return None
     earlier = [other for other in operands if place[other] < place[node]]
     for skip in sorted(earlier, key=lambda other: place[other], reverse=True):
         between = _between(skip, node, place)
-        if any(op_name(inner) in _PRODUCTS or _is_attention(inner) for inner in between):
+        if any(multiplies(inner) or _is_attention(inner) for inner in between):
             return _Term(skip, node, frozenset(between))
     return None
 
@@ -211,7 +212,7 @@ def _is_attention(node: fx.Node) -> bool:
     waiting = list(node.users)
     while waiting:
         user = waiting.pop()
-        if op_name(user) in _BATCHED_PRODUCTS:
+        if qualified_name(user) in BATCHED.keys() | WITHOUT_FORM:
             return True
         if op_name(user) in _COPIES:
             waiting += user.users
@@ -271,7 +272,7 @@ def carried(end: fx.Node, start: fx.Node) -> list[fx.Node]:
         if op_name(end) not in _CARRIERS:
             return []
         chain.append(end)
-        end = end.args[0]
+        end = node_argument(end)
     return chain[::-1]
 
 

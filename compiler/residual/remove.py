@@ -11,6 +11,7 @@ from torch import fx
 
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
+from compile_sparse.compiler.ir.nodes import node_argument
 from compile_sparse.compiler.ir.program import Input, Output, Program
 from compile_sparse.compiler.residual.branches import Branch, carried, find_blocks, same_type
 
@@ -68,7 +69,7 @@ def drop_branches(program: Program, branches: Sequence[Branch]) -> Dropped:
 
 def _remove_term(term: fx.Node, replaced: dict[str, fx.Node]) -> None:
     (addition,) = term.users
-    other = addition.args[0] if addition.args[1] is term else addition.args[1]
+    other = node_argument(addition, 0 if addition.args[1] is term else 1)
     addition.replace_all_uses_with(other)
     replaced[addition.name] = other
     addition.graph.erase_node(addition)
@@ -146,7 +147,7 @@ def _stands_for(
         terms = list(of_sum)
         stream = program.node(terms[0].skip)
         while op_name(stream) == "reshape":
-            stream = stream.args[0]
+            stream = node_argument(stream)
         if stream.name != before:
             current = ""
         if add not in replaced:

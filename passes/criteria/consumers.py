@@ -16,13 +16,11 @@ from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.gemms import gemm_of
+from compile_sparse.compiler.ir.nodes import fake_tensor, node_argument
 from compile_sparse.compiler.progress import Progress
 
 __all__ = ["InputPower", "contacts_of", "contracted_dim", "input_power"]
-
-
-PRODUCTS = frozenset({"addmm", "baddbmm", "mm", "bmm", "matmul"})
-"""Operators that take both factors as ``[..., rows, columns]``, last of their arguments."""
 
 
 @dataclass
@@ -102,7 +100,7 @@ def contracted_dim(analysis: Analysis, contact: AxisUse) -> int:
     """Dimension of the stored weight that ``contact`` contracts: 1 for ``linear`` ``[N, K]``, 0 for ``addmm`` ``[K, N]``.
 
     The labels say it, except for a square weight between two sides of one axis (``x + W x``); there the operator does, through
-    any transposes between the stored tensor and the product.
+    any transposes between the stored tensor and the GEMM.
     """
     program = analysis.program
     axis = find(analysis.labels[contact.operand][contact.dim])
@@ -116,7 +114,7 @@ def contracted_dim(analysis: Analysis, contact: AxisUse) -> int:
             "CS2110",
             f"It is not clear which dimension of {contact.weight!r} is contracted.",
             where=contact.node,
-            why=f"Its sides share one axis and {contact.weight!r} is rearranged before the product.",
+            why=f"Its sides share one axis and {contact.weight!r} is rearranged before the GEMM.",
             hint="Use magnitude, taylor or fisher.",
         )
     return dim
@@ -124,15 +122,15 @@ def contracted_dim(analysis: Analysis, contact: AxisUse) -> int:
 
 def _by_operator(node: fx.Node, contact: AxisUse) -> int:
     """The contracted dimension as the operator's form and the transposes before it say."""
-    if op_name(node) in PRODUCTS:
-        left, right = node.args[-2:]
-        on_the_left = contact.operand == right.name
-        weight = left if on_the_left else right
-        dim = weight.meta["val"].ndim - (1 if on_the_left else 2)
+    gemm = gemm_of(node)
+    if gemm is None:  # an equation says it, or nothing does
+        return -1
+    if contact.operand == gemm.weight.name:  # the stored tensor is on the left
+        weight, dim = gemm.input, fake_tensor(gemm.input).ndim - 1
     else:
-        weight, dim = node.args[1], 1
+        weight, dim = gemm.weight, gemm.axis
     while weight.op == "call_function":
-        order = list(range(weight.meta["val"].ndim))
+        order = list(range(fake_tensor(weight).ndim))
         if op_name(weight) == "t":
             order.reverse()
         elif op_name(weight) == "transpose":
@@ -140,5 +138,5 @@ def _by_operator(node: fx.Node, contact: AxisUse) -> int:
             order[first], order[second] = second, first
         elif op_name(weight) == "permute":
             order = [place % len(order) for place in weight.args[1]]
-        weight, dim = weight.args[0], order[dim]
+        weight, dim = node_argument(weight), order[dim]
     return dim

@@ -57,6 +57,14 @@ def _quantized(x: torch.Tensor) -> torch.Tensor:
     return _own.dequantize_activation(*_own.quantize_dynamic(x))
 
 
+def _fp8(x: torch.Tensor) -> torch.Tensor:
+    return x.to(torch.float8_e4m3fn)
+
+
+def _fp4(q: torch.Tensor, s: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    return _own.dequantize_nvfp4(q.to(torch.int8), _fp8(s), g.abs() + 1)
+
+
 CASES: dict[str, Case] = {
     "merge": Case(lambda x: x.reshape(3, 20), [(3, 4, 5)], [3, 4, 5]),
     "split": Case(lambda x: x.reshape(3, 4, 5), [(3, 20)], [3, 4, 5]),
@@ -230,7 +238,7 @@ CASES: dict[str, Case] = {
     "residual_norm": Case(
         lambda x, r, w: _own.residual_rms_norm(x, r, w, 1e-6), [(3, 6), (3, 6), (6,)], [3, 6], "reduces"
     ),
-    "activation_codes": Case(_quantized, [(3, 6)], [3, 6], "reduces"),
+    "quantized_activations": Case(_quantized, [(3, 6)], [3, 6], "reduces"),
     "channel_scales": Case(
         lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 0), [(5, 6), (5,)], [5, 6], integers={0: 7}
     ),
@@ -241,7 +249,7 @@ CASES: dict[str, Case] = {
         lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 0, 0), [(6, 5), (5,)], [5, 6], integers={0: 7}
     ),
     "short_group_scales": Case(
-        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 2), [(5, 7), (5, 4)], [5], integers={0: 7}
+        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 2), [(5, 7), (5, 4)], [5, 3], integers={0: 7}
     ),
     "channel_zero_points": Case(
         lambda q, s, z: _own.dequantize_weight(q.to(torch.int8), s, 1, 0, 4, z.to(torch.int8)),
@@ -261,13 +269,41 @@ CASES: dict[str, Case] = {
         [5, 3],
         integers={0: 7, 2: 7},
     ),
-    "coded_tokens": Case(lambda x: _own.fake_quantize(x, "int8"), [(3, 6)], [3, 6], "reduces"),
-    "coded_float_tokens": Case(lambda x: _own.fake_quantize(x, "fp8"), [(2, 3, 6)], [2, 3, 6], "reduces"),
-    "coded_with_a_fixed_range": Case(
+    "one_group": Case(
+        lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 8), [(5, 6), (5, 1)], [5, 6], integers={0: 7}
+    ),
+    "groups_across_a_boundary": Case(
+        lambda q, s: _own.dequantize_weight(q.reshape(5, 12).to(torch.int8), s, 1, 4),
+        [(5, 2, 6), (5, 3)],
+        [5],
+        integers={0: 7},
+    ),
+    "block_scales": Case(lambda q, s: _own.dequantize_block(_fp8(q), s, 2), [(8, 6), (4, 3)], [4, 3]),
+    "transposed_block_scales": Case(lambda q, s: _own.dequantize_block(_fp8(q), s, 2, 0), [(6, 8), (4, 3)], [4, 3]),
+    "short_block_scales": Case(lambda q, s: _own.dequantize_block(_fp8(q), s, 2), [(7, 5), (4, 3)], [3, 2]),
+    "one_block": Case(lambda q, s: _own.dequantize_block(_fp8(q), s, 8), [(7, 5), (1, 1)], [7, 5]),
+    "blocks_of_rows": Case(lambda q, s: _own.dequantize_block(_fp8(q), s, 6), [(18, 5), (3, 1)], [3, 5]),
+    "fp4_scales": Case(_fp4, [(5, 48), (5, 3), (1,)], [5, 3], integers={0: 16}),
+    "short_fp4_scales": Case(_fp4, [(5, 40), (5, 3), (1,)], [5, 2], integers={0: 16}),
+    "one_fp4_group": Case(_fp4, [(5, 12), (5, 1), (1,)], [5, 12], integers={0: 16}),
+    "transposed_fp4_scales": Case(
+        lambda q, s, g: _own.dequantize_nvfp4(q.to(torch.int8), _fp8(s), g.abs() + 1, 0),
+        [(48, 5), (5, 3), (1,)],
+        [5, 3],
+        integers={0: 16},
+    ),
+    "quantized_tokens": Case(lambda x: _own.fake_quantize(x, "int8"), [(3, 6)], [3, 6], "reduces"),
+    "quantized_float_tokens": Case(lambda x: _own.fake_quantize(x, "fp8"), [(2, 3, 6)], [2, 3, 6], "reduces"),
+    "quantized_with_a_fixed_range": Case(
         lambda x, s: _own.fake_quantize(x, "int8-static", s.abs() + 0.01), [(3, 6), (1,)], [3, 6]
     ),
-    "coded_groups": Case(lambda x: _own.fake_quantize(x, "fp8-group"), [(3, 256)], [3]),
-    "coded_small_groups": Case(lambda x, s: _own.fake_quantize(x, "fp4", s.abs() + 100), [(3, 32), (1,)], [3]),
+    "quantized_groups": Case(lambda x: _own.fake_quantize(x, "fp8-group"), [(3, 384)], [3, 3]),
+    "quantized_short_groups": Case(lambda x: _own.fake_quantize(x, "fp8-group"), [(3, 300)], [3, 2]),
+    "quantized_one_group": Case(lambda x: _own.fake_quantize(x, "fp8-group"), [(3, 6)], [3, 6], "reduces"),
+    "quantized_small_groups": Case(lambda x, s: _own.fake_quantize(x, "fp4", s.abs() + 100), [(3, 48), (1,)], [3, 3]),
+    "quantized_one_small_group": Case(
+        lambda x, s: _own.fake_quantize(x, "fp4", s.abs() + 100), [(3, 6), (1,)], [3, 6], "reduces"
+    ),
     "cached_attention": Case(
         _cached,
         [(2, 3, 24), (2, 3, 12), (2, 3, 8), (2, 2, 5, 6), (2, 2, 5, 4), (9, 3), (9, 3)],

@@ -1,4 +1,4 @@
-"""Matrix products: the contracted dimensions are one axis, the others pass through."""
+"""GEMMs: the contracted dimensions are one axis, the others pass through."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from compile_sparse.compiler.axes.algebra import Axis, find
 from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
+from compile_sparse.compiler.ir.nodes import node_argument
 from compile_sparse.compiler.ir.sizes import shape_of
 
 __all__: list[str] = []
@@ -31,12 +32,10 @@ def linear(step: RuleContext) -> Labels:
 @rule("mm", "bmm", "matmul")
 def matmul(step: RuleContext) -> Labels | None:
     """``y[..., m, n] = sum_k a[..., m, k] b[..., k, n]``; leading dimensions broadcast."""
-    left, right = step.node.args[0], step.node.args[1]
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)  # tensors by schema
-    return _product(step, left, right, step.value)
+    return _gemm(step, step.first, node_argument(step.node, 1), step.value)
 
 
-def _product(step: RuleContext, left: fx.Node, right: fx.Node, value: torch.Tensor) -> Label | None:
+def _gemm(step: RuleContext, left: fx.Node, right: fx.Node, value: torch.Tensor) -> Label | None:
     a, b = step.label(left), step.label(right)
     if len(a) < 2 or len(b) < 2:
         return None
@@ -59,9 +58,7 @@ def _product(step: RuleContext, left: fx.Node, right: fx.Node, value: torch.Tens
 @rule("addmm", "baddbmm")
 def addmm(step: RuleContext) -> Labels | None:
     """``beta * c + alpha * (a @ b)``."""
-    _, left, right = step.node.args[:3]
-    assert isinstance(left, fx.Node) and isinstance(right, fx.Node)  # tensors by schema
-    out = _product(step, left, right, step.value)
+    out = _gemm(step, node_argument(step.node, 1), node_argument(step.node, 2), step.value)
     if out is None:
         return None
     return step.broadcast([out, step.label(step.first)], shape_of(step.value))

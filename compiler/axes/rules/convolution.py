@@ -9,13 +9,12 @@ from compile_sparse.compiler.axes.analysis_state import Label
 from compile_sparse.compiler.axes.rule_context import RuleContext
 from compile_sparse.compiler.axes.rules.registry import Labels, rule
 from compile_sparse.compiler.axes.rules.spatial import freeze_space, output_space
+from compile_sparse.compiler.ir.gemms import CONVOLUTIONS, gemm_of
 
 __all__: list[str] = []
 
-_TRANSPOSED = ("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
 
-
-@rule("convolution", "conv1d", "conv2d", "conv3d", *_TRANSPOSED)
+@rule(*(name.removeprefix("aten::") for name in CONVOLUTIONS))
 def convolution(step: RuleContext) -> Labels | None:
     """``y[n, o, ...] = sum_{i, k} x[n, i, ...] W[o, i, k]``; transposed, the weight is ``W[i, o, k]``.
 
@@ -23,11 +22,11 @@ def convolution(step: RuleContext) -> Labels | None:
     same rest of every group. Depthwise, the rest is 1 and nothing is summed over channels.
     """
     source, weight, groups = step.label("input"), step.label("weight"), step.arguments["groups"]
-    if len(source) != len(weight) or not isinstance(step.value, torch.Tensor):
+    gemm = gemm_of(step.node)
+    if gemm is None or len(source) != len(weight) or not isinstance(step.value, torch.Tensor):
         return None
-    transposed = bool(step.arguments.get("transposed")) or step.name in _TRANSPOSED
     freeze_space(step, [*weight[2:], *source[2:]], "a convolution relates neighbouring positions")
-    outputs = _transposed(step, source, weight, groups) if transposed else _plain(step, source, weight, groups)
+    outputs = _transposed(step, source, weight, groups) if gemm.is_transposed else _plain(step, source, weight, groups)
     if outputs is None:
         return None
     step.role(outputs, "conv_out")

@@ -58,8 +58,8 @@ def _run(old: list[Size], new: list[Size], i: int, j: int) -> tuple[int, int]:
     left, right = old[i], new[j]
     i, j = i + 1, j + 1
     while not same_size(left, right):
-        both = isinstance(left, int) and isinstance(right, int)
-        grow_left = left < right if both else quotient(right, left) is not None  # type: ignore[operator]
+        numbers = isinstance(left, int) and isinstance(right, int)
+        grow_left = left < right if numbers else quotient(right, left) is not None
         if i < len(old) and (grow_left or j >= len(new)):
             left = total([left, old[i]])
             i += 1

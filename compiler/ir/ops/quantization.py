@@ -7,8 +7,8 @@ Integer weights: scales along the contraction dimension.
     zero_point: int8 of the scale's shape, or None where codes are symmetric.
 FP8 weights (e4m3, arXiv:2209.05433): as integers with one scale per channel, or one scale per square block.
 NVFP4 weights: e2m1 values in groups of 16 with an e4m3 scale each, and one float32 scale for the tensor.
-Activations: a run-time scale for the whole tensor (``quantize_dynamic``), or ``fake_quantize``: the value after coding and
-decoding, in every other granularity.
+Activations: a run-time scale for the whole tensor (``quantize_dynamic``), or ``fake_quantize``: quantize-dequantize
+(QDQ), in every other granularity.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch.library import custom_op
 
 __all__ = [
+    "FAKE_QUANTIZE_GROUPS",
     "FP4_MAX",
     "FP4_VALUES",
     "FP8_MAX",
@@ -40,6 +41,8 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 NVFP4_GROUP = 16
 WEIGHT_DEQUANTIZERS = frozenset({"dequantize_weight", "dequantize_block", "dequantize_nvfp4"})
 """Operators that make a float weight of stored codes, the first argument of each."""
+FAKE_QUANTIZE_GROUPS = {"fp8-group": 128, "fp4": NVFP4_GROUP}
+"""Activation format -> elements of a row that share a scale; one scale for a row, or for everything, in the others."""
 _ACTIVATION_FORMATS = ("int8", "int8-static", "fp8", "fp8-static", "fp8-group", "fp4")
 _TOPS = {"int8": 127.0, "fp8": FP8_MAX}
 
@@ -145,7 +148,7 @@ def _(codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, axis
 
 @custom_op("compile_sparse::fake_quantize", mutates_args=())
 def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = None) -> torch.Tensor:
-    """``x`` after coding and decoding, in the dtype of ``x``.
+    """``x`` after quantize-dequantize (QDQ), in the dtype of ``x``.
 
     Args:
         x: ``[..., K]``.
@@ -164,11 +167,12 @@ def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = Non
     if kind == "fp4" or granularity == "static":
         if scale is None:
             raise ValueError(f"{format} needs a scale")
-        coded = _fp4_groups(value, scale) if kind == "fp4" else _coded(value, scale, kind)
-        return coded.to(x.dtype)
-    rows = _grouped(value, 128) if granularity == "group" else value
-    coded = _coded(rows, _row_scale(rows, _TOPS[kind]), kind)
-    return (_ungrouped(coded, value) if granularity == "group" else coded).to(x.dtype)
+        result = _qdq_fp4(value, scale) if kind == "fp4" else _qdq(value, scale, kind)
+        return result.to(x.dtype)
+    group = FAKE_QUANTIZE_GROUPS.get(format)
+    rows = _grouped(value, group) if group else value
+    result = _qdq(rows, _row_scale(rows, _TOPS[kind]), kind)
+    return (_ungrouped(result, value) if group else result).to(x.dtype)
 
 
 @fake_quantize.register_fake
@@ -181,7 +185,7 @@ def _row_scale(value: torch.Tensor, top: float) -> torch.Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def _coded(value: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
+def _qdq(value: torch.Tensor, scale: torch.Tensor, kind: str) -> torch.Tensor:
     if kind == "fp8":
         return to_fp8(value / scale).to(torch.float32) * scale
     return torch.round(value / scale).clamp_(-128, 127) * scale
@@ -196,7 +200,7 @@ def _ungrouped(rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return rows.flatten(-2)[..., : like.shape[-1]].contiguous()
 
 
-def _fp4_groups(value: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
+def _qdq_fp4(value: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     rows = _grouped(value, NVFP4_GROUP)
     scale = to_fp8(rows.abs().amax(-1, keepdim=True) / FP4_MAX * global_scale).to(torch.float32) / global_scale
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)

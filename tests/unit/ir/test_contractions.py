@@ -42,14 +42,14 @@ def test_every_form_of_product_names_its_own_axis() -> None:
 
 def test_convolutions_contract_their_input_channels() -> None:
     found, skips = find_contractions(toy_program(ConvNet(), [torch.zeros(2, 3, 8, 8)]))
-    assert [(each.tensor, each.axis, each.inner, each.outer, each.input_dim) for each in found] == [
+    assert [(each.tensor, each.axis, each.in_features, each.out_features, each.input_dim) for each in found] == [
         ("stem.weight", 1, 3, 16, -3),
         ("inner.weight", 1, 16, 10, -3),
         ("outer.weight", 1, 10, 16, -3),
         ("head.weight", 1, 56, 5, -1),
     ]
     for each in found:
-        assert each.inputs[0].meta["val"].shape[each.input_dim] == each.inner
+        assert each.inputs[0].meta["val"].shape[each.input_dim] == each.in_features
     reasons = {skip.where: skip.why for skip in skips}
     assert reasons.keys() == {"depthwise.weight", "grouped.weight", "transposed.weight"}
     assert "10 groups" in reasons["depthwise.weight"]
@@ -63,5 +63,5 @@ def test_the_kind_of_model_decides_the_axis(tiny_llama_program: Program, tiny_gp
         assert {each.axis for each in found if "lm_head" not in each.tensor} == {axis}
         for each in found:
             for node, source in zip(each.nodes, each.inputs, strict=True):
-                assert source.meta["val"].shape[-1] == each.inner
-                assert node.meta["val"].shape[-1] == each.outer
+                assert source.meta["val"].shape[-1] == each.in_features
+                assert node.meta["val"].shape[-1] == each.out_features

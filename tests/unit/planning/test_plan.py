@@ -156,7 +156,7 @@ def test_products_that_cannot_be_counted_leave_no_bound() -> None:
     program = toy_program(Letters(3, 4, bias=False), [torch.zeros(2, 3)])
     found = speedup_bound(program, program, find_target("null"), prompt=1)["forward"]
     assert found["at_most"] is None
-    assert found["unknown_because"] == "products of einsum are not counted"
+    assert found["unknown_because"] == "the work of einsum is not counted"
 
 
 def test_the_bound_of_pruned_channels(tiny_llama_program: Program) -> None:
