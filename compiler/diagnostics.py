@@ -1,15 +1,20 @@
-"""The reason object: why something was left alone."""
+"""What passes, backends and deployments have to say about a model."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from typing import Literal
 
-__all__ = ["Diagnostic"]
+__all__ = ["Diagnostic", "Severity"]
+
+Severity = Literal["note", "warning", "error"]
+"""``error``: asked to go on, whoever said it raises ``Refusal`` with it. ``warning``: something was left alone or will run
+slowly. ``note``: worth knowing."""
 
 
 @dataclass(frozen=True)
 class Diagnostic:
-    """One thing a pass or backend did not do, and why.
+    """One thing a pass or backend does not do, and why.
 
     The same object feeds ``explain``, ``report.json`` and the tests.
 
@@ -18,18 +23,15 @@ class Diagnostic:
         code: stable identifier, ``CS`` and four digits.
         why: a sentence; arithmetic included.
         hint: what would make it possible, or empty.
+        severity: how much it matters. It decides where a diagnostic is shown and is not written.
     """
 
     where: str
     code: str
     why: str
     hint: str = ""
-
-    @property
-    def refuses(self) -> bool:
-        """Whether it is the reason of a refusal (codes ``CS4...``): asked to go on, its owner raises ``Refusal`` with it."""
-        return self.code.startswith("CS4")
+    severity: Severity = "warning"
 
     def as_dict(self) -> dict[str, str]:
         """Plain data for reports."""
-        return asdict(self)
+        return {"where": self.where, "code": self.code, "why": self.why, "hint": self.hint}

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.execution.scratch import Scratch
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, LastComputed
@@ -31,7 +31,7 @@ NOTED = 0.02
 """A difference between the share asked for and the share removed that people are told about."""
 
 
-class LowRank(BaseModel):
+class LowRank(Pass):
     """Factor weights ``W: [N, K]`` into ``outer [N, r] @ inner [r, K]``: ``linear(linear(x, inner), outer, b)``.
 
     The criterion says in which metric ``W - outer @ inner`` is smallest (see ``factoring.factors``):
@@ -55,10 +55,9 @@ class LowRank(BaseModel):
         UsageError: CS1121 when the criterion or the refitting needs calibration text.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: ClassVar[str] = "low-rank"
-    phase: ClassVar[str] = "low-rank"
+    phase: ClassVar[Phase] = "low-rank"
+    changes_numerics: ClassVar[bool] = False
 
     fraction: float = Field(
         gt=0.0,
@@ -90,9 +89,9 @@ class LowRank(BaseModel):
         """Choose ranks, decompose, edit the graph, refit."""
         criterion = self._used_criterion(program, context)
         self._require_text(criterion, context)
-        candidates, skips = find_candidates(program, context)
+        candidates, diagnostics = find_candidates(program, context)
         if not candidates:
-            raise _nothing_to_factor(skips)
+            raise _nothing_to_factor(diagnostics)
         whole = criterion == "loss" and self.allocation != "uniform"
         notes: list[str] = []
         estimate: dict[str, Any] = {}
@@ -114,7 +113,7 @@ class LowRank(BaseModel):
             if criterion == "loss":
                 estimate = {"estimated_loss_added": round(missed / 2, 6)}
         if not whole:
-            skips += [
+            diagnostics += [
                 _too_far(each, self.fraction, program, context) for each in candidates if ranks[each.name] is None
             ]
         amounts = _amounts(candidates, ranks)
@@ -133,7 +132,7 @@ class LowRank(BaseModel):
             | {"parameters": {"before": program.parameter_count(), "after": repaired.parameter_count()}}
             | estimate
             | repair,
-            skips=tuple(skips),
+            diagnostics=tuple(diagnostics),
             notes=tuple(notes),
         )
 
@@ -297,8 +296,8 @@ def _too_far(each: Candidate, fraction: float, program: Program, context: PassCo
     )
 
 
-def _nothing_to_factor(skips: Sequence[Diagnostic]) -> ModelError:
-    reasons = list(dict.fromkeys(f"{skip.where}: {skip.why}" for skip in skips))
+def _nothing_to_factor(diagnostics: Sequence[Diagnostic]) -> ModelError:
+    reasons = list(dict.fromkeys(f"{each.where}: {each.why}" for each in diagnostics))
     shown = reasons[:5] + ([f"... and {len(reasons) - 5} more."] if len(reasons) > 5 else [])
     return ModelError(
         "CS2502",

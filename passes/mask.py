@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import Field, field_validator
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult, Phase, ZeroingPass
 from compile_sparse.compiler.ir.contractions import Contraction, find_contractions
 from compile_sparse.compiler.ir.linears import is_lm_head
 from compile_sparse.compiler.ir.program import Program, SparsityMask
@@ -24,7 +24,7 @@ from compile_sparse.passes.statistics.norms import feature_norms
 __all__ = ["Sparsify"]
 
 
-class Sparsify(BaseModel):
+class Sparsify(ZeroingPass):
     """Zero the weights of lowest score in every linear layer and, for N:M, in every convolution.
 
     ``N:M``: in every run of M weights along the contraction dimension, M - N become zero (arXiv:2104.08378); along the input
@@ -50,9 +50,9 @@ class Sparsify(BaseModel):
         UsageError: CS1121, the criterion needs calibration text and there is none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "mask"
-    phase: ClassVar[str] = "masks"
+    phase: ClassVar[Phase] = "masks"
+    changes_numerics: ClassVar[bool] = False
 
     pattern: str = Field(description="'2:4' (N:M), '0.5' (share of zeros), or 'block=16x16:0.5'")
     criterion: Literal["magnitude", "wanda"] = Field(
@@ -77,24 +77,26 @@ class Sparsify(BaseModel):
             return ()
         if entry is None:
             why = f"{target.name} declares no kernel that skips zeros of this pattern."
-            return (Diagnostic(f"--sparsity {self.pattern}", "CS4103", why, "Use --prune or --quantize."),)
+            return (
+                Diagnostic(f"--sparsity {self.pattern}", "CS4103", why, "Use --prune or --quantize.", severity="error"),
+            )
         measured = f" Measured: {entry.measured}." if entry.measured else ""
         hint = f"Use {entry.instead}." if entry.instead else ""
-        return (Diagnostic(f"--sparsity {self.pattern}", "CS4103", f"{entry.why}.{measured}", hint),)
+        return (Diagnostic(f"--sparsity {self.pattern}", "CS4103", f"{entry.why}.{measured}", hint, severity="error"),)
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         self._require_text(context)
         pattern = SparsityPattern.parse(self.pattern)
-        found, skips = find_contractions(program)
+        found, diagnostics = find_contractions(program)
         chosen: list[Contraction] = []
         for each in found:
             reason = _unfit(program, each, pattern) or _unrewarded(each, pattern, context.target)
             if reason is None:
                 chosen.append(each)
             else:
-                skips.append(reason)
+                diagnostics.append(reason)
         if not chosen:
-            raise _nothing_left(pattern, skips, context.target)
+            raise _nothing_left(pattern, diagnostics, context.target)
         wanda = self.criterion == "wanda"
         norms = _input_norms(program, chosen, context) if wanda and not context.plan_only else {}
         changes: dict[str, TensorSource] = {}
@@ -117,7 +119,7 @@ class Sparsify(BaseModel):
             modified=True,
             requested=self.model_dump(),
             achieved={"tensors": len(changes), "zeros": zeros},
-            skips=skips,
+            diagnostics=diagnostics,
         )
 
     def _require_text(self, context: PassContext) -> None:
@@ -167,9 +169,9 @@ def _unrewarded(each: Contraction, pattern: SparsityPattern, target: Target) -> 
     return Diagnostic(each.tensor, "CS2208", why, "It stays dense.")
 
 
-def _nothing_left(pattern: SparsityPattern, skips: Sequence[Diagnostic], target: Target) -> ModelError:
-    first = next((skip for skip in skips if skip.code == "CS2208"), skips[0] if skips else None)
-    others = f" {len(skips) - 1} others are left out as well." if len(skips) > 1 else ""
+def _nothing_left(pattern: SparsityPattern, diagnostics: Sequence[Diagnostic], target: Target) -> ModelError:
+    first = next((each for each in diagnostics if each.code == "CS2208"), diagnostics[0] if diagnostics else None)
+    others = f" {len(diagnostics) - 1} others are left out as well." if len(diagnostics) > 1 else ""
     return ModelError(
         "CS2203",
         f"No tensor is left to give the pattern {pattern.text} on {target.name}.",

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.residual.remove import Dropped, drop_branches
 from compile_sparse.compiler.residual.units import Unit, UnitKind, find_units
@@ -21,7 +21,7 @@ __all__ = ["PruneLayers"]
 _NOUNS: dict[UnitKind, str] = {"block": "blocks", "attention": "attention branches", "mlp": "MLP branches"}
 
 
-class PruneLayers(BaseModel):
+class PruneLayers(Pass):
     """Remove a fraction of the blocks, or of their attention or MLP branches.
 
     A block adds to the residual stream, ``y = x + f(x)``; without it ``y = x``. Nothing changes shape. Of ``n`` units the
@@ -44,10 +44,9 @@ class PruneLayers(BaseModel):
         UsageError: CS1121 when the criterion needs calibration text and there is none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
     name: ClassVar[str] = "prune-layers"
-    phase: ClassVar[str] = "depth"
+    phase: ClassVar[Phase] = "depth"
+    changes_numerics: ClassVar[bool] = False
 
     fraction: float = Field(gt=0.0, lt=1.0, description="share of the blocks (or branches) to remove, between 0 and 1")
     unit: UnitKind = Field(
@@ -59,16 +58,16 @@ class PruneLayers(BaseModel):
         description="which ones go; null: ablation with calibration text, deepest without",
     )
 
+    compensation: Literal["least-squares", "none"] | None = Field(
+        default=None,
+        description="least-squares: refit the linear layers that stay to the dense network; null: with calibration text",
+    )
+
     @property
     def treats(self) -> frozenset[str]:
         """Attention and MLP branches are different things, a block is both."""
         kinds = ("attention", "mlp") if self.unit == "block" else (self.unit,)
         return frozenset(f"{self.name} {kind}" for kind in kinds)
-
-    compensation: Literal["least-squares", "none"] | None = Field(
-        default=None,
-        description="least-squares: refit the linear layers that stay to the dense network; null: with calibration text",
-    )
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         """Choose, remove the branches from the graph, refit what is left."""

@@ -7,11 +7,11 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName
@@ -25,7 +25,7 @@ from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitud
 __all__ = ["Quantize"]
 
 
-class Quantize(BaseModel):
+class Quantize(Pass):
     """Replace ``linear(x, W)`` by ``linear(x', dequantize(q, s))``, with ``x'`` the coded and restored input where the scheme
     quantizes activations.
 
@@ -51,9 +51,9 @@ class Quantize(BaseModel):
             the scheme.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "quantize"
-    phase: ClassVar[str] = "quantization"
+    phase: ClassVar[Phase] = "quantization"
+    changes_numerics: ClassVar[bool] = True
 
     scheme: SchemeName = Field(
         description="w8a8: int8 weights and run-time int8 activations, -static: activation ranges from calibration; "
@@ -85,7 +85,7 @@ class Quantize(BaseModel):
 
     @property
     def contraction_multiple(self) -> int:
-        """Contraction sizes that whole groups divide; earlier passes keep to it."""
+        """Groups and blocks divide multiples of their size."""
         weights = SCHEMES[self.scheme].weights
         return weights.group or weights.block or 1
 
@@ -95,19 +95,19 @@ class Quantize(BaseModel):
         if self.reduce_range:
             scheme = replace(scheme, weights=replace(scheme.weights, bits=7))
         edited = program.clone()
-        linears, skips = find_linears(edited)
+        linears, diagnostics = find_linears(edited)
         if context.target.logits == "float":
             linears, heads = _without_logits(edited, linears)
-            skips = [*skips, *heads]
+            diagnostics = [*diagnostics, *heads]
         if context.target.whole_groups and scheme.weights.group:
             linears, broken = _with_whole_groups(edited, linears, scheme.weights.group)
-            skips = [*skips, *broken]
+            diagnostics = [*diagnostics, *broken]
         if not linears:
             raise ModelError(
                 "CS2201",
                 "There is nothing to quantize.",
                 where="quantize",
-                why=skips[0].why if skips else "The model has no linear layer with a stored weight.",
+                why=diagnostics[0].why if diagnostics else "The model has no linear layer with a stored weight.",
             )
         outputs = self._coded_outputs(edited, linears, context.target)
         work = Rewriter(
@@ -134,7 +134,7 @@ class Quantize(BaseModel):
                 "bits_per_weight": round(work.code_bits / before, 3),
             }
             | ({"int8_outputs": len(outputs)} if scheme.activations == OUTPUT_FORMAT else {}),
-            skips=skips,
+            diagnostics=diagnostics,
         )
 
     def _coded_outputs(self, program: Program, linears: Sequence[Linear], target: Target) -> list[Linear]:
@@ -211,7 +211,7 @@ def _with_whole_groups(
     program: Program, linears: Sequence[Linear], group: int
 ) -> tuple[list[Linear], list[Diagnostic]]:
     """Layers whose contraction dimension the groups divide; the others stay in floating point."""
-    kept, skips = [], []
+    kept, diagnostics = [], []
     for linear in linears:
         depth = program.weights[linear.tensor].shape[linear.axis]
         if depth % group == 0:
@@ -220,10 +220,10 @@ def _with_whole_groups(
         why = (
             f"Its {depth} inputs are no multiple of {group}, and the target has no products with a shorter last group."
         )
-        skips.append(
+        diagnostics.append(
             Diagnostic(linear.tensor, "CS2209", why, "It stays in floating point; smaller groups may divide it.")
         )
-    return kept, skips
+    return kept, diagnostics
 
 
 def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:
@@ -236,5 +236,5 @@ def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:
 def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Diagnostic]]:
     heads = [linear for linear in linears if is_lm_head(program, linear.node)]
     why = "It makes the logits; the target's runtime keeps that product in floating point."
-    skips = [Diagnostic(linear.tensor, "CS2205", why) for linear in heads]
-    return [linear for linear in linears if linear not in heads], skips
+    diagnostics = [Diagnostic(linear.tensor, "CS2205", why) for linear in heads]
+    return [linear for linear in linears if linear not in heads], diagnostics

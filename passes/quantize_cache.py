@@ -6,12 +6,12 @@ from dataclasses import replace
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of, op_name
 from compile_sparse.compiler.ir.ops.quantization import FP8_MAX
 from compile_sparse.compiler.ir.program import Binding, Program
@@ -23,7 +23,7 @@ __all__ = ["QuantizeCache"]
 ours = torch.ops.compile_sparse
 
 
-class QuantizeCache(BaseModel):
+class QuantizeCache(Pass):
     """Code new keys and values before they enter the cache: ``cat(past, x)`` becomes ``cat(past, restore(code(x)))``.
 
     e4m3 with one scale for the keys and one for the values of each layer, ``max|x| / 448`` on calibration text (as in vLLM,
@@ -38,9 +38,9 @@ class QuantizeCache(BaseModel):
         UsageError: CS1121, there is no calibration text.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
     name: ClassVar[str] = "quantize-cache"
-    phase: ClassVar[str] = "quantization"
+    phase: ClassVar[Phase] = "quantization"
+    changes_numerics: ClassVar[bool] = True
 
     format: Literal["fp8"] = Field(
         default="fp8", description="of cached keys and values; fp8: e4m3, one scale per layer"
@@ -49,13 +49,13 @@ class QuantizeCache(BaseModel):
     def run(self, program: Program, context: PassContext) -> PassResult:
         self._require(context)
         edited = program.clone()
-        entries, skips = _new_entries(edited)
+        entries, diagnostics = _new_entries(edited)
         if not entries:
             raise ModelError(
                 "CS2206",
                 "There is no key-value cache to quantize.",
                 where="quantize-cache",
-                why=skips[0].why if skips else "The model has none.",
+                why=diagnostics[0].why if diagnostics else "The model has none.",
                 hint="Leave --kv-cache out.",
             )
         ranges = None if context.plan_only else largest_magnitudes(edited, entries.values(), context)
@@ -78,7 +78,7 @@ class QuantizeCache(BaseModel):
             modified=True,
             requested={"format": self.format},
             achieved={"tensors": len(entries), "bits_per_element": 8},
-            skips=tuple(skips),
+            diagnostics=tuple(diagnostics),
         )
 
     def _require(self, context: PassContext) -> None:
@@ -104,7 +104,7 @@ def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Diagnostic]
     """Cache output -> what is appended to it."""
     past = {entry.placeholder for entry in program.inputs if entry.role in ("past_key", "past_value")}
     found: dict[str, fx.Node] = {}
-    skips: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     for node, output in zip(program.output_nodes, program.outputs, strict=True):
         if output.role not in ("present_key", "present_value"):
             continue
@@ -112,8 +112,10 @@ def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Diagnostic]
         if isinstance(parts, (list, tuple)) and len(parts) == 2 and getattr(parts[0], "name", "") in past:
             found[output.name] = parts[1]
         else:
-            skips.append(Diagnostic(output.name, "CS2207", "This cache is not extended by a plain concatenation."))
-    return found, skips
+            diagnostics.append(
+                Diagnostic(output.name, "CS2207", "This cache is not extended by a plain concatenation.")
+            )
+    return found, diagnostics
 
 
 def _code(program: Program, cat: fx.Node, value: fx.Node, scale: fx.Node) -> None:

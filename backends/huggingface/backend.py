@@ -46,7 +46,7 @@ class HuggingFaceBackend:
         try:
             plan_checkpoint(program)
         except Refusal as error:
-            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
         return []
 
     def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:

@@ -66,7 +66,9 @@ def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
     text = json.dumps(manifest, indent=2).encode()
     (out / MANIFEST).write_bytes(text)
     files[MANIFEST] = hashlib.sha256(text).hexdigest()
-    return Lowered(files=files, form=dict(sorted(emission.forms.items())), limits=limits, skips=emission.diagnostics)
+    return Lowered(
+        files=files, form=dict(sorted(emission.forms.items())), limits=limits, diagnostics=emission.diagnostics
+    )
 
 
 def _interface(emission: Emission) -> Callable[[], None]:

@@ -90,7 +90,7 @@ def write_folder(program: Program, prepared: Program, target: Target, out: Path,
         files=files,
         form=_form(emission, stage),
         limits=limits,
-        skips=[*skips, *emission.diagnostics],
+        diagnostics=[*skips, *emission.diagnostics],
         sparsity=section,
     )
 

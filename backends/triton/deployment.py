@@ -31,15 +31,21 @@ class TritonDeployment:
             why = (
                 f"Triton has backends for {', '.join(_BACKENDS)} artifacts; {target.name} writes for {target.backend}."
             )
-            return [Diagnostic("--emit triton", "CS4620", why, "Choose a target of one of these.")]
+            return [Diagnostic("--emit triton", "CS4620", why, "Choose a target of one of these.", severity="error")]
         if target.backend == "tensorrt" and kind == "decoder":
             from compile_sparse.backends.triton.serve_tensorrt import aliased
 
             error = aliased()
-            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
         if target.backend == "tensorrt" and (why := _no_engine(target)):
             return [
-                Diagnostic("--emit triton", "CS4622", why, "Compile on a machine with the GPU, or for an ort-* target.")
+                Diagnostic(
+                    "--emit triton",
+                    "CS4622",
+                    why,
+                    "Compile on a machine with the GPU, or for an ort-* target.",
+                    severity="error",
+                )
             ]
         return []
 

@@ -101,7 +101,7 @@ class VllmBackend:
                 "model's folder, on PYTHONPATH (or install compile-sparse in vLLM's environment). Without it vLLM says that it "
                 f"does not know the {unknown}."
             )
-        return Lowered(files=files, form=form, limits=limits, skips=[*written.notes, *slow(program, target)])
+        return Lowered(files=files, form=form, limits=limits, diagnostics=[*written.notes, *slow(program, target)])
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """A kernel that the registered vLLM lacks on its processor, or has and computes wrongly."""
@@ -147,4 +147,4 @@ def _unknown(program: Program) -> list[Diagnostic]:
     near = difflib.get_close_matches(name, known, n=2)
     why = f"vLLM {record.versions.get('vllm', '') if record else ''} has {len(known)} model classes, and not this one."
     hint = f"Its nearest are {' and '.join(near)}. " if near else ""
-    return [Diagnostic(f"architectures: {name}", "CS4305", why, f"{hint}Compile for ort-cpu or hf.")]
+    return [Diagnostic(f"architectures: {name}", "CS4305", why, f"{hint}Compile for ort-cpu or hf.", severity="error")]

@@ -64,13 +64,13 @@ def plan(program: Program, target: Target) -> list[Diagnostic]:
     try:
         form = storage_of(program)
         found = violations(form.view, form.quantized, target)
-        if any(diagnostic.refuses for diagnostic in found):
+        if any(diagnostic.severity == "error" for diagnostic in found):
             return found
         form.require_one_method(target)
         solution = plan_checkpoint(form.view, per_layer=True)
         _architecture(form.view.config, solution)
     except Refusal as error:
-        return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint)]
+        return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
     return found
 
 
@@ -83,7 +83,7 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
     form = storage_of(program)
     notes = violations(form.view, form.quantized, target)
     for diagnostic in notes:
-        if diagnostic.refuses:
+        if diagnostic.severity == "error":
             raise Refusal(
                 diagnostic.code,
                 "vLLM cannot run this.",

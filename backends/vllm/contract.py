@@ -6,11 +6,12 @@ Sources: vLLM 0.32's kernels and loaders (``model_executor/kernels/linear``, ``l
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Group
-from compile_sparse.compiler.diagnostics import Diagnostic
+from compile_sparse.compiler.diagnostics import Diagnostic, Severity
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
@@ -38,12 +39,12 @@ def violations(program: Program, quantized: Mapping[str, QuantizedTensor], targe
     """
     if program.kind != "decoder":
         why = f"This is a model of kind {program.kind!r}; only text generation is measured in vLLM by this version."
-        return [Diagnostic("MODEL", "CS4306", why, "Compile it for ort-cpu.")]
+        return [Diagnostic("MODEL", "CS4306", why, "Compile it for ort-cpu.", severity="error")]
     groups = analyse(program).groups if target.tensor_parallel > 1 else ()
     parts = _parts(groups, target.tensor_parallel)
     found = [*_experts(program, quantized), *_parallel(program, groups, target)]
     for name, tensor in quantized.items():
-        found += [Diagnostic(name, *reason) for reason in _shape(name, tensor, target, parts)]
+        found += [Diagnostic(name, *reason, severity="error") for reason in _shape(name, tensor, target, parts)]
     for names in _joined(program, quantized):
         found += [Diagnostic(names[0], *reason) for reason in _tiles(names, quantized, target, parts)]
     return _merged(found)
@@ -60,7 +61,7 @@ def _experts(program: Program, quantized: Mapping[str, QuantizedTensor]) -> Iter
             "Its experts are stored as three-dimensional tensors, which are not quantized; vLLM expects every linear layer of "
             "such a model, experts included, in one scheme."
         )
-        yield Diagnostic(stacked[0], "CS4307", why, "Leave --quantize out; pruning of experts works.")
+        yield Diagnostic(stacked[0], "CS4307", why, "Leave --quantize out; pruning of experts works.", severity="error")
 
 
 def _shape(name: str, tensor: QuantizedTensor, target: Target, parts: Parts) -> Iterator[tuple[str, str, str]]:
@@ -132,8 +133,8 @@ def _joined(program: Program, quantized: Mapping[str, QuantizedTensor]) -> list[
 
 def _tiles(
     names: Sequence[str], quantized: Mapping[str, QuantizedTensor], target: Target, parts: Parts
-) -> Iterator[tuple[str, str, str]]:
-    """(code, why, hint) where sizes of what one kernel gets are not those it was written for."""
+) -> Iterator[tuple[str, str, str, Severity]]:
+    """(code, why, hint, severity) where sizes of what one kernel gets are not those it was written for."""
     scheme = quantized[names[0]].scheme
     rows = sum(quantized[name].shape[0] // parts.get((name, 0), 1) for name in names)
     columns = quantized[names[0]].shape[1] // parts.get((names[0], 1), 1)
@@ -146,6 +147,7 @@ def _tiles(
                 "CS4303",
                 f"vLLM's CPU kernel for weight-only codes takes sizes in multiples of {_CPU_TILE}; this layer is {held}.",
                 f"{_unpacked(target)}, or remove a share that leaves a multiple of {_CPU_TILE}.",
+                "error",
             )
         return
     if packed:
@@ -155,6 +157,7 @@ def _tiles(
                 "vLLM's weight-only kernel (Marlin) takes outputs and inputs in multiples of 64 and 128, or of 128 and 64; "
                 f"this layer is {held}, so it is padded with zeros, and its activations on every call.",
                 "",
+                "warning",
             )
     elif scheme.activations.startswith("int8"):
         if rows % _CUTLASS or columns % _CUTLASS:
@@ -163,6 +166,7 @@ def _tiles(
                 f"vLLM's int8 kernel (CUTLASS) takes sizes in multiples of {_CUTLASS}; this layer is {held}, so another one "
                 "(Triton) is used.",
                 "",
+                "warning",
             )
     else:
         tile = _CUTLASS_FP4 if scheme.weights.kind == "fp4" else _CUTLASS
@@ -172,6 +176,7 @@ def _tiles(
                 f"vLLM's {scheme.weights.kind} kernel (CUTLASS) takes sizes in multiples of {tile}; this layer is {held}, so "
                 "it is padded with zeros, and its activations on every call.",
                 "",
+                "warning",
             )
 
 
@@ -198,17 +203,17 @@ def _parallel(program: Program, groups: Sequence[Group], target: Target) -> Iter
     for heads in sorted(key_heads):
         if heads % gpus and gpus % heads:
             why = f"{heads} key-value heads can neither be split over {gpus} GPUs nor be repeated evenly on them."
-            yield Diagnostic("--tensor-parallel", "CS4308", why, fewer)
+            yield Diagnostic("--tensor-parallel", "CS4308", why, fewer, severity="error")
     declared = int(program.config.get("num_attention_heads") or 0)
     for query in sorted(_query_heads(program)):
         if query % gpus:
             dense = "" if query == declared else f" (of {declared} in the dense model)"
             why = f"{query} query heads{dense} cannot be split over {gpus} GPUs."
-            yield Diagnostic("--tensor-parallel", "CS4308", why, fewer)
+            yield Diagnostic("--tensor-parallel", "CS4308", why, fewer, severity="error")
     for group in groups:
         if group.kind == "channels" and group.size % gpus:
             why = f"Its {group.size} channels cannot be split over {gpus} GPUs."
-            yield Diagnostic(group.anchor.tensor, "CS4308", why, fewer)
+            yield Diagnostic(group.anchor.tensor, "CS4308", why, fewer, severity="error")
 
 
 def _query_heads(program: Program) -> set[int]:
@@ -230,5 +235,5 @@ def _merged(found: Sequence[Diagnostic]) -> list[Diagnostic]:
     merged = []
     for same in by_reason.values():
         more = f" And {len(same) - 1} more of this size." if len(same) > 1 else ""
-        merged.append(Diagnostic(same[0].where, same[0].code, same[0].why + more, same[0].hint))
+        merged.append(replace(same[0], why=same[0].why + more))
     return merged

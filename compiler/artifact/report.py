@@ -79,6 +79,11 @@ class PassSection(_Section):
     """What one pass was asked, and did."""
 
     name: str
+    changes_numerics: bool | None = Field(
+        default=None,
+        description="whether values differ from the dense model's because numbers are quantized; absent: an earlier version "
+        "wrote the report, and the model is judged as if they might",
+    )
     requested: dict[str, Any] = Field(default_factory=dict)
     achieved: dict[str, Any] = Field(default_factory=dict)
     seconds: float | None = Field(default=None, ge=0, description="wall-clock seconds")

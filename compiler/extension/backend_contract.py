@@ -45,14 +45,14 @@ class Lowered:
         files: paths relative to the output folder -> sha256 hex digest, computed while writing.
         form: the runtime form chosen, in a few words per aspect (attention, linear formats, ...).
         limits: what the runtime must respect (padding side, batching of chunked prefill, ...), as sentences.
-        skips: what could not use the fast form, with reasons.
+        diagnostics: what could not use the fast form, with reasons.
         sparsity: ``sparsity`` of the report, as plain data, where zeros were made in a pattern that the runtime may skip.
     """
 
     files: Mapping[str, str]
     form: Mapping[str, Any] = field(default_factory=dict)
     limits: Sequence[str] = ()
-    skips: Sequence[Diagnostic] = ()
+    diagnostics: Sequence[Diagnostic] = ()
     sparsity: Mapping[str, Any] | None = None
 
 

@@ -5,18 +5,17 @@ A deployment adds a folder of its own name to an artifact, next to ``model/``. I
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Protocol, cast
 
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
 from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["Deployed", "Deployment", "find_deployment", "installed_deployments"]
+__all__ = ["Deployed", "Deployment", "find_deployment"]
 
 _GROUP = "compile_sparse.deployments"
 
@@ -40,7 +39,7 @@ class Deployment(Protocol):
     name: str
 
     def refusals(self, kind: str, target: Target) -> Sequence[Diagnostic]:
-        """Why a model cannot be deployed so (codes ``CS4...``), as far as it can be told before it is compiled.
+        """Why a model cannot be deployed so (errors, codes ``CS4...``), as far as it can be told before it is compiled.
 
         Args:
             kind: of the program: ``decoder``, ``text``, ``image``, ...
@@ -69,11 +68,6 @@ class Deployment(Protocol):
         ...
 
 
-def installed_deployments() -> dict[str, EntryPoint]:
-    """Entry points by name, sorted."""
-    return {entry.name: entry for entry in sorted(entry_points(group=_GROUP), key=lambda entry: entry.name)}
-
-
 def find_deployment(name: str) -> Deployment:
     """An instance of the deployment called ``name``.
 
@@ -81,23 +75,9 @@ def find_deployment(name: str) -> Deployment:
         UsageError: CS1061 when there is none, with the nearest name.
         EnvironmentFailure: CS5012 when the package that provides it cannot be imported.
     """
-    installed = installed_deployments()
-    if name not in installed:
-        near = difflib.get_close_matches(name, installed, n=1, cutoff=0.4)
-        raise UsageError(
-            "CS1061",
-            f"There is no deployment {name!r}.",
-            where="--emit",
-            why=f"Installed deployments: {', '.join(installed) or 'none'}.",
-            hint=f"Did you mean {near[0]!r}?" if near else "Leave it out, or install a package that provides it.",
-        )
-    try:
-        return cast(Deployment, installed[name].load()())
-    except (ImportError, AttributeError) as error:
-        raise EnvironmentFailure(
-            "CS5012",
-            f"Deployment {name!r} cannot be imported.",
-            where=f"entry point {installed[name].value}",
-            why=f"{type(error).__name__}: {error}",
-            hint="Reinstall the package that provides it.",
-        ) from error
+
+    def missing(why: str, hint: str) -> UsageError:
+        return UsageError("CS1061", f"There is no deployment {name!r}.", where="--emit", why=why, hint=hint)
+
+    made = load_entry(find_entry(_GROUP, name, missing), f"Deployment {name!r}", "CS5012")
+    return cast(Deployment, made())

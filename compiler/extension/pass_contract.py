@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, ConfigDict
 
 from compile_sparse.compiler.targets.workload import Workload
 
@@ -15,7 +18,11 @@ if TYPE_CHECKING:
     from compile_sparse.compiler.progress import Progress
     from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["Pass", "PassContext", "PassResult", "ZeroingPass"]
+__all__ = ["PHASES", "Pass", "PassContext", "PassResult", "Phase", "ZeroingPass"]
+
+Phase = Literal["structural", "depth", "low-rank", "masks", "recovery", "quantization"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""Order of phases. Shapes first, then zeros, then integers: each later phase would undo or hide an earlier one's freedom."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +57,7 @@ class PassResult:
         program: the new program (the old one is untouched).
         modified: whether anything changed; the runner checks it against a structural digest.
         requested, achieved: the amounts, for the report.
-        skips: everything left alone, with reasons.
+        diagnostics: everything left alone, with reasons.
         notes: sentences for people.
     """
 
@@ -58,34 +65,52 @@ class PassResult:
     modified: bool
     requested: Mapping[str, Any] = field(default_factory=dict)
     achieved: Mapping[str, Any] = field(default_factory=dict)
-    skips: Sequence[Diagnostic] = ()
+    diagnostics: Sequence[Diagnostic] = ()
     notes: Sequence[str] = ()
 
 
-class Pass(Protocol):
-    """One transformation. Entry-point group ``compile_sparse.passes``; the entry is a pydantic model class (the pass's options
-    are its fields) with these members. ``phase`` is one of ``pass_registry.PHASES``; a recipe in another order is refused, and
-    one with two passes that treat the same things: those of the same name, unless they have an attribute ``treats`` (names of
-    things) that says otherwise.
-    """
+class Pass(BaseModel, ABC):
+    """One transformation of a program: a subclass with class attributes, options as fields, and ``run``.
 
-    name: str
-    phase: str
-
-    def run(self, program: Program, context: PassContext) -> PassResult: ...
-
-
-@runtime_checkable
-class ZeroingPass(Protocol):
-    """A pass that leaves zeros in place: whether they are worth anything is the target's to say.
+    Registered in the entry-point group ``compile_sparse.passes`` under its own name and checked when it is loaded. Nothing is
+    decided by what a pass is called.
 
     Attributes:
-        zero_fraction: share of the weights it treats that become zero.
+        name: what recipes and reports call it.
+        phase: when it runs; a recipe in another order than that of ``PHASES`` is refused.
+        changes_numerics: whether computed values may differ from the dense model's by more than rounding because numbers are
+            quantized. The runtime's answers are then compared with the program's under the bound for quantized models.
     """
 
-    @property
-    def zero_fraction(self) -> float: ...
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
+    name: ClassVar[str]
+    phase: ClassVar[Phase]
+    changes_numerics: ClassVar[bool]
+
+    @property
+    def treats(self) -> frozenset[str]:
+        """What it takes from, or changes: a recipe with two passes that treat the same thing is refused."""
+        return frozenset({self.name})
+
+    @property
+    def contraction_multiple(self) -> int:
+        """Earlier passes keep contraction dimensions at multiples of this, where they can."""
+        return 1
+
+    @abstractmethod
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        """A new program; the one given stays as it is."""
+
+
+class ZeroingPass(Pass):
+    """A pass that leaves zeros in place: whether they are worth anything is the target's to say."""
+
+    @property
+    @abstractmethod
+    def zero_fraction(self) -> float:
+        """Share of the weights it treats that become zero."""
+
+    @abstractmethod
     def useless_on(self, target: Target) -> Sequence[Diagnostic]:
         """Reasons why ``target`` cannot exploit the zeros; compiling then needs ``--allow-useless``."""
-        ...

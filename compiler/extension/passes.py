@@ -1,71 +1,54 @@
-"""Installed passes: entry-point group ``compile_sparse.passes``, and the order of phases."""
+"""Installed passes: entry-point group ``compile_sparse.passes``. A class is checked when it is loaded, before anything runs."""
 
 from __future__ import annotations
 
-import difflib
-from importlib.metadata import EntryPoint, entry_points
-
-from pydantic import BaseModel
+import inspect
 
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
+from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
+from compile_sparse.compiler.extension.pass_contract import PHASES, Pass
 
-__all__ = ["PHASES", "installed_passes", "load_pass", "phase_of_name"]
+__all__ = ["load_pass"]
 
-PHASES = ("structural", "depth", "low-rank", "masks", "recovery", "quantization")
-"""Order of phases. Shapes first, then zeros, then integers: each later phase would undo or hide an earlier one's freedom."""
-
-_PHASE_OF_NAME = {
-    "prune-layers": "depth",
-    "low-rank": "low-rank",
-    "mask": "masks",
-    "recover": "recovery",
-    "quantize": "quantization",
-    "quantize-cache": "quantization",
-}
+_GROUP = "compile_sparse.passes"
 
 
-def phase_of_name(name: str) -> str | None:
-    """Phase of a pass that command-line shorthand can name, without importing it; None for other passes."""
-    return _PHASE_OF_NAME.get(name) or ("structural" if name.startswith("prune-") else None)
-
-
-def installed_passes() -> dict[str, EntryPoint]:
-    """Entry points by pass name, sorted."""
-    return {entry.name: entry for entry in sorted(entry_points(group="compile_sparse.passes"), key=lambda e: e.name)}
-
-
-def load_pass(name: str, *, where: str = "") -> type[BaseModel]:
+def load_pass(name: str, *, where: str = "") -> type[Pass]:
     """The class of pass ``name``.
 
     Raises:
         Refusal: CS4101 when no installed package provides it.
-        EnvironmentFailure: CS5002 when the package that provides it cannot be imported.
+        EnvironmentFailure: CS5002 when the package that provides it cannot be imported, or its class is no complete pass.
     """
-    installed = installed_passes()
-    if name not in installed:
-        near = difflib.get_close_matches(name, installed, n=1, cutoff=0.75)
-        raise Refusal(
-            "CS4101",
-            f"Pass {name!r} is not available in this version.",
-            where=where,
-            why=f"Installed passes: {', '.join(installed) or 'none'}.",
-            hint=f"Did you mean {near[0]!r}?" if near else "Leave it out, or install a package that provides it.",
-        )
-    try:
-        found = installed[name].load()
-    except (ImportError, AttributeError) as error:
+
+    def missing(why: str, hint: str) -> Refusal:
+        return Refusal("CS4101", f"Pass {name!r} is not available in this version.", where=where, why=why, hint=hint)
+
+    entry = find_entry(_GROUP, name, missing, nearness=0.75)
+    found = load_entry(entry, f"Pass {name!r}", "CS5002")
+    if problem := _problem(name, found):
         raise EnvironmentFailure(
             "CS5002",
-            f"Pass {name!r} cannot be imported.",
-            where=f"entry point {installed[name].value}",
-            why=f"{type(error).__name__}: {error}",
-            hint="Reinstall the package that provides it.",
-        ) from error
-    if not (isinstance(found, type) and issubclass(found, BaseModel)):
-        raise EnvironmentFailure(
-            "CS5002",
-            f"Pass {name!r} is not a pydantic model class.",
-            where=f"entry point {installed[name].value}",
-            hint="See 'write a pass' in CONTRIBUTING.md.",
+            f"What is registered as pass {name!r} is not a complete pass.",
+            where=f"entry point {entry.value}",
+            why=problem,
+            hint="See 'Write a pass' in CONTRIBUTING.md; its author can correct it.",
         )
-    return found
+    return found  # type: ignore[no-any-return]
+
+
+def _problem(name: str, found: object) -> str:
+    """What keeps ``found`` from being the class of pass ``name``, a sentence; else empty."""
+    if not (isinstance(found, type) and issubclass(found, Pass)):
+        return f"It is no subclass of {Pass.__module__}.{Pass.__name__}."
+    lacking = [each for each in ("name", "phase", "changes_numerics") if not hasattr(found, each)]
+    lacking += sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
+    if lacking:
+        return f"Its class lacks {', '.join(map(repr, lacking))}."
+    if found.phase not in PHASES:
+        return f"Its phase is {found.phase!r}; phases are {', '.join(PHASES)}."
+    if not isinstance(found.changes_numerics, bool):
+        return f"Its changes_numerics is {found.changes_numerics!r}, neither True nor False."
+    if found.name != name:
+        return f"Its class is called {found.name!r}; both names must be the same."
+    return ""

@@ -35,9 +35,9 @@ def raised(
         bindings: those of ``edited`` where the step added some.
     """
     if not count:
-        return PassResult(program, modified=False, skips=diagnostics)
+        return PassResult(program, modified=False, diagnostics=diagnostics)
     result = eliminate_dead_code(edited, bindings=bindings)
-    return PassResult(result, modified=True, achieved={"raised": count}, skips=diagnostics)
+    return PassResult(result, modified=True, achieved={"raised": count}, diagnostics=diagnostics)
 
 
 def run_steps(program: Program, steps: Sequence[LoweringStep]) -> tuple[Program, list[Diagnostic]]:
@@ -49,7 +49,7 @@ def run_steps(program: Program, steps: Sequence[LoweringStep]) -> tuple[Program,
     for step in steps:
         result = step.run(program)
         program = result.program
-        diagnostics += result.skips
+        diagnostics += result.diagnostics
     return program, diagnostics
 
 
@@ -59,4 +59,4 @@ def lower_in_steps(
     """``Backend.lower`` of a backend that declares steps."""
     prepared, diagnostics = run_steps(program, backend.lowering_steps(target))
     lowered = backend.write(program, prepared, target, out, progress)
-    return replace(lowered, skips=[*diagnostics, *lowered.skips])
+    return replace(lowered, diagnostics=[*diagnostics, *lowered.diagnostics])

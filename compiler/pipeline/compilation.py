@@ -229,7 +229,7 @@ def _change(baseline: int | None, compiled: int) -> Change | None:
 
 def judge(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> Report:
     """``report`` with the measurements, the verdict and the gates filled in."""
-    quantized = any(section.name.startswith("quantize") for section in report.passes)
+    quantized = any(section.changes_numerics is not False for section in report.passes)
     if measured is not None:
         report = report.model_copy(
             update={

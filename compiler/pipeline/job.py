@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -83,7 +83,7 @@ class Job:
             calibration=self.calibration,
             plan_only=plan_only,
             seed=self.recipe.seed,
-            contraction_multiple=math.lcm(*(getattr(step, "contraction_multiple", 1) for step in self.passes)),
+            contraction_multiple=math.lcm(*(step.contraction_multiple for step in self.passes)),
             workload=self.workload,
         )
 
@@ -210,10 +210,10 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     )
     backend = find_backend(target)
     useless = tuple(
-        Diagnostic(skip.where, skip.code, f"{skip.why} {_arithmetic(folder, step)}".strip(), skip.hint)
+        replace(diagnostic, why=f"{diagnostic.why} {_arithmetic(folder, step)}".strip())
         for step in passes
         if isinstance(step, ZeroingPass)
-        for skip in step.useless_on(target)
+        for diagnostic in step.useless_on(target)
     )
     return Job(
         folder=folder,

@@ -62,11 +62,12 @@ def lower_program(
 def _section(lowered: Lowered, steps: Sequence[PassSection], cost: Cost) -> PassSection:
     return PassSection(
         name="lower",
+        changes_numerics=False,
         achieved=dict(lowered.form),
         seconds=round(cost.seconds + sum(step.seconds or 0 for step in steps), 3),
         peak_rss_bytes=max([cost.peak_rss_bytes, *(step.peak_rss_bytes or 0 for step in steps)]),
         skips=(
-            *(skip for step in steps for skip in step.skips),
-            *(DiagnosticEntry(**skip.as_dict()) for skip in lowered.skips),
+            *(each for step in steps for each in step.skips),
+            *(DiagnosticEntry(**each.as_dict()) for each in lowered.diagnostics),
         ),
     )

@@ -53,11 +53,12 @@ def run_passes(
 def _section(step: Pass | LoweringStep, result: PassResult, cost: Cost) -> PassSection:
     return PassSection(
         name=step.name,
+        changes_numerics=isinstance(step, Pass) and step.changes_numerics,
         requested=dict(result.requested),
         achieved=dict(result.achieved),
         seconds=cost.seconds,
         peak_rss_bytes=cost.peak_rss_bytes,
-        skips=tuple(DiagnosticEntry(**skip.as_dict()) for skip in result.skips),
+        skips=tuple(DiagnosticEntry(**each.as_dict()) for each in result.diagnostics),
         notes=tuple(result.notes),
     )
 

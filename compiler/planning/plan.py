@@ -41,9 +41,10 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         try:
             program, done = run_passes(program, [step], context)
         except (Refusal, ModelError) as error:
-            refusals.append(
-                Diagnostic(error.where or step.name, error.code, f"{error.what} {error.why}", error.hint).as_dict()
+            refused = Diagnostic(
+                error.where or step.name, error.code, f"{error.what} {error.why}", error.hint, severity="error"
             )
+            refusals.append(refused.as_dict())
             continue
         sections += [section.model_dump(mode="json") for section in done]
     dtype = torch_dtype(job.target.baseline_precision)
@@ -56,7 +57,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         *job.backend.plan(program, job.target),
         *(s for d in job.deployments for s in d.refusals(dense.kind, job.target)),
     ]
-    refusals += [skip.as_dict() for skip in said if skip.refuses]
+    refusals += [skip.as_dict() for skip in said if skip.severity == "error"]
     return {
         "schema_version": 1,
         "target": job.target.name,
@@ -70,6 +71,6 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         "bytes": {"baseline": stored_bytes(dense), "compiled": stored_bytes(program)},
         "parameters": {"baseline": dense.parameter_count(), "compiled": program.parameter_count()},
         "gain": speedup_bound(dense, program, job.target, prompt=job.workload.prompt),
-        "runtime": [skip.as_dict() for skip in said if not skip.refuses],
+        "runtime": [skip.as_dict() for skip in said if skip.severity != "error"],
         "refusals": refusals,
     }

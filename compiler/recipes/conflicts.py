@@ -11,14 +11,10 @@ __all__ = ["refuse_repetition", "refuse_second"]
 def refuse_second(first: Pass, second: Pass, *, where: str) -> None:
     """Stop when both passes treat the same things.
 
-    What a pass treats is its name, or the names in its attribute ``treats`` (attention and MLP branches are different things,
-    whole blocks are both).
-
     Raises:
         Refusal: CS4105.
     """
-    shared = _treated(first) & _treated(second)
-    if not shared:
+    if not first.treats & second.treats:
         return
     one, other = (getattr(step, "fraction", None) for step in (first, second))
     if isinstance(one, float) and isinstance(other, float):
@@ -49,10 +45,6 @@ def refuse_repetition(first: str, second: str, one: float, other: float, *, wher
         f"{sum_:.6g}.",
         hint=f"Write it once: with fraction {both:.6g}{alternative}.",
     )
-
-
-def _treated(step: Pass) -> frozenset[str]:
-    return frozenset(getattr(step, "treats", (step.name,)))
 
 
 def _described(step: Pass, other: Pass) -> str:

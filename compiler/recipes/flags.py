@@ -7,17 +7,23 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.extension.passes import PHASES, load_pass, phase_of_name
+from compile_sparse.compiler.extension.pass_contract import PHASES, Pass, Phase
+from compile_sparse.compiler.extension.passes import load_pass
 from compile_sparse.compiler.files.validation_errors import explained
-from compile_sparse.compiler.recipes.option_values import accepts, literals
+from compile_sparse.compiler.recipes.option_values import why_not
 from compile_sparse.compiler.recipes.recipe import PassRequest, Recipe
 from compile_sparse.compiler.targets.workload import Workload, parse_workload
 from compile_sparse.compiler.verify.gates import parse_gate
 
 __all__ = ["merge_options"]
+
+# Options that several passes have go to one family of them, in this order.
+_PRUNING: tuple[Phase, ...] = ("structural", "depth")
+_FACTORING: tuple[Phase, ...] = ("low-rank",)
+_ZEROING: tuple[Phase, ...] = ("masks",)
+_QUANTIZING: tuple[Phase, ...] = ("quantization",)
 
 
 def merge_options(
@@ -75,11 +81,11 @@ def merge_options(
     if kv_cache is not None:
         passes.put("quantize-cache", where="--kv-cache", format=kv_cache)
     if criterion is not None:
-        passes.modify(criterion, "criterion", ("prune-", "low-rank", "mask"), "--prune, --low-rank or --sparsity")
+        passes.modify(criterion, "criterion", (_PRUNING, _FACTORING, _ZEROING), "--prune, --low-rank or --sparsity")
     if allocation is not None:
-        passes.modify(allocation, "allocation", ("prune-", "low-rank"), "--prune or --low-rank")
+        passes.modify(allocation, "allocation", (_PRUNING, _FACTORING), "--prune or --low-rank")
     if quantizer is not None:
-        passes.modify(quantizer, "quantizer", ("quantize",), "--quantize")
+        passes.modify(quantizer, "quantizer", (_QUANTIZING,), "--quantize")
 
     data = base.model_dump(exclude={"passes"})
     _merge_data(data, calibration, calibration_samples, sequence_length, eval or {})
@@ -110,34 +116,35 @@ class _Passes:
         self._requests = list(requests)
 
     def put(self, name: str, *, where: str, **options: Any) -> None:
-        load_pass(name, where=where)
+        phase = load_pass(name, where=where).phase
         for index, request in enumerate(self._requests):
             if request.name == name:
                 self._requests[index] = request.model_copy(update={"options": request.options | options})
                 return
-        self._requests.insert(self._place(name), PassRequest(name=name, options=options))
+        later = PHASES[PHASES.index(phase) + 1 :]
+        place = next(
+            (i for i, each in enumerate(self._requests) if _class_of(each).phase in later), len(self._requests)
+        )
+        self._requests.insert(place, PassRequest(name=name, options=options))
 
-    def _place(self, name: str) -> int:
-        rank = PHASES.index(phase_of_name(name) or PHASES[0])
-        for index, request in enumerate(self._requests):
-            phase = phase_of_name(request.name)
-            if phase is not None and PHASES.index(phase) > rank:
-                return index
-        return len(self._requests)
-
-    def modify(self, value: str, option: str, names: tuple[str, ...], needs: str) -> None:
-        """Set ``option`` on the first family of passes (by name prefix) of which some accept the value; only on those."""
+    def modify(self, value: str, option: str, families: Sequence[Sequence[Phase]], needs: str) -> None:
+        """Set ``option`` on the first family of passes (by phase) of which some accept the value; only on those."""
         refused: dict[str, str] = {}
-        for prefix in names:
+        asked: list[str] = []
+        for phases in families:
             fitting = []
             for index, request in enumerate(self._requests):
-                field = self._option(request, option) if request.name.startswith(prefix) else None
+                found = _class_of(request)
+                if found.phase not in phases:
+                    continue
+                asked.append(request.name)
+                field = found.model_fields.get(option)
                 if field is None:
                     continue
-                if accepts(field, value):
-                    fitting.append(index)
+                if reason := why_not(field, value):
+                    refused[request.name] = reason
                 else:
-                    refused[request.name] = ", ".join(literals(field.annotation))
+                    fitting.append(index)
             for index in fitting:
                 request = self._requests[index]
                 self._requests[index] = request.model_copy(update={"options": request.options | {option: value}})
@@ -148,9 +155,8 @@ class _Passes:
                 "CS1007",
                 f"{value!r} is not a value of --{option} that the recipe's passes accept.",
                 where=f"--{option} {value}",
-                why=" ".join(f"{name} accepts: {values or 'other values'}." for name, values in refused.items()),
+                why=" ".join(f"{name} {reason}" for name, reason in refused.items()),
             )
-        asked = [r.name for r in self._requests if r.name.startswith(names)]
         raise UsageError(
             "CS1006",
             f"--{option} has nothing to apply to.",
@@ -160,11 +166,12 @@ class _Passes:
             else f"It modifies {needs}, and neither the flags nor the recipe ask for that.",
         )
 
-    def _option(self, request: PassRequest, option: str) -> FieldInfo | None:
-        return load_pass(request.name, where=request.where).model_fields.get(option)
-
     def ordered(self) -> tuple[PassRequest, ...]:
         return tuple(self._requests)
+
+
+def _class_of(request: PassRequest) -> type[Pass]:
+    return load_pass(request.name, where=request.where)
 
 
 def _fraction(value: float, where: str) -> float:

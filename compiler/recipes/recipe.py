@@ -13,15 +13,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, Literal, cast
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
 from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.extension.pass_contract import Pass
-from compile_sparse.compiler.extension.passes import PHASES, load_pass
+from compile_sparse.compiler.extension.pass_contract import PHASES, Pass
+from compile_sparse.compiler.extension.passes import load_pass
 from compile_sparse.compiler.files.validation_errors import explained
 from compile_sparse.compiler.files.yaml_lines import Document, Location, parse_yaml, read_yaml
 from compile_sparse.compiler.pipeline.building import Building
@@ -149,7 +149,7 @@ class Recipe(_Model):
         for request in self.passes:
             cls = load_pass(request.name, where=request.where)
             try:
-                made = cast(Pass, cls.model_validate(request.options))
+                made = cls.model_validate(request.options)
             except ValidationError as error:
                 origin = request._origin
                 raise explained(

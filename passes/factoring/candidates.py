@@ -71,7 +71,7 @@ def _clause(target: str, phase: str, share: float, overhead: int) -> str:
 
 def find_candidates(program: Program, context: PassContext) -> tuple[list[Candidate], list[Diagnostic]]:
     """Linears whose weight only they read, with the aligned ranks that pay; and a reason for every other linear."""
-    linears, skips = find_linears(program)
+    linears, diagnostics = find_linears(program)
     bounds = limits(program, context)
     tied = set(program.aliases) | set(program.aliases.values())
     readers: Counter[str] = Counter()
@@ -84,16 +84,16 @@ def find_candidates(program: Program, context: PassContext) -> tuple[list[Candid
         shape = program.weights[linear.tensor].shape
         rows, columns = shape[1 - linear.axis], shape[linear.axis]
         if is_lm_head(program, linear.node):
-            skips.append(
+            diagnostics.append(
                 Diagnostic(linear.tensor, "CS2501", "It makes the logits, where every error is felt directly.")
             )
         elif linear.tensor in tied or readers[linear.tensor] > 1:
-            skips.append(
+            diagnostics.append(
                 Diagnostic(linear.tensor, "CS2501", "Its weight has another use, which needs the whole matrix.")
             )
         elif linear.tensor in program.masks:
             why = "It holds a pattern of zeros, which two factors would fill."
-            skips.append(
+            diagnostics.append(
                 Diagnostic(linear.tensor, "CS2501", why, "Put low-rank before mask, as the order of stages says.")
             )
         else:
@@ -102,8 +102,8 @@ def find_candidates(program: Program, context: PassContext) -> tuple[list[Candid
             if ranks:
                 found.append(Candidate(linear, Choices(rows, columns, ranks)))
             else:
-                skips.append(_too_small(linear, rows, columns, bound, context))
-    return found, skips
+                diagnostics.append(_too_small(linear, rows, columns, bound, context))
+    return found, diagnostics
 
 
 def _ranks(rows: int, columns: int, bound: Limit, context: PassContext) -> range:

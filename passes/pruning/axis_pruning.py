@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compile_sparse.compiler.axes.algebra import Axis
 from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
@@ -15,7 +15,7 @@ from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable, eligible_groups, prunable_groups
@@ -35,7 +35,7 @@ __all__ = ["AxisPruning", "CriterionName"]
 CriterionName = Literal["obs", "magnitude", "activation", "wanda", "fasp", "taylor", "fisher", "ablation"]
 
 
-class AxisPruning(BaseModel):
+class AxisPruning(Pass):
     """Base of the structural passes. A subclass names a kind of axis and documents what that means.
 
     Positions are ranked, the least important of every group go, the rewriting engine slices every coupled tensor and literal,
@@ -47,10 +47,8 @@ class AxisPruning(BaseModel):
         UsageError: CS1121 when a criterion or the refitting needs calibration text and there is none.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: ClassVar[str]
-    phase: ClassVar[str] = "structural"
+    phase: ClassVar[Phase] = "structural"
+    changes_numerics: ClassVar[bool] = False
     kind: ClassVar[Kind]
     noun: ClassVar[str]
     """What a position is called in messages."""
@@ -85,11 +83,11 @@ class AxisPruning(BaseModel):
         """Choose what stays, let the rewriting engine apply it, refit what is left."""
         self._require_text(context)
         analysis = analyse(program, interface_may_change=changeable_roles(context.target))
-        groups, skips = eligible_groups(analysis, self.kind, self.selects)
+        groups, diagnostics = eligible_groups(analysis, self.kind, self.selects)
         prunables, unaligned, notes = prunable_groups(analysis, groups, self.fraction, context)
-        skips += unaligned
+        diagnostics += unaligned
         if not prunables:
-            raise self._nothing_to_do(skips)
+            raise self._nothing_to_do(diagnostics)
         choices = self._ranked(analysis, prunables, context)
         whole = self.allocation == "global" and not context.plan_only
         sizes = kept_sizes(choices, fraction=self.fraction, whole=whole)
@@ -102,13 +100,13 @@ class AxisPruning(BaseModel):
         }
         pruned = rewrite(program, analysis, keep)
         repaired, repair, unrepaired = self._repaired(program, pruned, analysis, keep, prunables, context)
-        skips += unrepaired
+        diagnostics += unrepaired
         return PassResult(
             program=repaired,
             modified=True,
             requested=self.model_dump(exclude_defaults=True) | {"fraction": self.fraction, "criterion": self.criterion},
             achieved=self._achieved(program, repaired, prunables, sizes, context) | repair,
-            skips=tuple(skips),
+            diagnostics=tuple(diagnostics),
             notes=self._notes(notes, context),
         )
 
@@ -225,16 +223,16 @@ class AxisPruning(BaseModel):
             hint=f"Ask for {step / total:.3g} or more.",
         )
 
-    def _nothing_to_do(self, skips: Sequence[Diagnostic]) -> ModelError:
-        unaligned = any(skip.code == "CS2105" for skip in skips)
-        reasons: list[str] = list(dict.fromkeys(f"{skip.where}: {skip.why}" for skip in skips))
+    def _nothing_to_do(self, diagnostics: Sequence[Diagnostic]) -> ModelError:
+        unaligned = any(each.code == "CS2105" for each in diagnostics)
+        reasons: list[str] = list(dict.fromkeys(f"{each.where}: {each.why}" for each in diagnostics))
         shown = reasons[:5] + ([f"... and {len(reasons) - 5} more."] if len(reasons) > 5 else [])
         return ModelError(
             "CS2105" if unaligned else "CS2104",
             f"No {self.noun} can be removed from this model.",
             where=self.name,
             why=" ".join(shown) or self.nothing,
-            hint=next((s.hint for s in skips if s.code == "CS2105"), "")
+            hint=next((s.hint for s in diagnostics if s.code == "CS2105"), "")
             if unaligned
             else f"Remove {self.name} from the recipe.",
         )

@@ -45,38 +45,38 @@ def eligible_groups(
     Two axes that form a grid (experts times channels of one tensor are not one; query heads within key heads are) are never
     both taken: removing a share of each would remove more than was asked for.
     """
-    skips: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     groups: list[Group] = []
     for group in analysis.groups:
         if group.kind != kind or not wanted(group):
             continue
         if group.frozen:
-            skips.append(Diagnostic(str(group.anchor), "CS2104", f"The axis may not change: {group.frozen[0]}."))
+            diagnostics.append(Diagnostic(str(group.anchor), "CS2104", f"The axis may not change: {group.frozen[0]}."))
         elif group.size > 1:
             groups.append(group)
     taken: set[Axis] = set()
     for group in groups:
         if _crosses(analysis, group, taken):
             why = "It forms a grid with an axis already chosen; removing both would remove more than was asked for."
-            skips.append(Diagnostic(str(group.anchor), "CS2109", why))
+            diagnostics.append(Diagnostic(str(group.anchor), "CS2109", why))
         else:
             taken.add(group.leaf)
-    return [group for group in groups if group.leaf in taken], skips
+    return [group for group in groups if group.leaf in taken], diagnostics
 
 
 def prunable_groups(
     analysis: Analysis, groups: Sequence[Group], fraction: float, context: PassContext
 ) -> tuple[list[Prunable], list[Diagnostic], list[str]]:
-    """Sizes for every group; groups without an aligned size are skipped with the arithmetic.
+    """Sizes for every group; groups without an aligned size are left alone, with the arithmetic.
 
     Returns:
-        What can be pruned, the skips, and sentences about sizes that are not what was asked for.
+        What can be pruned, what cannot, and sentences about sizes that are not what was asked for.
     """
     # Tensor parallelism splits channels and heads: every GPU's part is aligned, and as many positions as any other's.
     gpus = context.target.tensor_parallel
     alignment = context.target.alignment * gpus
     found: list[Prunable] = []
-    skips: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     notes: dict[str, None] = {}
     for group in groups:
         inner = _inner_sizes(analysis, group)
@@ -84,7 +84,7 @@ def prunable_groups(
         step = math.lcm(_step(inner, alignment), whole)
         kept = nearest_size(group.size, fraction, step)
         if kept is None:
-            skips.append(_unaligned(group, fraction, inner, step, context.target))
+            diagnostics.append(_unaligned(group, fraction, inner, step, context.target))
             continue
         wide = math.lcm(_step(inner, math.lcm(alignment, context.contraction_multiple * gpus)), whole)
         wider = nearest_size(group.size, fraction, wide)
@@ -101,7 +101,7 @@ def prunable_groups(
                 None
             )
         found.append(Prunable(group, step, kept, _parameters_per_position(analysis, group)))
-    return found, skips, list(notes)
+    return found, diagnostics, list(notes)
 
 
 def nearest_size(size: int, fraction: float, step: int) -> int | None:

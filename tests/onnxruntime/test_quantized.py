@@ -137,7 +137,7 @@ def test_whole_model(program_of: ProgramOf, folder_of: FolderOf, name: str, sche
     about as much noise as 8-bit weights (rms at most twice) and far less than 4-bit ones (at most a quarter).
     """
     folder, lowered, program = folder_of(name, scheme)
-    assert not lowered.skips
+    assert not lowered.diagnostics
     assert lowered.form["GroupQueryAttention"] == 2
     inputs = decoder_inputs(program, torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(3)))
     dense = Executor(program_of(name)).run(inputs)["logits"]

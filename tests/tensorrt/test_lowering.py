@@ -225,7 +225,7 @@ def test_zeros_survive_in_every_intended_layer(folder_of: FolderOf, name: str, s
     intended = {layer["node"] for layer in section["in_graph"]["layers"]}
     rows = {row.node: row for row in check_sparsity(folder.path / "model.onnx")}
     assert all(rows[node].state == "2:4" for node in intended)
-    notes = [skip for skip in folder.lowered.skips if skip.code == "CS2371"]
+    notes = [skip for skip in folder.lowered.diagnostics if skip.code == "CS2371"]
     assert bool(notes) == (scheme == "w4a16"), "int4 has no sparse kernels, and that is said"
     if name == "llama":  # keys and values are 128 wide: too small to pay
         small = [node for node in rows if "k_proj" in node or "v_proj" in node]
@@ -305,7 +305,7 @@ def test_layers_that_groups_do_not_divide_stay_in_floating_point() -> None:
     program = capture_model(hf_llama(192))
     context = PassContext(target=target, progress=SilentProgress())
     result = Quantize(scheme="w4a16").run(program, context)
-    left = [skip for skip in result.skips if skip.code == "CS2209"]
+    left = [skip for skip in result.diagnostics if skip.code == "CS2209"]
     assert {skip.where.rsplit(".", 2)[1] for skip in left} == {
         "q_proj",
         "k_proj",

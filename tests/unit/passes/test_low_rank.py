@@ -171,11 +171,11 @@ def test_logits_ties_and_patterns_are_left_alone(captured):
     masked = "model.layers.0.mlp.up_proj.weight"
     program = replace(program, masks={masked: SparsityMask("2:4", 1, 0.5)})
     result = LowRank(fraction=0.3).run(program, _context())
-    reasons = {skip.where: skip.why for skip in result.skips}
+    reasons = {skip.where: skip.why for skip in result.diagnostics}
     assert "logits" in reasons["lm_head.weight"] or "logits" in reasons["model.embed_tokens.weight"]
     assert "zeros" in reasons[masked]
     assert masked in result.program.weights
-    assert all(skip.code == "CS2501" for skip in result.skips)
+    assert all(skip.code == "CS2501" for skip in result.diagnostics)
 
 
 def test_a_weight_with_two_readers_is_left_alone():
@@ -190,7 +190,7 @@ def test_a_weight_with_two_readers_is_left_alone():
 
     result = LowRank(fraction=0.5).run(toy_program(Twice(), (torch.randn(3, 32),)), toy_context())
     assert list(result.achieved["ranks"]) == ["own.weight"]
-    assert {skip.where for skip in result.skips} == {"shared.weight"}
+    assert {skip.where for skip in result.diagnostics} == {"shared.weight"}
 
 
 def test_nothing_to_factor_is_an_error_with_the_arithmetic():
@@ -229,7 +229,7 @@ def test_small_layers_pay_for_their_extra_product(tiny_llama_program):
     ranks = result.achieved["ranks"]
     assert ranks["model.layers.0.self_attn.q_proj.weight"] == 16
     assert "model.layers.0.self_attn.k_proj.weight" not in ranks
-    skipped = {skip.where: skip for skip in result.skips}["model.layers.0.self_attn.k_proj.weight"]
+    skipped = {skip.where: skip for skip in result.diagnostics}["model.layers.0.self_attn.k_proj.weight"]
     assert skipped.code == "CS2502" and "2,000 for one more product" in skipped.why
 
 
@@ -372,7 +372,7 @@ def test_equal_shares_leave_a_layer_dense_rather_than_take_far_more(tiny_llama_p
     result = LowRank(fraction=0.2).run(tiny_llama_program, context)
     assert "model.layers.0.self_attn.q_proj.weight" not in result.achieved["ranks"]
     assert "model.layers.0.self_attn.q_proj.weight" in result.program.weights
-    skip = {skip.where: skip for skip in result.skips}["model.layers.0.self_attn.q_proj.weight"]
+    skip = {skip.where: skip for skip in result.diagnostics}["model.layers.0.self_attn.q_proj.weight"]
     assert skip.code == "CS2502" and "62%" in skip.why
     assert "model.layers.0.mlp.up_proj.weight" in result.achieved["ranks"]
     with pytest.raises(Refusal, match="CS4104"):

@@ -108,7 +108,7 @@ def test_the_logits_and_tied_embeddings_are_left_alone(tiny_llama_program: Progr
         result = Sparsify(pattern="2:4").run(program, context())
         verify_program(result.program)
         assert result.achieved["tensors"] == linears
-        (skip,) = result.skips
+        (skip,) = result.diagnostics
         assert (skip.where, skip.code) == ("lm_head.weight", "CS2204")
         assert result.program.weights["lm_head.weight"] is program.weights["lm_head.weight"]
 
@@ -326,12 +326,12 @@ def test_a_convolution_follows_the_pattern_along_its_input_channels() -> None:
         wanted = old.copy()
         wanted[np.argsort(np.abs(old))[:2]] = 0
         np.testing.assert_array_equal(new, wanted)
-    reasons = {skip.where: skip.why for skip in result.skips}
+    reasons = {skip.where: skip.why for skip in result.diagnostics}
     assert "3 is not a multiple of 4" in reasons["stem.weight"]
     assert "10 groups" in reasons["depthwise.weight"]
     plain = Sparsify(pattern="0.5").run(program, context())
     assert plain.program.masks.keys() == {"head.weight"}
-    assert "only N:M" in next(skip.why for skip in plain.skips if skip.where == "inner.weight")
+    assert "only N:M" in next(skip.why for skip in plain.diagnostics if skip.where == "inner.weight")
 
 
 def test_each_position_of_a_kernel_is_ranked_by_the_norm_of_its_channel() -> None:
@@ -395,14 +395,14 @@ def test_layers_that_do_not_pay_stay_dense(
     goal = sparse_target(**rule)
     result = Sparsify(pattern="2:4").run(program, fed(goal=goal))
     assert result.program.masks.keys() == {f"{name}.weight" for name in left}
-    assert {(skip.where, skip.code) for skip in result.skips} == {
+    assert {(skip.where, skip.code) for skip in result.diagnostics} == {
         (f"{name}.weight", "CS2208") for name in "abc" if name not in left
     }
-    for skip in result.skips:
+    for skip in result.diagnostics:
         assert goal.name in skip.why
     for part in parts:
-        assert any(part in skip.why for skip in result.skips), part
-    for skip in result.skips:
+        assert any(part in skip.why for skip in result.diagnostics), part
+    for skip in result.diagnostics:
         assert result.program.weights[skip.where] is program.weights[skip.where]
 
 

@@ -57,7 +57,7 @@ def test_requested_and_achieved(tiny_llama_program: Program) -> None:
     assert parameters["before"] - parameters["after"] == removed
     assert result.program.parameter_count() == parameters["after"]
     assert "64 is the nearest multiple of 8" in result.notes[0]
-    assert not result.skips
+    assert not result.diagnostics
 
 
 def test_input_program_is_untouched_and_result_runs(tiny_llama_program: Program) -> None:
@@ -168,8 +168,8 @@ def test_frozen_groups_are_skipped_with_the_cause() -> None:
     program = toy_program(TwoBlocks(False), [torch.zeros(2, 8)])
     result = PruneChannels(fraction=0.5).run(program, context())
     assert result.achieved["channels"] == {"before": 16, "after": 8, "sizes": [8]}
-    causes = [skip.why for skip in result.skips]
-    assert [skip.code for skip in result.skips] == ["CS2104", "CS2104"]
+    causes = [skip.why for skip in result.diagnostics]
+    assert [skip.code for skip in result.diagnostics] == ["CS2104", "CS2104"]
     assert any("op 'roll' depends on positions" in why for why in causes)
     assert any("model input 'x0' has a fixed shape" in why for why in causes)
 
@@ -198,7 +198,7 @@ class Shuffled(torch.nn.Module):
 def test_a_grid_of_channels_loses_one_side_only() -> None:
     result = PruneChannels(fraction=0.5).run(toy_program(Shuffled(), [torch.zeros(2, 8)]), context(alignment=1))
     assert result.achieved["channels"] == {"before": 8, "after": 4, "sizes": [4]}
-    assert [skip.code for skip in result.skips if "grid" in skip.why] == ["CS2109"]
+    assert [skip.code for skip in result.diagnostics if "grid" in skip.why] == ["CS2109"]
 
 
 @given(st.integers(2, 4096), st.floats(0.001, 0.999), st.sampled_from([1, 8, 16, 64]))

@@ -387,7 +387,7 @@ def test_the_product_that_makes_the_logits_stays_in_floating_point_where_the_run
         verify_program(result.program)
         assert result.program.weights["lm_head.weight"] is tiny_llama_program.weights["lm_head.weight"]
         assert "lm_head.weight.codes" not in result.program.weights
-        assert [(skip.where, skip.code) for skip in result.skips] == [("lm_head.weight", "CS2205")]
+        assert [(skip.where, skip.code) for skip in result.diagnostics] == [("lm_head.weight", "CS2205")]
         assert result.achieved["linears"] == 14
         assert result.achieved["bits_per_weight"] == SCHEMES[name].weights.bits
 
@@ -399,7 +399,7 @@ def test_four_bit_schemes_keep_the_head_at_eight_symmetric_bits(tiny_llama_progr
     assert result.program.weights.load("lm_head.weight.codes").abs().max() > 8
     assert "lm_head.weight.zero_point" not in result.program.weights
     assert ("model.layers.0.mlp.up_proj.weight.zero_point" in result.program.weights) == name.endswith("asym")
-    assert not [skip for skip in result.skips if skip.code == "CS2205"]
+    assert not [skip for skip in result.diagnostics if skip.code == "CS2205"]
 
 
 def test_a_scheme_that_a_target_refuses_says_why() -> None:

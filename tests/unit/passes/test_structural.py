@@ -212,7 +212,7 @@ def test_ablation_is_refused_where_it_would_take_too_long(
 def test_a_bias_fit_without_biases_says_so(tiny_llama_program: Program) -> None:
     result = PruneChannels(fraction=0.25, compensation="bias").run(tiny_llama_program, context(calibration=WINDOWS))
     assert result.achieved["compensation"] == "none"
-    assert [skip.code for skip in result.skips] == ["CS2115"]
+    assert [skip.code for skip in result.diagnostics] == ["CS2115"]
 
 
 def test_headless_encoders_keep_their_width(tiny_bert_program: Program) -> None:

@@ -46,7 +46,7 @@ class Stepped(NullBackend):
 
     def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
         self.written.append((program, prepared))
-        return Lowered(files={}, form={"weights": "none"}, skips=[Diagnostic("file", "CS2310", "Slow.")])
+        return Lowered(files={}, form={"weights": "none"}, diagnostics=[Diagnostic("file", "CS2310", "Slow.")])
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Step:
 
     def run(self, program: Program, context: object = None) -> PassResult:
         found = Diagnostic("linear", "CS2301", "Left alone.")
-        return PassResult(self.change(program), self.modified, skips=[found])
+        return PassResult(self.change(program), self.modified, diagnostics=[found])
 
 
 def swapped(program: Program) -> Program:

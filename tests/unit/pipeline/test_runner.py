@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import ClassVar
 
 import pytest
 import torch
 
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram
 from compile_sparse.compiler.ir.weights import ResidentTensor
@@ -20,27 +20,25 @@ from tests.toys import toy_program
 from tests.unit.passes.running import Linear, context
 
 
-@dataclass(frozen=True)
-class Step:
+def step(change: Callable[[Program], Program], modified: bool, called: str = "step") -> Pass:
     """A pass made of a function."""
 
-    change: Callable[[Program], Program]
-    modified: bool
-    name: str = "step"
-    phase: ClassVar[str] = "structural"
+    class Step(Pass):
+        name: ClassVar[str] = called
+        phase: ClassVar[Phase] = "structural"
+        changes_numerics: ClassVar[bool] = False
 
-    def useless_on(self, target: object) -> tuple[()]:
-        return ()
+        def run(self, program: Program, context: PassContext) -> PassResult:
+            return PassResult(
+                change(program),
+                modified,
+                requested={"share": 0.5},
+                achieved={"share": 0.25},
+                diagnostics=[Diagnostic("layer", "CS2104", "It is frozen.")],
+                notes=["Rounded."],
+            )
 
-    def run(self, program: Program, given: PassContext) -> PassResult:
-        return PassResult(
-            self.change(program),
-            self.modified,
-            requested={"share": 0.5},
-            achieved={"share": 0.25},
-            skips=[Diagnostic("layer", "CS2104", "It is frozen.")],
-            notes=["Rounded."],
-        )
+    return Step()
 
 
 def doubled(program: Program) -> Program:
@@ -74,40 +72,38 @@ def program() -> Program:
 @pytest.mark.parametrize("change", [doubled, rewired])
 def test_a_change_that_is_denied_is_caught(program: Program, change: Callable[[Program], Program]) -> None:
     with pytest.raises(InvalidProgram, match="pass step says modified=False, but the digest says True"):
-        run_passes(program, [Step(change, modified=False)], context(), verify_each=True)
+        run_passes(program, [step(change, modified=False)], context(), verify_each=True)
 
 
 @pytest.mark.parametrize("change", [lambda p: p, Program.clone])
 def test_a_change_that_is_claimed_is_caught(program: Program, change: Callable[[Program], Program]) -> None:
     with pytest.raises(InvalidProgram, match="says modified=True"):
-        run_passes(program, [Step(change, modified=True)], context(), verify_each=True)
+        run_passes(program, [step(change, modified=True)], context(), verify_each=True)
 
 
 @pytest.mark.parametrize(("change", "modified"), [(doubled, True), (rewired, True), (Program.clone, False)])
 def test_an_honest_pass_is_accepted(program: Program, change: Callable[[Program], Program], modified: bool) -> None:
-    run_passes(program, [Step(change, modified)], context(), verify_each=True)
+    run_passes(program, [step(change, modified)], context(), verify_each=True)
 
 
 def test_a_pass_that_breaks_the_ir_is_named(program: Program) -> None:
     with pytest.raises(InvalidProgram, match="after untidy: rule 5"):
-        run_passes(program, [Step(dead_code, True, name="untidy")], context(), verify_each=True)
+        run_passes(program, [step(dead_code, True, "untidy")], context(), verify_each=True)
 
 
 def test_nothing_is_checked_unless_asked(program: Program) -> None:
-    run_passes(program, [Step(dead_code, False)], context())
+    run_passes(program, [step(dead_code, False)], context())
 
 
 def test_passes_run_in_order_each_on_the_result_of_the_one_before(program: Program) -> None:
-    last, sections = run_passes(
-        program, [Step(doubled, True, name="first"), Step(doubled, True, name="second")], context()
-    )
+    last, sections = run_passes(program, [step(doubled, True, "first"), step(doubled, True, "second")], context())
     assert torch.equal(last.weights.load("weight"), torch.full((3, 4), 4.0))
     assert [section.name for section in sections] == ["first", "second"]
     assert torch.equal(program.weights.load("weight"), torch.ones(3, 4))
 
 
 def test_a_section_says_what_was_asked_done_and_left_alone(program: Program) -> None:
-    _, (section,) = run_passes(program, [Step(doubled, True)], context())
+    _, (section,) = run_passes(program, [step(doubled, True)], context())
     assert section.requested == {"share": 0.5}
     assert section.achieved == {"share": 0.25}
     assert [(skip.where, skip.code, skip.why) for skip in section.skips] == [("layer", "CS2104", "It is frozen.")]
@@ -123,7 +119,7 @@ def test_time_and_memory_are_those_of_the_pass(program: Program) -> None:
         del held
         return doubled(given)
 
-    _, (cheap, costly) = run_passes(program, [Step(doubled, True), Step(expensive, True)], context())
+    _, (cheap, costly) = run_passes(program, [step(doubled, True), step(expensive, True)], context())
     assert cheap.seconds is not None
     assert costly.seconds is not None
     assert cheap.seconds < 0.2 <= costly.seconds

@@ -9,53 +9,58 @@ from typing import Any, ClassVar, Literal
 import jsonschema
 import pytest
 import yaml
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from compile_sparse.compiler.errors import Refusal, UsageError
-from compile_sparse.compiler.extension import passes as pass_registry
+from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.recipes.flags import merge_options
 from compile_sparse.compiler.recipes.recipe import Recipe, built_in_recipes, load_recipe, recipe_from_yaml
 from compile_sparse.compiler.recipes.schema import schema_text
 from compile_sparse.compiler.targets.workload import Workload, parse_workload
+from tests.installing import install
 
 ROOT = Path(__file__).parents[3]
 
 
-class _Options(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+class _Fake(Pass):
+    changes_numerics: ClassVar[bool] = False
+
+    def run(self, program: Program, context: PassContext) -> PassResult:
+        return PassResult(program, modified=False)
 
 
-class FakePrune(_Options):
+class FakePrune(_Fake):
     name: ClassVar[str] = "prune-channels"
-    phase: ClassVar[str] = "structural"
+    phase: ClassVar[Phase] = "structural"
     fraction: float = Field(gt=0, lt=1)
     criterion: Literal["magnitude", "activation", "taylor"] | None = None
     allocation: Literal["uniform", "global"] = "uniform"
     unit: Literal["group", "query"] = "group"
 
 
-class FakeLayers(_Options):
+class FakeLayers(_Fake):
     name: ClassVar[str] = "prune-layers"
-    phase: ClassVar[str] = "depth"
+    phase: ClassVar[Phase] = "depth"
     fraction: float = Field(gt=0, lt=1)
     criterion: Literal["ablation", "deepest"] = "deepest"
     unit: Literal["block", "attention", "mlp"] = "block"
 
     @property
-    def treats(self):
-        return {"attention", "mlp"} if self.unit == "block" else {self.unit}
+    def treats(self) -> frozenset[str]:
+        return frozenset({"attention", "mlp"} if self.unit == "block" else {self.unit})
 
 
-class FakeMask(_Options):
+class FakeMask(_Fake):
     name: ClassVar[str] = "mask"
-    phase: ClassVar[str] = "masks"
+    phase: ClassVar[Phase] = "masks"
     pattern: str
     criterion: str = "magnitude"
 
 
-class FakeQuantize(_Options):
+class FakeQuantize(_Fake):
     name: ClassVar[str] = "quantize"
-    phase: ClassVar[str] = "quantization"
+    phase: ClassVar[Phase] = "quantization"
     scheme: Literal["w8a8", "w4a16"]
     quantizer: str = "rtn"
 
@@ -63,22 +68,8 @@ class FakeQuantize(_Options):
 @pytest.fixture(autouse=True)
 def passes(monkeypatch):
     """Four passes as an installation would register them; the recipe code must not care which."""
-    classes = {
-        "prune-channels": "FakePrune",
-        "prune-layers": "FakeLayers",
-        "mask": "FakeMask",
-        "quantize": "FakeQuantize",
-    }
-    module = __name__
-
-    class Entry:
-        def __init__(self, name):
-            self.name, self.value = name, f"{module}:{classes[name]}"
-
-        def load(self):
-            return globals()[classes[self.name]]
-
-    monkeypatch.setattr(pass_registry, "installed_passes", lambda: {name: Entry(name) for name in sorted(classes)})
+    fakes = (FakePrune, FakeLayers, FakeMask, FakeQuantize)
+    install(monkeypatch, "compile_sparse.passes", {fake.name: fake for fake in fakes}, alone=True)
 
 
 def test_yaml_becomes_passes():
@@ -176,7 +167,7 @@ def test_built_in_recipes_parse_and_misspelt_names_are_guessed():
         load_recipe("quater")
 
 
-def test_flags_override_and_insert_by_stage():
+def test_flags_override_and_insert_by_phase():
     base = recipe_from_yaml(
         "passes: [{prune-channels: {fraction: 0.5, criterion: taylor}}, {quantize: {scheme: w8a8}}]"
     )
@@ -188,12 +179,27 @@ def test_flags_override_and_insert_by_stage():
     assert merged.build_passes()
 
 
-def test_flags_alone_come_out_in_stage_order():
+def test_flags_alone_come_out_in_phase_order():
     merged = merge_options(quantize="w4a16", sparsity="2:4", prune={"channels": 0.5}, criterion="activation")
     assert [request.name for request in merged.passes] == ["prune-channels", "mask", "quantize"]
     assert merged.passes[0].options["criterion"] == "activation"
     assert "criterion" not in merged.passes[1].options
     assert merged.build_passes()
+
+
+def test_a_pass_of_others_has_its_place_by_its_class_not_by_its_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Zeroing(_Fake):
+        name: ClassVar[str] = "prune-nothing"
+        phase: ClassVar[Phase] = "masks"
+        criterion: Literal["magnitude", "random"] = "magnitude"
+
+    install(monkeypatch, "compile_sparse.passes", {"prune-nothing": Zeroing})
+    base = recipe_from_yaml("passes: [prune-nothing]")
+    merged = merge_options(base, prune={"channels": 0.5}, quantize="w8a8", criterion="magnitude")
+    assert [request.name for request in merged.passes] == ["prune-channels", "prune-nothing", "quantize"]
+    assert [request.options.get("criterion") for request in merged.passes] == ["magnitude", None, None]
+    merged = merge_options(base, prune={"channels": 0.5}, criterion="random")
+    assert [request.options.get("criterion") for request in merged.passes] == [None, "random"]
 
 
 def test_a_criterion_goes_to_the_passes_that_have_it():
