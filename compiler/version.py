@@ -30,7 +30,7 @@ def library_versions() -> dict[str, str]:
 
 @cache
 def code_identity() -> dict[str, str]:
-    """What produced a cached result: a digest of our own source, and every package that provides passes or backends.
+    """What produced a cached result: a digest of our own source, and every package that provides passes, quantizers or backends.
 
     A version number alone does not do: whoever changes a pass and runs again must not get the old pass's result.
     """
@@ -41,7 +41,7 @@ def code_identity() -> dict[str, str]:
             for path in sorted(Path(location).rglob("*.py")):
                 digest.update(path.relative_to(location).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
     found = {"source": digest.hexdigest(), "version": TOOL_VERSION}
-    for group in ("compile_sparse.passes", "compile_sparse.backends"):
+    for group in ("compile_sparse.passes", "compile_sparse.quantizers", "compile_sparse.backends"):
         for entry in entry_points(group=group):
             if entry.dist is not None:
                 found[f"{group}:{entry.name}"] = f"{entry.dist.name} {entry.dist.version}"

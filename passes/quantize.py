@@ -4,40 +4,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
+from compile_sparse.compiler.extension.quantizers import find_quantizer
 from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName
 from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
 from compile_sparse.compiler.ir.storage import torch_dtype
+from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.compiler.targets.target import Target
-from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT
+from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT, ActivationQuantizer
+from compile_sparse.passes.quantization.calibrated import calibrated_weights
+from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.rewriting import Rewriter
+from compile_sparse.passes.quantization.weights import QuantizationMemory, Weight, weights_of
 from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
 
 __all__ = ["Quantize"]
 
 
-class Quantize(Pass):
-    """Replace ``linear(x, W)`` by ``linear(x', dequantize(q, s))``, with ``x'`` the coded and restored input where the scheme
-    quantizes activations.
+def _known(name: str) -> str:
+    try:
+        find_quantizer(name)
+    except UsageError as error:
+        raise ValueError(f"{error.what} {error.why} {error.hint}") from error
+    return name
 
-    ``q = round(W / s)`` (arXiv:2004.09602): symmetric, or with a zero point inside the range, so stored zeros stay zero. Scales
-    run along the contraction dimension: per output channel, per group, or per block (all schemes are in
-    ``compiler/ir/quantization_schemes.py``). Activations: one scale per token or, on targets that say so, per tensor, found at
-    run time; ``-static`` schemes, ``fp8-tensor`` and ``nvfp4`` fix their range on calibration text, at the largest magnitude or
-    at a percentile of the magnitudes. The output of an int8 product is coded as well, ``y' = restore(code(y))``, where the
-    weight is masked and the target's sparse kernel for the mask must give int8 to be the faster one. The mask of a weight moves
-    to its codes. Which layers: every linear; the projection that makes the logits is kept at 8 bits where the scheme says 4, or
-    left in floating point where the target's runtime does not quantize it: it is read once per token like every other layer but
-    decides every token.
+
+class Quantize(Pass):
+    """Replace ``linear(x, W)`` by ``linear(x', dequantize(q, s))``, with ``x'`` the quantize-dequantized (QDQ) input where the
+    scheme quantizes activations.
+
+    How codes ``q`` are chosen is up to a quantizer (``compiler/extension/quantizer_contract.py``), by default ``round(W / s)``.
+    They are symmetric, or have a zero point inside the range, so stored zeros stay zero. Scales run along the contraction
+    dimension: per output channel, per group, or per block (all schemes are in ``compiler/ir/quantization_schemes.py``).
+    Activations: one scale per token or, on targets that say so, per tensor, found at run time; ``-static`` schemes,
+    ``fp8-tensor`` and ``nvfp4`` fix their range on calibration text, at the largest magnitude or at a percentile of the
+    magnitudes. The output of an int8 GEMM is quantize-dequantized as well where the weight is masked and the target's sparse
+    kernel for the mask must give int8 to be the faster one. The mask of a weight moves to its codes. Which layers: every linear;
+    the lm_head is kept at 8 bits where the scheme says 4, or left in floating point where the target's runtime does not quantize
+    it: it is read once per token like every other layer but decides every token.
 
     Leaves alone: embeddings, convolutions, and any linear whose weight is not a stored two-dimensional parameter.
 
@@ -47,8 +60,9 @@ class Quantize(Pass):
     Raises:
         Refusal: CS4102, the target has no kernel for the scheme, or none that gives int8.
         ModelError: CS2201, there is nothing to quantize.
-        UsageError: CS1121, ranges are to be measured and there is no calibration text; CS1122, an option does not apply to
-            the scheme.
+        UsageError: CS1121, ranges or statistics are to be measured and there is no calibration text; CS1122, an option does
+            not apply to the scheme.
+        EnvironmentFailure: CS5013, the quantizer does not keep its contract.
     """
 
     name: ClassVar[str] = "quantize"
@@ -65,7 +79,9 @@ class Quantize(Pass):
         description="w8a8 schemes: weight codes of 7 bits (stored in 8), so that pairs of products fit in 16 bits; exact on "
         "processors without 8-bit dot products (VNNI), whose kernels saturate otherwise",
     )
-    quantizer: Literal["rtn"] = Field(default="rtn", description="how codes are chosen; rtn: round to nearest")
+    quantizer: Annotated[str, AfterValidator(_known)] = Field(
+        default="rtn", description="how codes are chosen; rtn: round to nearest, others by installed packages"
+    )
     calibrator: Literal["min-max", "percentile"] = Field(
         default="min-max",
         description="how ranges fixed ahead are found; min-max: the largest magnitude on calibration text; percentile: the "
@@ -80,7 +96,7 @@ class Quantize(Pass):
     outputs: Literal["auto", "none", "all"] = Field(
         default="auto",
         description="w8a8-static: which linear layers give int8; auto: masked ones where the target's sparse kernels need it; "
-        "all: every one but the one that makes the logits",
+        "all: every one but the lm_head",
     )
 
     @property
@@ -93,7 +109,7 @@ class Quantize(Pass):
         self._require(context)
         scheme = SCHEMES[self.scheme]
         if self.reduce_range:
-            scheme = replace(scheme, weights=replace(scheme.weights, bits=7))
+            scheme = replace(scheme, weights=replace(scheme.weights, reduced_range=True))
         edited = program.clone()
         linears, diagnostics = find_linears(edited)
         if context.target.logits == "float":
@@ -109,19 +125,25 @@ class Quantize(Pass):
                 where="quantize",
                 why=diagnostics[0].why if diagnostics else "The model has no linear layer with a stored weight.",
             )
-        outputs = self._coded_outputs(edited, linears, context.target)
-        work = Rewriter(
-            edited,
-            scheme,
-            linears,
-            ranges=self._ranges(edited, linears, outputs, context) if scheme.static and not context.plan_only else None,
-            per_tensor=context.target.activation_scales == "tensor",
-            stored=_scale_type(scheme, context.target),
-        )
-        with context.progress.task("quantize", total=len(linears)) as task:
-            for linear in linears:
-                work.quantize(linear)
-                task.advance()
+        outputs = self._quantized_outputs(edited, linears, context.target)
+        stored = _scale_type(scheme, context.target)
+        edits, activations = Edits(edited), None
+        if scheme.activations:
+            activations = ActivationQuantizer(
+                edits,
+                scheme.activations,
+                ranges=self._ranges(edited, linears, outputs, context)
+                if scheme.static and not context.plan_only
+                else None,
+                per_tensor=context.target.activation_scales == "tensor",
+                stored=stored,
+            )
+        weights = weights_of(edited, linears, scheme.weights, stored)
+        made = self._quantized(program, linears, weights, context)
+        work = Rewriter(edits, activations)
+        for linear in linears:
+            key = (linear.tensor, linear.axis)
+            work.quantize(linear, weights[key], made[key])
         before = sum(program.weights.elements(linear.tensor) for linear in linears)
         result = work.finish(outputs)
         return PassResult(
@@ -137,13 +159,30 @@ class Quantize(Pass):
             diagnostics=diagnostics,
         )
 
-    def _coded_outputs(self, program: Program, linears: Sequence[Linear], target: Target) -> list[Linear]:
-        """Layers whose outputs are coded too."""
+    def _quantized(
+        self,
+        program: Program,
+        linears: Sequence[Linear],
+        weights: Mapping[tuple[str, int], Weight],
+        context: PassContext,
+    ) -> Mapping[tuple[str, int], Mapping[str, TensorSource]]:
+        """The tensors that each weight is stored as: by shape while planning, computed now where that needs statistics, else when
+        they are written.
+        """
+        quantizer, memory = find_quantizer(self.quantizer), QuantizationMemory()
+        if not quantizer.needs_statistics:
+            return {key: weight.on_demand(quantizer, memory) for key, weight in weights.items()}
+        if context.plan_only or context.calibration is None:
+            return {key: weight.absent() for key, weight in weights.items()}
+        return calibrated_weights(program, linears, weights, quantizer, context.calibration, context.progress)
+
+    def _quantized_outputs(self, program: Program, linears: Sequence[Linear], target: Target) -> list[Linear]:
+        """Layers whose outputs are quantized too."""
         if SCHEMES[self.scheme].activations != OUTPUT_FORMAT or self.outputs == "none":
             return []
         if self.outputs == "all":
             return [linear for linear in linears if not is_lm_head(program, linear.node)]
-        return [linear for linear in linears if _needs_coded_output(program.masks.get(linear.tensor), target)]
+        return [linear for linear in linears if _needs_int8_output(program.masks.get(linear.tensor), target)]
 
     def _ranges(
         self, program: Program, linears: Sequence[Linear], outputs: Sequence[Linear], context: PassContext
@@ -168,18 +207,28 @@ class Quantize(Pass):
         if self.outputs == "all" and not any(entry.int8_outputs for entry in target.sparse_patterns):
             raise Refusal(
                 "CS4102",
-                f"{target.name} has no products that give int8.",
+                f"{target.name} has no GEMMs that give int8.",
                 where="quantize.outputs",
-                why="Its contract names none, and outputs that are coded and restored again would only cost accuracy.",
+                why="Its contract names none, and outputs that are quantized and dequantized again would only cost accuracy.",
                 hint="Leave the option out, or choose a TensorRT target.",
             )
-        if SCHEMES[self.scheme].static and context.calibration is None and not context.plan_only:
+        if context.calibration is not None or context.plan_only:
+            return
+        if SCHEMES[self.scheme].static:
             raise UsageError(
                 "CS1121",
                 f"{self.scheme} needs calibration text.",
                 where="--quantize",
                 why="The range of activations is fixed ahead, from what it is on that text.",
                 hint="Give --calibration FILE, or choose w8a8 or fp8, whose ranges are found at run time.",
+            )
+        if find_quantizer(self.quantizer).needs_statistics:
+            raise UsageError(
+                "CS1121",
+                f"Quantizer {self.quantizer!r} needs calibration text.",
+                where="--quantizer",
+                why="It chooses codes by what the inputs of each layer are on that text.",
+                hint="Give --calibration FILE, or choose rtn.",
             )
 
     def _require_meaning(self, scheme: Scheme) -> None:
@@ -194,7 +243,7 @@ class Quantize(Pass):
             why = f"The calibrator is {self.calibrator}, which takes the largest magnitude."
             raise self._meaningless("percentile", why, "Set calibrator: percentile as well, or leave it out.")
         if self.outputs == "all" and scheme.activations != OUTPUT_FORMAT:
-            why = "Outputs are coded to int8 with a range fixed ahead, as the inputs of w8a8-static are."
+            why = "Outputs are quantized to int8 with a range fixed ahead, as the inputs of w8a8-static are."
             raise self._meaningless("outputs", why, "Leave it out, or choose w8a8-static.")
 
     def _meaningless(self, option: str, why: str, hint: str) -> UsageError:
@@ -202,7 +251,7 @@ class Quantize(Pass):
         return UsageError("CS1122", what, where=f"quantize.{option}", why=why, hint=hint)
 
 
-def _needs_coded_output(mask: SparsityMask | None, target: Target) -> bool:
+def _needs_int8_output(mask: SparsityMask | None, target: Target) -> bool:
     entry = target.pattern(SparsityPattern.parse(mask.pattern).family) if mask is not None else None
     return entry is not None and entry.int8_outputs
 
@@ -217,9 +266,7 @@ def _with_whole_groups(
         if depth % group == 0:
             kept.append(linear)
             continue
-        why = (
-            f"Its {depth} inputs are no multiple of {group}, and the target has no products with a shorter last group."
-        )
+        why = f"Its {depth} inputs are no multiple of {group}, and the target has no GEMMs with a shorter last group."
         diagnostics.append(
             Diagnostic(linear.tensor, "CS2209", why, "It stays in floating point; smaller groups may divide it.")
         )
@@ -235,6 +282,6 @@ def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:
 
 def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Diagnostic]]:
     heads = [linear for linear in linears if is_lm_head(program, linear.node)]
-    why = "It makes the logits; the target's runtime keeps that product in floating point."
+    why = "It is the lm_head; the target's runtime keeps that GEMM in floating point."
     diagnostics = [Diagnostic(linear.tensor, "CS2205", why) for linear in heads]
     return [linear for linear in linears if linear not in heads], diagnostics

@@ -60,7 +60,7 @@ def _format(scheme: Scheme) -> str:
 def _weights(fmt: WeightFormat) -> dict[str, Any]:
     strategy = "block" if fmt.block else "group" if fmt.group else "channel"
     described: dict[str, Any] = {
-        "num_bits": 8 if fmt.bits == 7 else fmt.bits,
+        "num_bits": fmt.bits,
         "type": "int" if fmt.kind == "int" else "float",
         "strategy": "tensor_group" if fmt.kind == "fp4" else strategy,
         "group_size": fmt.group or None,

@@ -125,7 +125,7 @@ def _named(scheme: Scheme, where: str) -> Algorithm:
     if weights.kind == "int" and plain:
         if weights.bits == 4 and weights.group == GROUP_SIZES["W4A16_AWQ"] and not inputs:
             return "W4A16_AWQ"
-        if weights.bits in (7, 8) and not weights.group and inputs == "int8-static":
+        if weights.bits == 8 and not weights.group and inputs == "int8-static":
             return "W8A8_SQ_PER_CHANNEL"
     raise Refusal(
         "CS4602",

@@ -90,7 +90,7 @@ _RECIPE = (
     click.option("--sparsity", metavar="PATTERN", help="Zeros: 2:4, N:M, 0.5 or block=16x16:0.5."),
     click.option("--low-rank", metavar="FRACTION", type=float, help="Remove this share by factorisation."),
     click.option("--quantize", metavar="SCHEME", help="w8a8, w8a16, w4a16, w4a16-g32, fp8, ..."),
-    click.option("--quantizer", metavar="NAME", help="How integers are chosen: rtn, gptq, awq, smoothquant."),
+    click.option("--quantizer", metavar="NAME", help="How codes are chosen: rtn, or a quantizer of another package."),
     click.option("--kv-cache", metavar="FORMAT", help="Quantize the key-value cache: fp8."),
     click.option("--calibration", metavar="FILE", help="JSONL the model is observed on."),
     click.option("--calibration-samples", metavar="N", type=int, help="Windows of calibration text."),

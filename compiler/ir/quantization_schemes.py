@@ -40,11 +40,12 @@ class WeightFormat:
 
     Attributes:
         kind: ``int`` (two's complement around zero, or with a zero point), ``fp8`` (e4m3), ``fp4`` (e2m1, NVFP4).
-        bits: per weight; 7: stored in 8, but no code is larger than 63 in magnitude (``reduce_range``).
+        bits: per weight, as it is stored.
         group: weights per scale along the contraction dimension; 0: one scale per output channel.
         block: side of the square that shares a scale, instead of channels; 0: none.
         symmetric: no zero point.
-        whole: the scales of all channels are the same number, for runtimes that take one per weight.
+        per_tensor: the scales of all channels are the same number, for runtimes that take one per weight.
+        reduced_range: integers leave one bit unused: of 8 bits, no code is larger than 63 in magnitude.
     """
 
     kind: Literal["int", "fp8", "fp4"]
@@ -52,7 +53,8 @@ class WeightFormat:
     group: int = 0
     block: int = 0
     symmetric: bool = True
-    whole: bool = False
+    per_tensor: bool = False
+    reduced_range: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ SCHEMES: Mapping[str, Scheme] = {
     "w4a16-g32-asym": Scheme(WeightFormat("int", 4, group=32, symmetric=False)),
     "fp8": Scheme(WeightFormat("fp8", 8), "fp8"),
     "fp8-static": Scheme(WeightFormat("fp8", 8), "fp8-static"),
-    "fp8-tensor": Scheme(WeightFormat("fp8", 8, whole=True), "fp8-static"),
+    "fp8-tensor": Scheme(WeightFormat("fp8", 8, per_tensor=True), "fp8-static"),
     "fp8-block": Scheme(WeightFormat("fp8", 8, block=128), "fp8-group"),
     "nvfp4": Scheme(WeightFormat("fp4", 4, group=16), "fp4"),
 }

@@ -10,20 +10,19 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.ir.linears import Linear
-from compile_sparse.compiler.ir.ops.quantization import FP4_MAX, FP8_MAX
+from compile_sparse.compiler.ir.ops.quantization import FP8_MAX
 from compile_sparse.compiler.ir.quantization_schemes import ActivationFormat
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, TensorSource
 from compile_sparse.passes.quantization.edits import Edits
-from compile_sparse.passes.quantization.round_to_nearest import as_stored
+from compile_sparse.passes.quantization.scales import as_stored
+from compile_sparse.passes.quantization.weights import NVFP4_TOP
 
-__all__ = ["NVFP4_TOP", "OUTPUT_FORMAT", "ActivationQuantizer"]
+__all__ = ["OUTPUT_FORMAT", "ActivationQuantizer"]
 
 ours = torch.ops.compile_sparse
 _TOPS = {"int8-static": 127.0, "fp8-static": FP8_MAX}
-NVFP4_TOP = FP8_MAX * FP4_MAX
-"""Largest value below the tensor's scale: the largest e4m3 scale times the largest e2m1 value."""
 OUTPUT_FORMAT: ActivationFormat = "int8-static"
-"""How outputs are coded, where they are."""
+"""How outputs are quantized, where they are."""
 
 
 class ActivationQuantizer:
@@ -31,7 +30,7 @@ class ActivationQuantizer:
 
     Args:
         edits: of the graph.
-        form: how inputs are coded.
+        form: how inputs are quantized.
         ranges: node -> magnitude that the largest code stands for, for static formats; None while planning.
         per_tensor: run-time int8 scales for the whole tensor instead of one per token.
         stored: type that fixed scales are stored in.
@@ -50,8 +49,8 @@ class ActivationQuantizer:
         self._ranges, self._per_tensor = ranges, per_tensor
         self._inputs: dict[fx.Node, fx.Node] = {}
 
-    def code_input(self, linear: Linear) -> None:
-        """Give the layer the coded and restored value; it is made once, before the first layer that reads it."""
+    def quantize_input(self, linear: Linear) -> None:
+        """Give the layer the quantize-dequantized value; it is made once, before the first layer that reads it."""
         source = linear.input
         if source not in self._inputs:
             if self._form == "int8" and self._per_tensor:
@@ -63,15 +62,15 @@ class ActivationQuantizer:
                 )
         linear.node.replace_input_with(source, self._inputs[source])
 
-    def code_output(self, linear: Linear) -> None:
-        """Give everybody who reads the layer's output (its bias included, where the operator adds one) the coded and restored
-        value. To be called when all inputs are coded: what is read by another layer then has both quantizers, output first.
+    def quantize_output(self, linear: Linear) -> None:
+        """Give everybody who reads the layer's output (its bias included, where the operator adds one) the quantize-dequantized
+        value. To be called when all inputs are quantized: what is read by another layer then has both quantizers, output first.
         """
         users = list(linear.node.users)
         scale = self._scale(linear.node, linear.tensor, "output")
-        coded = self._edits.after(linear.node, ours.fake_quantize.default, linear.node, OUTPUT_FORMAT, scale)
+        quantized = self._edits.after(linear.node, ours.fake_quantize.default, linear.node, OUTPUT_FORMAT, scale)
         for user in users:
-            user.replace_input_with(linear.node, coded)
+            user.replace_input_with(linear.node, quantized)
 
     def _dynamic_per_tensor(self, linear: Linear) -> fx.Node:
         packed = self._edits.before(linear.node, ours.quantize_dynamic.default, linear.input)

@@ -191,14 +191,14 @@ def test_scales_reach_as_far_as_the_weights(name: str) -> None:
     fmt, (rows, columns) = scheme.weights, side(scheme)
     found = found.reshape(-(-ROWS // rows), -1)
     assert found.shape == (-(-ROWS // rows), -(-DEPTH // columns))
-    assert len(np.unique(found)) == 1 or not fmt.whole
+    assert len(np.unique(found)) == 1 or not fmt.per_tensor
     whole = float(program.weights.load("weight.global_scale")) if fmt.kind == "fp4" else 1.0
     if fmt.kind == "fp4":
         assert whole == pytest.approx(448 * 6 / 9, rel=2 * EPS)
     off = 2.0**-8 if name in WEIGHT_ONLY else 2.0**-4 if fmt.kind == "fp4" else 2 * EPS
     for row, column in np.ndindex(found.shape):
         part = values[row * rows : (row + 1) * rows, column * columns : (column + 1) * columns]
-        part = values if fmt.whole else part
+        part = values if fmt.per_tensor else part
         peak = part.flat[np.abs(part).argmax()]
         if peak == 0:
             assert found[row, column] == (0 if fmt.kind == "fp4" else 1)

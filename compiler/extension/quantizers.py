@@ -1,0 +1,51 @@
+"""Installed quantizers: entry-point group ``compile_sparse.quantizers``."""
+
+from __future__ import annotations
+
+import inspect
+
+from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
+from compile_sparse.compiler.extension.quantizer_contract import Quantizer
+
+__all__ = ["find_quantizer"]
+
+_GROUP = "compile_sparse.quantizers"
+
+
+def find_quantizer(name: str) -> Quantizer:
+    """An instance of the quantizer called ``name``.
+
+    Raises:
+        UsageError: CS1129 when no installed package provides it, with the nearest name.
+        EnvironmentFailure: CS5013 when the package that provides it cannot be imported, or its class is no complete quantizer.
+    """
+
+    def missing(why: str, hint: str) -> UsageError:
+        return UsageError("CS1129", f"There is no quantizer {name!r}.", where="--quantizer", why=why, hint=hint)
+
+    entry = find_entry(_GROUP, name, missing)
+    found = load_entry(entry, f"Quantizer {name!r}", "CS5013")
+    if problem := _problem(name, found):
+        raise EnvironmentFailure(
+            "CS5013",
+            f"What is registered as quantizer {name!r} is not a complete quantizer.",
+            where=f"entry point {entry.value}",
+            why=problem,
+            hint="See examples/gptq_quantizer.py; its author can correct it.",
+        )
+    made: Quantizer = found()
+    return made
+
+
+def _problem(name: str, found: object) -> str:
+    """What keeps ``found`` from being the class of quantizer ``name``, a sentence; else empty."""
+    if not (isinstance(found, type) and issubclass(found, Quantizer)):
+        return f"It is no subclass of {Quantizer.__module__}.{Quantizer.__name__}."
+    lacking = [each for each in ("name", "needs_statistics") if not hasattr(found, each)]
+    lacking += sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
+    if lacking:
+        return f"Its class lacks {', '.join(map(repr, lacking))}."
+    if found.name != name:
+        return f"Its class is called {found.name!r}; both names must be the same."
+    return ""

@@ -1,0 +1,55 @@
+"""Quantize weights with what calibration text says about their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from compile_sparse.compiler.execution.calibration import CalibrationStream
+from compile_sparse.compiler.execution.scratch import Scratch
+from compile_sparse.compiler.extension.quantizer_contract import Quantizer
+from compile_sparse.compiler.ir.linears import Linear
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.weights import TensorSource
+from compile_sparse.compiler.progress import Progress
+from compile_sparse.passes.quantization.weights import Weight
+from compile_sparse.passes.statistics.gram import Gram, each_gram
+
+__all__ = ["calibrated_weights"]
+
+
+def calibrated_weights(
+    program: Program,
+    linears: Sequence[Linear],
+    weights: Mapping[tuple[str, int], Weight],
+    quantizer: Quantizer,
+    calibration: CalibrationStream,
+    progress: Progress,
+) -> dict[tuple[str, int], dict[str, TensorSource]]:
+    """The stored tensors of every weight. Each is quantized as soon as the second moments of its inputs are there, and goes to
+    disk: memory is that of ``each_gram``, not the model's.
+
+    Args:
+        program: what the text runs through.
+        linears: layers of that program.
+        weights: theirs.
+        quantizer: which needs statistics.
+        calibration, progress: the text, and where the work is reported.
+    """
+    inputs: dict[tuple[str, int], list[str]] = {}
+    for linear in linears:
+        inputs.setdefault((linear.tensor, linear.axis), []).append(linear.input.name)
+    waiting, grams, scratch = dict(weights), dict[str, Gram](), Scratch()
+    found: dict[tuple[str, int], dict[str, TensorSource]] = {}
+    names = {name for group in inputs.values() for name in group}
+    with progress.task("quantize", total=len(weights)) as task:
+        for name, gram in each_gram(program, names, calibration, progress):
+            grams[name] = gram
+            for key in [key for key in waiting if all(each in grams for each in inputs[key])]:
+                seen = [grams[each] for each in inputs[key]]  # several where layers share the weight
+                moment = sum(each.second for each in seen) / max(sum(each.count for each in seen), 1)
+                weight = waiting.pop(key)
+                found[key] = weight.kept(scratch.keep, weight.computed(quantizer, moment))
+                task.advance()
+            needed = {each for key in waiting for each in inputs[key]}
+            grams = {name: gram for name, gram in grams.items() if name in needed}
+    return found
