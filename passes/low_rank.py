@@ -42,7 +42,7 @@ class LowRank(Pass):
       (arXiv:1503.05671). Only these errors can be compared between layers, so with it ranks are allocated globally: layers
       where a rank costs most stay dense, and the others pay for them.
 
-    Left alone: the projection that makes the logits, embeddings, weights with another use or with a pattern of zeros, and
+    Left alone: the lm_head, embeddings, weights with another use or with a sparsity pattern, and
     layers where no aligned rank would run faster on the target at the declared workload. The rank is a contraction dimension:
     it is a multiple of the target's alignment, and of a later quantization's group size where there is room.
 
@@ -92,16 +92,18 @@ class LowRank(Pass):
         candidates, diagnostics = find_candidates(program, context)
         if not candidates:
             raise _nothing_to_factor(diagnostics)
-        whole = criterion == "loss" and self.allocation != "uniform"
+        global_ranking = criterion == "loss" and self.allocation != "uniform"
         notes: list[str] = []
         estimate: dict[str, Any] = {}
         if context.plan_only:
             equal = {each.name: torch.ones(min(each.choices.rows, each.choices.columns)) for each in candidates}
             ranks = (
-                self._allocated(candidates, equal, context) if whole else self._uniform(program, candidates, context)
+                self._allocated(candidates, equal, context)
+                if global_ranking
+                else self._uniform(program, candidates, context)
             )
             sources = _planned(program, candidates, ranks)
-            if whole:
+            if global_ranking:
                 notes.append(
                     "Calibration text decides which layers get which rank; only the total of the plan is right."
                 )
@@ -109,10 +111,10 @@ class LowRank(Pass):
             ranks = self._uniform(program, candidates, context)
             sources = _lazy(program, candidates, ranks)
         else:
-            ranks, sources, missed = self._decomposed(program, candidates, context, criterion, whole)
+            ranks, sources, missed = self._decomposed(program, candidates, context, criterion, global_ranking)
             if criterion == "loss":
                 estimate = {"estimated_loss_added": round(missed / 2, 6)}
-        if not whole:
+        if not global_ranking:
             diagnostics += [
                 _too_far(each, self.fraction, program, context) for each in candidates if ranks[each.name] is None
             ]
@@ -127,7 +129,7 @@ class LowRank(Pass):
             program=repaired,
             modified=True,
             requested={"fraction": self.fraction, "criterion": self.criterion, "allocation": self.allocation},
-            achieved={"criterion": criterion, "allocation": "global" if whole else "uniform"}
+            achieved={"criterion": criterion, "allocation": "global" if global_ranking else "uniform"}
             | amounts
             | {"parameters": {"before": program.parameter_count(), "after": repaired.parameter_count()}}
             | estimate
@@ -198,10 +200,10 @@ class LowRank(Pass):
         candidates: Sequence[Candidate],
         context: PassContext,
         criterion: Criterion,
-        whole: bool,
+        global_ranking: bool,
     ) -> tuple[dict[str, int | None], dict[str, FactorSources], float]:
         """Ranks, factors, and the energy they miss in all."""
-        ranks = {} if whole else self._uniform(program, candidates, context)
+        ranks = {} if global_ranking else self._uniform(program, candidates, context)
         found: dict[str, Any] = {}
         assert context.calibration is not None  # _require_text has seen to it
         for each, factors in decompositions(
@@ -211,7 +213,7 @@ class LowRank(Pass):
             rank = ranks.get(each.name)
             found[each.name] = (factors if rank is None else factors.truncated(rank)).to(dtype)
         energies = {name: factors.energies for name, factors in found.items()}
-        if whole:
+        if global_ranking:
             ranks = self._allocated(candidates, energies, context)
         sources, missed, scratch = {}, 0.0, Scratch()
         for name, rank in ranks.items():

@@ -37,7 +37,7 @@ class Sparsify(ZeroingPass):
     the pass is given: one run over the text, where the paper's code feeds each block what the blocks already masked make of it. A
     fraction is then taken of every output row, as in the paper.
 
-    Leaves alone: the projection that makes the logits, where every zero is felt directly; tensors with another use (tied
+    Leaves alone: the lm_head, where every zero is felt directly; tensors with another use (tied
     embeddings); grouped and transposed convolutions, and for other patterns all of them; tensors whose sizes the pattern does
     not divide (CS2204); and layers that the target's kernels for the pattern do not take or do not run faster, by its
     ``min_in_features``, ``min_out_features``, ``in_features_multiple`` and ``out_features_multiple`` (CS2208): zeros there would
@@ -140,7 +140,7 @@ def _masked(source: TensorSource, pattern: SparsityPattern, axis: int, norms: to
 def _unfit(program: Program, each: Contraction, pattern: SparsityPattern) -> Diagnostic | None:
     """Why no target could use the pattern in this tensor, or why it should not have it."""
     if any(is_lm_head(program, node) for node in each.nodes):
-        return Diagnostic(each.tensor, "CS2204", "It makes the logits, where every zero is felt directly.")
+        return Diagnostic(each.tensor, "CS2204", "It is the lm_head, where every zero is felt directly.")
     if len(each.shape) > 2 and not pattern.run:
         return Diagnostic(each.tensor, "CS2204", "It is a convolution, where only N:M patterns are made.")
     why = pattern.misfit(each.shape, each.axis)
@@ -152,20 +152,20 @@ def _unrewarded(each: Contraction, pattern: SparsityPattern, target: Target) -> 
     rule = target.pattern(pattern.family)
     if rule is None:
         return None
-    inner, outer = each.in_features, each.out_features
+    in_features, out_features = each.in_features, each.out_features
     wanted = []
-    if inner < rule.min_in_features or outer < rule.min_out_features:
+    if in_features < rule.min_in_features or out_features < rule.min_out_features:
         least = [f"{rule.min_in_features} inputs"] * bool(rule.min_in_features) + [
             f"{rule.min_out_features} outputs"
         ] * bool(rule.min_out_features)
         wanted.append(f"it pays from {' and '.join(least)} on")
-    if inner % rule.in_features_multiple or outer % rule.out_features_multiple:
+    if in_features % rule.in_features_multiple or out_features % rule.out_features_multiple:
         wanted.append(
             f"its kernels take inputs in multiples of {rule.in_features_multiple}, outputs of {rule.out_features_multiple}"
         )
     if not wanted:
         return None
-    why = f"It has {inner} inputs and {outer} outputs; of {pattern.text} on {target.name}, {' and '.join(wanted)}."
+    why = f"It has {in_features} inputs and {out_features} outputs; of {pattern.text} on {target.name}, {' and '.join(wanted)}."
     return Diagnostic(each.tensor, "CS2208", why, "It stays dense.")
 
 

@@ -24,10 +24,10 @@ ours = torch.ops.compile_sparse
 
 
 class QuantizeCache(Pass):
-    """Code new keys and values before they enter the cache: ``cat(past, x)`` becomes ``cat(past, restore(code(x)))``.
+    """Quantize new keys and values before they enter the cache: ``cat(past, x)`` becomes ``cat(past, dequantize(quantize(x)))``.
 
     e4m3 with one scale for the keys and one for the values of each layer, ``max|x| / 448`` on calibration text (as in vLLM,
-    where it halves the cache's bytes, arXiv:2209.05433 for the format). Attention sees the restored values, those of the
+    where it halves the cache's bytes, arXiv:2209.05433 for the format). Attention sees the dequantized values, those of the
     present token included, as runtimes do that read everything from the cache.
 
     Leaves alone: caches that are not extended by a plain concatenation.
@@ -71,7 +71,7 @@ class QuantizeCache(Pass):
                 continue
             tensor = f"{output.name}.scale"
             scale = add_weight(edited, bindings, tensor.replace(".", "_"), Binding(tensor, "buffer"), added[tensor])
-            _code(edited, node, entries[output.name], scale)
+            _quantize_entry(edited, node, entries[output.name], scale)
         result = eliminate_dead_code(replace(edited, weights=edited.weights.updated(added), bindings=bindings))
         return PassResult(
             program=result,
@@ -118,9 +118,9 @@ def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Diagnostic]
     return found, diagnostics
 
 
-def _code(program: Program, cat: fx.Node, value: fx.Node, scale: fx.Node) -> None:
+def _quantize_entry(program: Program, cat: fx.Node, value: fx.Node, scale: fx.Node) -> None:
     with program.graph.inserting_before(cat):
-        coded = program.graph.call_function(ours.fake_quantize.default, (value, "fp8-static", scale))
+        quantized = program.graph.call_function(ours.fake_quantize.default, (value, "fp8-static", scale))
     with fake_mode_of(program):
-        coded.meta["val"] = ours.fake_quantize.default(value.meta["val"], "fp8-static", scale.meta["val"])
-    cat.args = ([cat.args[0][0], coded], *cat.args[1:])  # type: ignore[index]
+        quantized.meta["val"] = ours.fake_quantize.default(value.meta["val"], "fp8-static", scale.meta["val"])
+    cat.args = ([cat.args[0][0], quantized], *cat.args[1:])  # type: ignore[index]

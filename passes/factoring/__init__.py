@@ -1,1 +1,1 @@
-"""Replacing one matrix product by two thinner ones."""
+"""Replacing one GEMM by two thinner ones."""

@@ -65,7 +65,7 @@ def limits(program: Program, context: PassContext) -> tuple[Limit, ...]:
 
 
 def _clause(target: str, phase: str, share: float, overhead: int) -> str:
-    less = f" less {overhead:,} for one more product" if overhead else ""
+    less = f" less {overhead:,} for one more GEMM" if overhead else ""
     return f"for {phase} {target} runs two factors faster below {share:.0%} of the parameters{less}"
 
 
@@ -85,16 +85,16 @@ def find_candidates(program: Program, context: PassContext) -> tuple[list[Candid
         rows, columns = shape[1 - linear.axis], shape[linear.axis]
         if is_lm_head(program, linear.node):
             diagnostics.append(
-                Diagnostic(linear.tensor, "CS2501", "It makes the logits, where every error is felt directly.")
+                Diagnostic(linear.tensor, "CS2501", "It is the lm_head, where every error is felt directly.")
             )
         elif linear.tensor in tied or readers[linear.tensor] > 1:
             diagnostics.append(
                 Diagnostic(linear.tensor, "CS2501", "Its weight has another use, which needs the whole matrix.")
             )
         elif linear.tensor in program.masks:
-            why = "It holds a pattern of zeros, which two factors would fill."
+            why = "It has a sparsity pattern, which two factors would fill."
             diagnostics.append(
-                Diagnostic(linear.tensor, "CS2501", why, "Put low-rank before mask, as the order of stages says.")
+                Diagnostic(linear.tensor, "CS2501", why, "Put low-rank before mask, as the order of phases says.")
             )
         else:
             bound = min(bounds, key=lambda limit: limit.parameters(rows * columns))

@@ -1,4 +1,4 @@
-"""The best product of two thin matrices in place of one, in the metric of what goes in and what comes out."""
+"""The best two thin matrices in place of one, in the metric of what goes in and what comes out."""
 
 from __future__ import annotations
 

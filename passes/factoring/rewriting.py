@@ -71,11 +71,11 @@ def replace_by_factors(program: Program, factors: Mapping[str, FactorSources]) -
             added[tensor] = source if linear.axis == 1 else _transposed(source)
             weights.append(add_weight(edited, bindings, f"{linear.weight.name}_{part}", Binding(tensor), added[tensor]))
         node, inner, outer = linear.node, *weights
-        product = aten.mm.default if op_name(node) == "addmm" else node.target
+        gemm = aten.mm.default if op_name(node) == "addmm" else node.target
         with edited.graph.inserting_before(node):
-            first = edited.graph.create_node("call_function", product, (linear.input, inner), name=f"{node.name}_inner")
+            first = edited.graph.create_node("call_function", gemm, (linear.input, inner), name=f"{node.name}_inner")
         with fake_mode_of(edited):
-            first.meta["val"] = product(linear.input.meta["val"], inner.meta["val"])
+            first.meta["val"] = gemm(linear.input.meta["val"], inner.meta["val"])
         node.args = tuple(_swapped(arg, {linear.input: first, linear.weight: outer}) for arg in node.args)
     return eliminate_dead_code(replace(edited, bindings=bindings, weights=edited.weights.updated(added)))
 

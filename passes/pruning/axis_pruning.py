@@ -89,9 +89,9 @@ class AxisPruning(Pass):
         if not prunables:
             raise self._nothing_to_do(diagnostics)
         choices = self._ranked(analysis, prunables, context)
-        whole = self.allocation == "global" and not context.plan_only
-        sizes = kept_sizes(choices, fraction=self.fraction, whole=whole)
-        if whole and not any(sizes[p.group.leaf] < p.group.size for p in prunables):
+        global_ranking = self.allocation == "global" and not context.plan_only
+        sizes = kept_sizes(choices, fraction=self.fraction, global_ranking=global_ranking)
+        if global_ranking and not any(sizes[p.group.leaf] < p.group.size for p in prunables):
             raise self._too_little(prunables)
         keep = {
             choice.prunable.group.anchor: keep_table(choice, sizes[choice.prunable.group.leaf])
@@ -134,16 +134,18 @@ class AxisPruning(Pass):
     def _ranked(self, analysis: Analysis, prunables: Sequence[Prunable], context: PassContext) -> list[Choice]:
         if context.plan_only:  # sizes only: the last positions go
             return [_last_first(prunable) for prunable in prunables]
-        whole = self.allocation == "global"
+        global_ranking = self.allocation == "global"
         if self._used_criterion(context) != "obs":
             used = self._used_criterion(context)
-            return rank_by_score(analysis, prunables, used, context, comparable=whole)
+            return rank_by_score(analysis, prunables, used, context, comparable=global_ranking)
         closed = with_closed_form(analysis, prunables)
         others = [p for p in prunables if p not in closed]
-        if whole and others:  # costs of two kinds cannot be compared: one criterion for all
+        if global_ranking and others:  # costs of two kinds cannot be compared: one criterion for all
             return rank_by_score(analysis, prunables, _without_closed_form(prunables), context, comparable=True)
         choices = (
-            rank_by_obs(analysis, closed, context, whole=whole, nested=self._nested(analysis, closed)) if closed else []
+            rank_by_obs(analysis, closed, context, global_ranking=global_ranking, nested=self._nested(analysis, closed))
+            if closed
+            else []
         )
         if others:
             choices += rank_by_score(analysis, others, _without_closed_form(others), context, comparable=False)
@@ -243,7 +245,7 @@ def _not_refitted(name: str, wanted: str) -> Diagnostic:
         "No linear layer that lost inputs has a bias of its own."
         if wanted == "bias"
         else "No linear layer with a stored weight of its own lost inputs, or the text is too short to describe those that did; "
-        "products with one matrix per expert are not refitted."
+        "GEMMs with one matrix per expert are not refitted."
     )
     return Diagnostic(name, "CS2115", why, "More calibration text may help; or set compensation: none.")
 

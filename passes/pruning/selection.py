@@ -98,7 +98,7 @@ def rank_by_obs(
     prunables: Sequence[Prunable],
     context: PassContext,
     *,
-    whole: bool,
+    global_ranking: bool,
     nested: Mapping[Axis, Group],
 ) -> list[Choice]:
     """Greedy OBS on the inputs of each group's consumers; see ``removal_order``.
@@ -106,14 +106,16 @@ def rank_by_obs(
     Args:
         analysis, prunables: what is ranked; all from ``with_closed_form``.
         context: calibration text and progress.
-        whole: rank as far as the smallest size a global ranking may choose, and make costs comparable across groups: error
-            relative to the energy of the residual stream it enters, because the next norm divides by that.
+        global_ranking: rank as far as the smallest size it may choose, and make costs comparable across groups: error relative to
+            the energy of the residual stream it enters, because the next norm divides by that.
         nested: leaf -> outer group, where each outer position chooses its own.
     """
     linears = {linear.node.name: linear for linear in find_linears(analysis.program)[0]}
     readers = {p.group.leaf: [linears[c.node] for c in p.group.consumers] for p in prunables}
     names = {linear.input.name for found in readers.values() for linear in found}
-    energies = _energies(analysis, [r for found in readers.values() for r in found], context) if whole else None
+    energies = (
+        _energies(analysis, [r for found in readers.values() for r in found], context) if global_ranking else None
+    )
     waiting, grams, choices = list(prunables), dict[str, Gram](), list[Choice]()
     with context.progress.task("choose what to remove", total=len(prunables)) as task:
         for name, gram in each_gram(analysis.program, names, context.calibration, context.progress):
@@ -185,12 +187,12 @@ def _energies(analysis: Analysis, readers: Sequence[Linear], context: PassContex
     return {node: sums[place] for node, place in places.items()}
 
 
-def kept_sizes(choices: Sequence[Choice], *, fraction: float, whole: bool) -> dict[Axis, int]:
+def kept_sizes(choices: Sequence[Choice], *, fraction: float, global_ranking: bool) -> dict[Axis, int]:
     """Positions each group keeps: what was asked for alike, or the cheapest removal of the same number of parameters overall.
 
     The global form takes blocks of one step, always the one with the lowest cost per parameter next; groups may stay whole.
     """
-    if not whole:
+    if not global_ranking:
         return {c.prunable.group.leaf: c.prunable.kept for c in choices}
     budget = fraction * sum(c.prunable.parameters * c.prunable.group.size for c in choices)
     kept = {c.prunable.group.leaf: c.prunable.group.size for c in choices}

@@ -230,7 +230,7 @@ def test_small_layers_pay_for_their_extra_product(tiny_llama_program):
     assert ranks["model.layers.0.self_attn.q_proj.weight"] == 16
     assert "model.layers.0.self_attn.k_proj.weight" not in ranks
     skipped = {skip.where: skip for skip in result.diagnostics}["model.layers.0.self_attn.k_proj.weight"]
-    assert skipped.code == "CS2502" and "2,000 for one more product" in skipped.why
+    assert skipped.code == "CS2502" and "2,000 for one more GEMM" in skipped.why
 
 
 def test_ranks_are_aligned_and_follow_the_quantization_where_there_is_room(tiny_llama_program):
@@ -367,7 +367,7 @@ def test_equal_shares_go_as_far_as_the_alignment_allows_and_say_so(tiny_llama_pr
 
 
 def test_equal_shares_leave_a_layer_dense_rather_than_take_far_more(tiny_llama_program):
-    """With 1,500 weights for one more product, the highest rank of 64 x 64 that pays holds 62 % of it, asked were 80 %."""
+    """With 1,500 weights for one more GEMM, the highest rank of 64 x 64 that pays holds 62 % of it, asked were 80 %."""
     context = _context(products=_products(extra_product_weights=1500))
     result = LowRank(fraction=0.2).run(tiny_llama_program, context)
     assert "model.layers.0.self_attn.q_proj.weight" not in result.achieved["ranks"]
