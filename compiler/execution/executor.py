@@ -15,9 +15,10 @@ from torch import fx
 
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.ir.liveness import last_uses
+from compile_sparse.compiler.ir.nodes import operator_of
 from compile_sparse.compiler.ir.program import Program
 
-__all__ = ["Executor", "decoder_inputs", "interpret_graph"]
+__all__ = ["Executor", "Observer", "call", "decoder_inputs", "interpret_graph", "model_input", "weight_only"]
 
 Observer = Callable[[torch.Tensor], None]
 
@@ -36,7 +37,7 @@ class Executor:
         self._cached: dict[str, torch.Tensor] = {}
         self._cached_bytes = 0
         self._last_use = last_uses(program.graph)
-        self._from_weights = _weight_only(program)
+        self._from_weights = weight_only(program)
 
     def run(
         self, inputs: Mapping[str, torch.Tensor], observe: Mapping[str, Observer] | None = None
@@ -57,8 +58,8 @@ class Executor:
 
     def _evaluate(self, node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
         if node in self._from_weights:
-            return self._kept(node.name, partial(_call, node, value_of))
-        return _call(node, value_of)
+            return self._kept(node.name, partial(call, node, value_of))
+        return call(node, value_of)
 
     def _weight(self, name: str) -> torch.Tensor:
         return self._kept(name, partial(self._program.weights.load, name))
@@ -96,7 +97,7 @@ def interpret_graph(
     Raises:
         UsageError: CS1033 when an input is missing.
     """
-    watched, compute = observe or {}, evaluate or _call
+    watched, compute = observe or {}, evaluate or call
     by_placeholder = {i.placeholder: i.name for i in program.inputs}
     environment: dict[fx.Node, Any] = {}
 
@@ -108,7 +109,7 @@ def interpret_graph(
     for node in program.graph.nodes:
         if node.op == "placeholder":
             if node.name in by_placeholder:
-                environment[node] = _input(inputs, by_placeholder[node.name])
+                environment[node] = model_input(inputs, by_placeholder[node.name])
         elif node.op == "output":
             results = fx.node.map_arg(node.args[0], value_of)
         else:
@@ -120,23 +121,29 @@ def interpret_graph(
     return {output.name: value for output, value in zip(program.outputs, results, strict=True)}
 
 
-def _call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+def call(node: fx.Node, value_of: Callable[[fx.Node], Any]) -> Any:
+    """What the operator of ``node`` makes of its arguments' values."""
     args, kwargs = fx.node.map_arg((node.args, node.kwargs), value_of)
-    return node.target(*args, **kwargs)  # type: ignore[operator]
+    return operator_of(node)(*args, **kwargs)
 
 
-def _weight_only(program: Program) -> set[fx.Node]:
-    """Calls that depend on weights alone (dequantization): the same in every run."""
+def weight_only(program: Program) -> set[fx.Node]:
+    """The weights, and calls that depend on weights alone (dequantization): the same in every run."""
     found: set[fx.Node] = set()
-    weights = {node for node in program.graph.nodes if node.name in program.bindings}
     for node in program.graph.nodes:
         sources = node.all_input_nodes
-        if node.op == "call_function" and sources and all(n in weights or n in found for n in sources):
+        computed = node.op == "call_function" and bool(sources) and all(source in found for source in sources)
+        if computed or node.name in program.bindings:
             found.add(node)
     return found
 
 
-def _input(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+def model_input(inputs: Mapping[str, torch.Tensor], name: str) -> torch.Tensor:
+    """The input called ``name``.
+
+    Raises:
+        UsageError: CS1033 when it is missing.
+    """
     if name not in inputs:
         raise UsageError("CS1033", f"Input {name!r} is missing.", why=f"Given: {', '.join(inputs)}.")
     return inputs[name]

@@ -1,26 +1,24 @@
 """Train a program: the same graph as ``torch.nn.Module``, with parameters and gradients.
 
-Recovery after pruning, first-order scores and Fisher statistics all differentiate the graph that will be shipped, not the
+Recovery after pruning, first-order criteria and Fisher statistics all differentiate the graph that will be shipped, not the
 model it came from. Unlike ``Executor`` a module holds every weight in memory, trained ones as copies, and backward needs the
 activations of the whole batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 
 import torch
 
 from compile_sparse.compiler.errors import ModelError, UsageError
-from compile_sparse.compiler.execution.executor import interpret_graph
+from compile_sparse.compiler.execution.executor import Observer, interpret_graph
 from compile_sparse.compiler.ir.liveness import last_uses
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import ResidentTensor, TensorSource
 
 __all__ = ["ProgramModule", "language_loss"]
-
-Observer = Callable[[torch.Tensor], None]
 
 IGNORED = -100
 """Target of positions that do not count, as in ``torch.nn.functional.cross_entropy``."""
@@ -137,7 +135,7 @@ def _refuse_without_derivative(program: Program) -> None:
                 "CS2401",
                 "This program cannot be trained.",
                 where=node.name,
-                why=f"The operator {node.target} has no derivative: it rounds, or stands for one runtime kernel.",
+                why=f"The operator {node.target} has no derivative: it rounds, or names one runtime kernel.",
                 hint="Train before quantizing and lowering.",
             )
 

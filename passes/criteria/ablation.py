@@ -17,6 +17,7 @@ from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.passes.criteria.consumers import contacts_of, contracted_dim
 from compile_sparse.passes.criteria.depth_ablation import loss_measure
+from compile_sparse.passes.criteria.positions import axis_of
 
 __all__ = ["ablation_scores"]
 
@@ -67,7 +68,7 @@ def _silenced(analysis: Analysis, group: Group, position: int) -> Program:
     changed: dict[str, ResidentTensor] = {}
     for contact in group.consumers:
         dim = contracted_dim(analysis, contact)
-        axis = analysis.labels[nodes[contact.weight]][dim]
+        axis = axis_of(analysis, nodes[contact.weight], dim)
         hit = torch.zeros(program.weights[contact.weight].shape[dim], dtype=torch.bool)
         for leaf, index in coords(axis):
             if leaf is group.leaf:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,11 +14,13 @@ from compile_sparse.compiler.axes.analysis_state import AxisUse
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.executor import Executor
-from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.execution.executor import Observer
+from compile_sparse.compiler.ir.edit import op_name, schema_arguments
 from compile_sparse.compiler.ir.gemms import gemm_of
 from compile_sparse.compiler.ir.nodes import fake_tensor, node_argument
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.passes.criteria.positions import axis_of
+from compile_sparse.passes.statistics.observation import observe_values
 
 __all__ = ["InputPower", "contacts_of", "contracted_dim", "input_power"]
 
@@ -70,20 +72,15 @@ def input_power(
     """
     found: dict[tuple[str, int], InputPower] = {}
     for contact in contacts:
-        axis = analysis.labels[contact.operand][contact.dim]
-        found.setdefault(
-            (contact.operand, contact.dim), InputPower(axis, torch.zeros(find(axis).size, dtype=torch.float64))
-        )
+        axis = axis_of(analysis, contact.operand, contact.dim)
+        squares = torch.zeros(int(find(axis).size), dtype=torch.float64)
+        found.setdefault((contact.operand, contact.dim), InputPower(axis, squares))
     observers = {node: _observer(node, found) for node, _ in found}
-    executor = Executor(analysis.program)
-    with progress.task(what, total=len(calibration)) as task:
-        for inputs in calibration.feeds(analysis.program):
-            executor.run(inputs, observe=observers)
-            task.advance()
+    observe_values(analysis.program, observers, calibration, progress, what)
     return found
 
 
-def _observer(node: str, found: dict[tuple[str, int], InputPower]) -> Callable[[torch.Tensor], None]:
+def _observer(node: str, found: dict[tuple[str, int], InputPower]) -> Observer:
     watched = [(dim, power) for (owner, dim), power in found.items() if owner == node]
 
     def observe(value: torch.Tensor) -> None:
@@ -103,9 +100,10 @@ def contracted_dim(analysis: Analysis, contact: AxisUse) -> int:
     any transposes between the stored tensor and the GEMM.
     """
     program = analysis.program
-    axis = find(analysis.labels[contact.operand][contact.dim])
+    axis = find(axis_of(analysis, contact.operand, contact.dim))
     placeholder = next(name for name, binding in program.bindings.items() if binding.tensor == contact.weight)
-    same = [dim for dim, other in enumerate(analysis.labels[placeholder]) if find(other) is axis]
+    dims = range(len(analysis.labels[placeholder]))
+    same = [dim for dim in dims if find(axis_of(analysis, placeholder, dim)) is axis]
     if len(same) == 1:
         return same[0]
     dim = _by_operator(program.node(contact.node), contact)
@@ -130,13 +128,19 @@ def _by_operator(node: fx.Node, contact: AxisUse) -> int:
     else:
         weight, dim = gemm.weight, gemm.axis
     while weight.op == "call_function":
-        order = list(range(fake_tensor(weight).ndim))
-        if op_name(weight) == "t":
-            order.reverse()
-        elif op_name(weight) == "transpose":
-            first, second = (place % len(order) for place in weight.args[1:3])
-            order[first], order[second] = second, first
-        elif op_name(weight) == "permute":
-            order = [place % len(order) for place in weight.args[1]]
-        weight, dim = node_argument(weight), order[dim]
+        dim = _order(weight)[dim]
+        weight = node_argument(weight)
     return dim
+
+
+def _order(node: fx.Node) -> list[int]:
+    """Dimension of the result -> dimension of the argument, for operators that transpose; the same for others."""
+    order = list(range(fake_tensor(node).ndim))
+    if op_name(node) == "t":
+        order.reverse()
+    elif op_name(node) == "transpose":
+        first, second = schema_arguments(node)["dim0"], schema_arguments(node)["dim1"]
+        order[first], order[second] = order[second], order[first]
+    elif op_name(node) == "permute":
+        order = [place % len(order) for place in schema_arguments(node)["dims"]]
+    return order

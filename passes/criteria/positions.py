@@ -10,7 +10,7 @@ from compile_sparse.compiler.axes.algebra import Axis, coords, leaves
 from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group
 
-__all__ = ["add_positions", "coupled_dims", "coupled_parameters", "zeros"]
+__all__ = ["add_positions", "axis_of", "coupled_dims", "coupled_parameters", "zeros"]
 
 
 def zeros(groups: Sequence[Group]) -> dict[Axis, torch.Tensor]:
@@ -27,6 +27,14 @@ def add_positions(totals: Mapping[Axis, torch.Tensor], axis: Axis, values: torch
         if leaf in totals:
             present = index >= 0
             totals[leaf].index_add_(0, index[present], values[present].to(totals[leaf].dtype))
+
+
+def axis_of(analysis: Analysis, node: str, dim: int) -> Axis:
+    """Label of one dimension of a single-valued node."""
+    axis = analysis.labels[node][dim]
+    if not isinstance(axis, Axis):
+        raise TypeError(f"{node} has several values")
+    return axis
 
 
 def coupled_dims(analysis: Analysis, node: str, wanted: Mapping[Axis, torch.Tensor]) -> list[tuple[int, Axis]]:

@@ -74,6 +74,7 @@ def _gate_gradients(
 
     def consumer(dims: Sequence[tuple[int, Axis]]) -> Callable[[torch.Tensor], None]:
         def consume(parameter: torch.Tensor) -> None:
+            assert parameter.grad is not None  # the hook runs after it was accumulated
             product = parameter.detach().float() * parameter.grad.float()
             for dim, axis in dims:
                 others = [other for other in range(product.ndim) if other != dim]

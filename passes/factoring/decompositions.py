@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -13,12 +14,12 @@ from compile_sparse.compiler.progress import Progress
 from compile_sparse.passes.factoring.candidates import Candidate
 from compile_sparse.passes.factoring.factors import Factors, factor
 from compile_sparse.passes.statistics.fisher import output_fisher
-from compile_sparse.passes.statistics.gram import input_grams
+from compile_sparse.passes.statistics.gram import Gram, each_gram
 
 __all__ = ["decompositions", "rows_of"]
 
 BUDGET_BYTES = 2 << 30
-"""Gram and Fisher matrices held at a time; wider models take several passes over the calibration text."""
+"""Fisher matrices held at a time; wider models are differentiated on the calibration text several times."""
 
 
 def decompositions(
@@ -38,16 +39,23 @@ def decompositions(
         calibration: the text.
         progress: told of every batch and layer.
         outputs: take the Fisher matrix of the outputs as their metric; needs gradients.
-        budget_bytes: bound on the statistics in memory, ``8 (K^2 + N^2)`` bytes per layer.
+        budget_bytes: bound on the Fisher matrices in memory, ``8 N^2`` bytes per layer. Of Gram matrices, ``8 K^2`` bytes, only
+            those are held that a later candidate needs too.
     """
-    for group in _groups(candidates, outputs, budget_bytes):
-        grams = input_grams(program, [each.linear.input.name for each in group], calibration, progress)
+    readers = Counter(each.linear.input.name for each in candidates)
+    coming, grams = each_gram(program, readers, calibration, progress), dict[str, Gram]()
+    for group in _groups(candidates, budget_bytes) if outputs else [candidates]:
         fishers = output_fisher(program, [each.name for each in group], calibration, progress) if outputs else {}
         with progress.task("decompose weights", total=len(group)) as task:
             for each in group:
+                source = each.linear.input.name
+                while source not in grams:  # in graph order, as the candidates: parallel branches read one again later
+                    grams.update([next(coming)])
+                readers[source] -= 1
+                gram = grams[source] if readers[source] else grams.pop(source)
                 found = factor(
                     rows_of(program, each.linear),
-                    input_metric=grams[each.linear.input.name].moment,
+                    input_metric=gram.moment,
                     output_metric=fishers.get(each.name),
                     where=each.linear.tensor,
                 )
@@ -61,19 +69,15 @@ def rows_of(program: Program, linear: Linear) -> torch.Tensor:
     return value if linear.axis == 1 else value.t()
 
 
-def _groups(candidates: Sequence[Candidate], outputs: bool, budget_bytes: int) -> list[list[Candidate]]:
-    """Consecutive candidates whose statistics fit the budget together; one that never fits is alone."""
+def _groups(candidates: Sequence[Candidate], budget_bytes: int) -> list[list[Candidate]]:
+    """Consecutive candidates whose Fisher matrices fit the budget together; one that never fits is alone."""
     groups: list[list[Candidate]] = []
-    room, inputs = 0, set[str]()
+    room = 0
     for each in candidates:
-        size = 8 * each.choices.rows**2 if outputs else 0
-        if each.linear.input.name not in inputs:
-            size += 8 * each.choices.columns**2
+        size = 8 * each.choices.rows**2
         if not groups or size > room:
             groups.append([])
-            room, inputs = budget_bytes, set()
-            size = 8 * (each.choices.columns**2 + (each.choices.rows**2 if outputs else 0))
+            room = budget_bytes
         groups[-1].append(each)
-        inputs.add(each.linear.input.name)
         room -= size
     return groups

@@ -14,31 +14,17 @@ sequential targets from the dense network as in arXiv:2208.11580 (OBC) and arXiv
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
-
-import torch
-from torch import fx
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.layerwise import LayerwiseExecutor
-from compile_sparse.compiler.execution.scratch import Scratch
-from compile_sparse.compiler.ir.edit import op_name
-from compile_sparse.compiler.ir.linears import Linear, find_linears
+from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.passes.reconstruction.matching import Objective, objective_of
 from compile_sparse.passes.reconstruction.regression import DAMPINGS, Correction, Regression
+from compile_sparse.passes.reconstruction.walk import Gather, LayerVisit, Walk, own_bias
 
 __all__ = ["Refitted", "refit"]
-
-_BIAS = {"linear": 2, "addmm": 0}
-"""Operator -> position of its bias."""
-
-Gather = Callable[[str, torch.Tensor], torch.Tensor]
-"""``gather(dense node, dense value)``: the part of the value that is left in the pruned program."""
 
 
 @dataclass(frozen=True)
@@ -87,125 +73,40 @@ def refit(
         biases_only: keep the weights and shift the outputs of layers that have a bias by what they lack on average.
         dampings: see ``Regression``.
 
-    Left alone: weights read by several nodes (tied embeddings), layers that make the logits, linears whose place the dense
-    program does not have.
+    Left alone: what ``Walk`` leaves alone (tied embeddings, lm_head, linears whose place the dense program does not have), and
+    layers that share their bias with other nodes.
+
+    Raises:
+        ModelError: CS2503 when the activations are not finite.
+        EnvironmentFailure: CS5011 when the temporary folder is full.
     """
-    work = _Refit(dense, pruned, calibration, gather, stands_for or {}, None if biases_only else dampings)
     layers = [
-        layer for layer in find_linears(pruned)[0] if (only is None or layer.node.name in only) and work.fits(layer)
+        layer
+        for layer in find_linears(pruned)[0]
+        if (only is None or layer.node.name in only)
+        and (own_bias(pruned, layer) or (layer.bias is None and not biases_only))
     ]
-    work.expect(layers)
+    walk = Walk(dense, pruned, calibration, layers=layers, gather=gather, stands_for=stands_for)
     missing = left = 0.0
     changed = 0
-    with progress.task("refit layers", total=len(layers)) as task:
-        for layer in layers:
-            found = work.refit(layer)
+    with progress.task("refit layers", total=len(walk.layers)) as task:
+        for visit in walk:
+            found = _correction(visit, None if biases_only else dampings)
             if found.weight is not None or found.bias is not None:
                 changed, missing, left = changed + 1, missing + found.missing, left + found.left
+                visit.replace(
+                    weight=None if found.weight is None else visit.weight.double() + found.weight,
+                    bias=None if found.bias is None or visit.bias is None else visit.bias.double() + found.bias,
+                )
             task.advance()
-    program = replace(pruned, weights=pruned.weights.updated(work.changed))
-    return Refitted(program, changed, left / missing if missing else 0.0)
+    return Refitted(walk.program, changed, left / missing if missing else 0.0)
 
 
-class _Refit:
-    def __init__(
-        self,
-        dense: Program,
-        pruned: Program,
-        calibration: CalibrationStream,
-        gather: Gather,
-        stands_for: Mapping[str, str],
-        dampings: Sequence[float] | None,
-    ) -> None:
-        self.pruned, self.gather, self.stands_for, self.dampings = pruned, gather, stands_for, dampings
-        self.dense_nodes = {node.name: node for node in dense.graph.nodes}
-        self.order = {node: place for place, node in enumerate(pruned.graph.nodes)}
-        self.logits = {n for n, o in zip(pruned.output_nodes, pruned.outputs, strict=True) if o.role == "logits"}
-        self.tied = set(pruned.aliases.values())
-        self.teacher = LayerwiseExecutor(dense, calibration.feeds(dense))
-        self.student = LayerwiseExecutor(pruned, calibration.feeds(pruned))
-        self.scratch = Scratch()
-        self.changed: dict[str, TensorSource] = {}
-        self.awaited: Counter[str] = Counter()
-        self.values: dict[str, dict[int, torch.Tensor]] = {}
-
-    def fits(self, layer: Linear) -> bool:
-        objective = objective_of(layer, self.order)
-        return (
-            len(layer.weight.users) == 1
-            and layer.tensor not in self.tied
-            and objective.value not in self.logits
-            and layer.node not in self.logits
-            and self._target_name(objective) in self.dense_nodes
-            and (bool(self._bias_name(layer)) or (self.dampings is not None and not self._has_bias(layer)))
-        )
-
-    def expect(self, layers: Sequence[Linear]) -> None:
-        """Dense values that will be asked for: parallel branches ask for one behind the place of the next."""
-        self.awaited = Counter(self._target_name(objective_of(layer, self.order)) for layer in layers)
-
-    def _target_name(self, objective: Objective) -> str:
-        name = objective.value.name
-        return self.stands_for.get(name, name)
-
-    def _target(self, name: str) -> dict[int, torch.Tensor]:
-        """The dense value of every batch; kept from when the walk passed it until the last layer that asks."""
-        node = self.dense_nodes[name]
-        if not self.teacher.passed(node):
-
-            def watcher(watched: str) -> Callable[[int, torch.Tensor], None]:
-                return self.values.setdefault(watched, {}).__setitem__
-
-            self.teacher.advance(node, inclusive=True, watch={watched: watcher(watched) for watched in self.awaited})
-        self.awaited[name] -= 1
-        if self.awaited[name]:
-            return self.values[name]
-        del self.awaited[name]
-        return self.values.pop(name)
-
-    def refit(self, layer: Linear) -> Correction:
-        """Fit one layer."""
-        objective = objective_of(layer, self.order)
-        name = self._target_name(objective)
-        values = self._target(name)
-        self.student.advance(layer.node)
-        weight, bias = self._values(layer)
-        regression = Regression(weight.shape[1], weight.shape[0], intercept=bias is not None)
-        for batch in range(self.student.batches):
-            # Rows, whatever the leading dimensions: a sum may be [batch, tokens, width] where the layer saw [rows, width].
-            x = self.student.value(batch, layer.input).reshape(-1, weight.shape[1])
-            missing = self.gather(name, values[batch]).reshape(-1, weight.shape[0])
-            for other in objective.others:
-                missing = missing - self.student.value(batch, other).reshape(-1, weight.shape[0])
-            missing = missing - x @ weight.t()
-            regression.add(x, missing if bias is None else missing - bias)
-        found = regression.mean_shift() if self.dampings is None else regression.solve(self.dampings)
-        if found.weight is not None:
-            new = (weight.double() + found.weight).to(weight.dtype)
-            self._store(layer.tensor, new if layer.axis == 1 else new.t().contiguous())
-        if found.bias is not None and bias is not None:
-            self._store(self._bias_name(layer), (bias.double() + found.bias).to(bias.dtype))
-        return found
-
-    def _store(self, tensor: str, value: torch.Tensor) -> None:
-        self.changed[tensor] = self.scratch.keep(value)
-        self.student.replace(tensor, self.changed[tensor])
-
-    def _values(self, layer: Linear) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """``W: [N, K]`` and ``b: [N]`` as stored in the pruned program."""
-        weight = self.pruned.weights.load(layer.tensor)
-        name = self._bias_name(layer)
-        return weight if layer.axis == 1 else weight.t(), self.pruned.weights.load(name) if name else None
-
-    def _has_bias(self, layer: Linear) -> bool:
-        place = _BIAS.get(op_name(layer.node))
-        return place is not None and place < len(layer.node.args) and layer.node.args[place] is not None
-
-    def _bias_name(self, layer: Linear) -> str:
-        """Stored name of the bias; empty when there is none of its own."""
-        place = _BIAS.get(op_name(layer.node))
-        node = layer.node.args[place] if place is not None and place < len(layer.node.args) else None
-        if not isinstance(node, fx.Node) or len(node.users) != 1:
-            return ""
-        tensor = self.pruned.tensor_of(node)
-        return tensor if tensor is not None and len(self.pruned.weights[tensor].shape) == 1 else ""
+def _correction(visit: LayerVisit, dampings: Sequence[float] | None) -> Correction:
+    """Of the weight (and bias) with one of ``dampings``, or without them of the bias alone."""
+    weight, bias = visit.weight, visit.bias
+    regression = Regression(weight.shape[1], weight.shape[0], intercept=bias is not None)
+    for x, target in zip(visit.inputs(), visit.targets(), strict=True):
+        missing = target - x @ weight.t()
+        regression.add(x, missing if bias is None else missing - bias)
+    return regression.mean_shift() if dampings is None else regression.solve(dampings)

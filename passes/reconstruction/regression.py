@@ -73,7 +73,7 @@ class Regression:
         self._fitted, self._held = _Sums(size, outputs), _Sums(size, outputs)
 
     def add(self, x: torch.Tensor, missing: torch.Tensor) -> None:
-        """Accumulate rows ``x: [T, K]`` and ``missing: [T, N]``. Products in float32, sums in float64."""
+        """Accumulate rows ``x: [T, K]`` and ``missing: [T, N]``. GEMMs in float32, sums in float64."""
         x, missing = x.float(), missing.float()
         if self._intercept:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)

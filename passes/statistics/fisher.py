@@ -46,10 +46,12 @@ def output_fisher(
         ModelError: CS2401 when an operator of the graph has no derivative.
     """
 
-    def outer(rows: torch.Tensor) -> torch.Tensor:
+    def second_moment(rows: torch.Tensor) -> torch.Tensor:
         return rows.T @ rows
 
-    return _mean_over_tokens(program, nodes, calibration, progress, max_windows, outer, lambda width: (width, width))
+    return _mean_over_tokens(
+        program, nodes, calibration, progress, max_windows, second_moment, lambda width: (width, width)
+    )
 
 
 def output_fisher_diagonal(
@@ -79,7 +81,7 @@ def _mean_over_tokens(
 ) -> dict[str, torch.Tensor]:
     """``statistic`` of the rows ``g [tokens, N]`` of every batch, summed and divided by the number of tokens.
 
-    Products of one batch are taken in float32 and summed in float64. A node that the loss does not depend on gets zeros.
+    GEMMs of one batch are in float32, their sums in float64. A node that the loss does not depend on gets zeros.
     """
     if all(output.role != "logits" for output in program.outputs):
         raise UsageError(

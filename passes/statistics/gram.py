@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.execution.layerwise import LayerwiseExecutor
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.progress import Progress, Task
 
 __all__ = ["Gram", "each_gram", "input_grams"]
-
-BUDGET_BYTES = 2 << 30
-"""Accumulators held during one pass over the calibration text; wider models take several passes."""
 
 
 @dataclass(frozen=True)
@@ -49,56 +47,52 @@ class Gram:
 
 
 def input_grams(
-    program: Program,
-    nodes: Iterable[str],
-    calibration: CalibrationStream,
-    progress: Progress,
-    *,
-    budget_bytes: int = BUDGET_BYTES,
+    program: Program, nodes: Iterable[str], calibration: CalibrationStream, progress: Progress
 ) -> dict[str, Gram]:
     """Every Gram at once, by node name: ``8 K^2`` bytes each. See ``each_gram`` for a stream of them."""
-    return dict(each_gram(program, nodes, calibration, progress, budget_bytes=budget_bytes))
+    return dict(each_gram(program, nodes, calibration, progress))
 
 
 def each_gram(
-    program: Program,
-    nodes: Iterable[str],
-    calibration: CalibrationStream,
-    progress: Progress,
-    *,
-    budget_bytes: int = BUDGET_BYTES,
+    program: Program, nodes: Iterable[str], calibration: CalibrationStream, progress: Progress
 ) -> Iterator[tuple[str, Gram]]:
     """Grams of the values of ``nodes`` over the last dimension, in graph order, each distinct node once.
 
-    Batches carry no padding, so every row counts. Products of one batch are taken in float32 and summed in float64. At most
-    ``budget_bytes`` of accumulators (or one, if that alone is larger) exist at a time, each group of them taking one pass over
-    the text; a Gram the caller has dropped is freed before the next pass.
+    One run of the program in all, as far as the last node: all batches are brought to one node after the other. Batches carry no
+    padding, so every row counts. GEMMs of one batch are in float32, their sums in float64.
+
+    Memory: ``8 K^2`` bytes of one Gram, beside those the caller keeps, and that of ``LayerwiseExecutor``: the weights between
+    two nodes and the live values of all batches.
 
     Args:
         program: what is run.
         nodes: graph nodes whose values are ``[..., K]`` with static ``K``: the inputs of linears. Layers that read the same
             node (query, key and value) share one Gram.
         calibration: the text.
-        progress: told of every batch.
-        budget_bytes: bound on accumulators in one pass.
+        progress: one step per node and batch; the caller's work between two Grams counts in its time.
+
+    Raises:
+        KeyError: a name is not in the graph.
     """
     wanted = set(nodes)
-    widths = {n.name: int(n.meta["val"].shape[-1]) for n in program.graph.nodes if n.name in wanted}
-    if missing := wanted - set(widths):
+    found = [node for node in program.graph.nodes if node.name in wanted]
+    if missing := wanted - {node.name for node in found}:
         raise KeyError(f"not in the graph: {', '.join(sorted(missing))}")
-    groups = _groups(widths, budget_bytes)
-    executor = Executor(program)
-    for place, group in enumerate(groups, 1):
-        sums = {name: _Sums(widths[name]) for name in group}
-        observe: dict[str, Callable[[torch.Tensor], None]] = {name: each.add for name, each in sums.items()}
-        label = "observe inputs" + (f", {place} of {len(groups)}" if len(groups) > 1 else "")
-        with progress.task(label, total=len(calibration)) as task:
-            for inputs in calibration.feeds(program):
-                executor.run(inputs, observe=observe)
-                task.advance()
-        observe.clear()
-        for name in group:
-            yield name, sums.pop(name).gram()
+    walk = LayerwiseExecutor(program, calibration.feeds(program))
+    with progress.task("observe inputs", total=len(found) * walk.batches) as task:
+        for node in found:
+            yield node.name, _gram(walk, node, task)
+
+
+def _gram(walk: LayerwiseExecutor, node: fx.Node, task: Task) -> Gram:
+    sums = _Sums(int(node.meta["val"].shape[-1]))
+
+    def take(batch: int, value: torch.Tensor) -> None:
+        sums.add(value)
+        task.advance()
+
+    walk.advance(node, inclusive=True, watch={node.name: take})
+    return Gram(sums.second, sums.total, sums.count)
 
 
 class _Sums:
@@ -114,20 +108,3 @@ class _Sums:
         self.second += rows.T @ rows
         self.total += rows.sum(dim=0, dtype=torch.float64)
         self.count += rows.shape[0]
-
-    def gram(self) -> Gram:
-        return Gram(self.second, self.total, self.count)
-
-
-def _groups(widths: dict[str, int], budget_bytes: int) -> Sequence[Sequence[str]]:
-    """Consecutive names whose accumulators fit the budget together; one that never fits is alone."""
-    groups: list[list[str]] = []
-    room = 0
-    for name, width in widths.items():
-        size = 8 * width * width
-        if not groups or size > room:
-            groups.append([])
-            room = budget_bytes
-        groups[-1].append(name)
-        room -= size
-    return groups

@@ -1,15 +1,16 @@
-"""How strongly each input feature of a product is driven on calibration text."""
+"""How strongly each input feature of a GEMM is driven on calibration text."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.execution.executor import Observer
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.passes.statistics.observation import observe_values
 
 __all__ = ["feature_norms"]
 
@@ -36,7 +37,7 @@ def feature_norms(
     shapes = {node.name: node.meta["val"].shape for node in program.graph.nodes if node.name in names}
     squares = {(name, dim): torch.zeros(int(shapes[name][dim]), dtype=torch.float64) for name, dim in wanted}
 
-    def observer(name: str) -> Callable[[torch.Tensor], None]:
+    def observer(name: str) -> Observer:
         dims = [dim for node, dim in wanted if node == name]
 
         def observe(value: torch.Tensor) -> None:
@@ -46,9 +47,6 @@ def feature_norms(
 
         return observe
 
-    executor, observers = Executor(program), {name: observer(name) for name in names}
-    with progress.task("measure input norms", total=len(calibration)) as task:
-        for inputs in calibration.feeds(program):
-            executor.run(inputs, observe=observers)
-            task.advance()
+    observers = {name: observer(name) for name in names}
+    observe_values(program, observers, calibration, progress, "measure input norms")
     return {place: total.sqrt() for place, total in squares.items()}

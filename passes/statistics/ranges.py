@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from fractions import Fraction
 from typing import Protocol
 
 import torch
 from torch import fx
 
-from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.passes.statistics.observation import observe_values
 
 __all__ = ["largest_magnitudes", "magnitude_percentiles"]
 
@@ -39,7 +39,7 @@ def magnitude_percentiles(
     One run of the text; memory is that of a run and half a megabyte per node: counts of values by the first 16 bits of ``|x|`` as
     float32 (exponent and 8 bits of fraction). The answer is the upper end of a bin, at most ``max|x|``: never below the exact
     percentile and at most ``2^-8`` of it above, however far outliers lie. Where it would be zero, because more than ``percent``
-    of the values are, it is ``max|x|``: a range of zero codes nothing.
+    of the values are, it is ``max|x|``: a range of zero represents nothing.
 
     Args:
         program: what is run.
@@ -89,9 +89,5 @@ class _Histogram:
 def _observe(program: Program, found: Mapping[str, _Statistic], context: PassContext) -> None:
     if context.calibration is None:
         raise RuntimeError("the caller checks that there is calibration text")
-    observers: dict[str, Callable[[torch.Tensor], None]] = {name: seen.add for name, seen in found.items()}
-    executor = Executor(program)
-    with context.progress.task("measure activation ranges", total=len(context.calibration)) as task:
-        for inputs in context.calibration.feeds(program):
-            executor.run(inputs, observe=observers)
-            task.advance()
+    observers = {name: seen.add for name, seen in found.items()}
+    observe_values(program, observers, context.calibration, context.progress, "measure activation ranges")

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.execution.executor import Executor, decoder_inputs, weight_only
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import WeightStore
 from tests.models import example_inputs
@@ -151,6 +151,21 @@ def test_what_depends_on_weights_alone_is_computed_once() -> None:
     for _ in range(3):
         assert torch.equal(executor.run({"x0": X})["y0"], 3 * X)
     assert len(calls) == 1
+
+
+def test_weights_and_what_is_computed_from_them_alone() -> None:
+    class Transposed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.eye(WIDTH))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x @ (self.weight * 2).t()
+
+    program = toy_program(Transposed(), [X])
+    calls = {node.name for node in weight_only(program) if node.op == "call_function"}
+    assert calls == {"mul", "t"}
+    assert {node.name for node in weight_only(program)} - calls == set(program.bindings)
 
 
 def test_decoder_inputs_of_a_first_and_a_second_call(tiny_llama_program: Program) -> None:

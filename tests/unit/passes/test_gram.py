@@ -1,6 +1,10 @@
-"""Gram matrices equal the sums of the observed values, whatever the number of passes over the text."""
+"""Gram matrices equal the sums of the observed values, and cost one run of the model."""
 
 from __future__ import annotations
+
+import weakref
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +15,8 @@ from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.statistics import gram as module
 from compile_sparse.passes.statistics.gram import each_gram, input_grams
+from tests.deep import DEPTH, deep_program
+from tests.unit.counting import count_calls
 
 
 def _stream(seed: int = 0) -> CalibrationStream:
@@ -39,7 +45,7 @@ def test_sums_equal_brute_force(captured, name):
     for each, gram in found.items():
         x = torch.cat(rows[each])
         assert gram.count == len(x) == stream.tokens
-        # Products of one batch are in float32: at most 18 rows, so 18 roundings of 2^-24 of sums of |x_i x_j|.
+        # GEMMs of one batch are in float32: at most 18 rows, so 18 roundings of 2^-24 of sums of |x_i x_j|.
         slack = 18 * 2.0**-24 * (x.abs().T @ x.abs())
         assert ((gram.second - x.T @ x).abs() <= slack + 1e-12).all()
         torch.testing.assert_close(gram.total, x.sum(0), rtol=1e-12, atol=1e-12)
@@ -56,38 +62,62 @@ def test_layers_that_read_one_value_share_one_gram(tiny_llama_program):
     assert len(found) == 2 * 4 + 1
 
 
-def test_a_small_budget_takes_more_passes_and_gives_the_same(tiny_llama_program, monkeypatch):
-    names, runs = _inputs(tiny_llama_program), []
+def test_each_node_runs_once_per_batch_and_one_gram_is_held_at_a_time(monkeypatch):
+    """However deep the model: neither the number of runs nor memory follows the number of Grams."""
+    program, stream = deep_program("llama").clone(), _stream()
+    names, calls = _inputs(program), count_calls(program)
+    alive = most = 0
 
-    class Counting(Executor):
-        def run(self, inputs, observe=None):
-            runs.append(len(observe or {}))
-            return super().run(inputs, observe)
+    class Counting(module._Sums):
+        def __init__(self, width: int) -> None:
+            nonlocal alive, most
+            super().__init__(width)
+            alive += 1
+            most = max(most, alive)
+            weakref.finalize(self.second, dropped)
 
-    monkeypatch.setattr(module, "Executor", Counting)
-    stream = _stream()
-    whole = input_grams(tiny_llama_program, names, stream, SilentProgress())
-    assert runs == [len(names)] * len(stream)
-    runs.clear()
+    def dropped() -> None:
+        nonlocal alive
+        alive -= 1
 
-    budget = 8 * (64 * 64 + 64 * 64)  # two of width 64; the one of width 88 shares with none
-    parts = dict(each_gram(tiny_llama_program, names, stream, SilentProgress(), budget_bytes=budget))
-
-    assert max(runs) == 2
-    assert sum(runs) == len(names) * len(stream)
-    assert list(parts) == list(whole)
-    for name, gram in parts.items():
-        assert torch.equal(gram.second, whole[name].second)
+    monkeypatch.setattr(module, "_Sums", Counting)
+    seen = []
+    for name, gram in each_gram(program, names, stream, SilentProgress()):
+        seen.append(name)
+        del gram
+    assert seen == names
+    assert len(names) == 4 * DEPTH + 1
+    assert (most, alive) == (1, 0)
+    last = program.node(names[-1])
+    done = [node.name for node in program.graph.nodes if node.name in calls and node <= last]
+    assert set(calls) - set(done), "the logits are not needed"
+    assert {name: calls[name] for name in done} == dict.fromkeys(done, len(stream))
+    assert sum(calls.values()) == len(done) * len(stream)
 
 
 def test_the_stream_is_lazy(tiny_llama_program):
-    names, done = _inputs(tiny_llama_program), []
+    program = tiny_llama_program.clone()
+    names, calls = _inputs(program), count_calls(program)
+    parts = each_gram(program, names, _stream(), SilentProgress())
+    assert next(parts)[0] == names[0]
+    assert calls[names[0]] == len(_stream())
+    assert not calls[names[1]]
+
+
+def test_progress_counts_nodes_and_batches(tiny_llama_program):
+    names, stream, told = _inputs(tiny_llama_program), _stream(), []
 
     class Told(SilentProgress):
+        @contextmanager
         def task(self, label, total=None):
-            done.append(label)
-            return super().task(label, total)
+            told.append((label, total))
+            yield SimpleNamespace(advance=lambda steps=1: told.append(steps))
 
-    parts = each_gram(tiny_llama_program, names, _stream(), Told(), budget_bytes=1)
-    next(parts)
-    assert done == [f"observe inputs, 1 of {len(names)}"]
+    input_grams(tiny_llama_program, names, stream, Told())
+    assert told[0] == ("observe inputs", len(names) * len(stream))
+    assert told[1:] == [1] * (len(names) * len(stream))
+
+
+def test_an_unknown_node_is_named(tiny_llama_program):
+    with pytest.raises(KeyError, match="nowhere"):
+        input_grams(tiny_llama_program, ["nowhere"], _stream(), SilentProgress())

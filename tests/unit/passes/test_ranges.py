@@ -67,7 +67,7 @@ def test_the_percentile_is_that_of_numpy_to_the_width_of_a_bin(name: str, percen
     # The smallest of the values that at least this share does not exceed.
     exact = float(np.quantile(values, percent / 100, method="inverted_cdf"))
     if exact == 0:
-        assert found == values.max(), "a range of zero codes nothing"
+        assert found == values.max(), "a range of zero represents nothing"
     else:
         assert exact <= found <= exact * (1 + BIN)
     assert found <= values.max()
