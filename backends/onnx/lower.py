@@ -25,7 +25,7 @@ def rehearse(program: Program, dialect: Dialect, interface: Interface) -> list[D
     try:
         interface(emission)
     except Refusal as refusal:
-        return [Diagnostic(refusal.where, refusal.code, refusal.why, refusal.hint)]
+        return [Diagnostic(refusal.where, refusal.code, refusal.why, refusal.hint, severity="error")]
     emission.run()
     return [*emission.unsupported, *emission.diagnostics]
 
