@@ -13,10 +13,10 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Literal
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
+from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.targets.target_files import read_target_files
 
 __all__ = [
     "Build",
@@ -164,22 +164,19 @@ class Target(BaseModel):
 
 @cache
 def load_targets() -> Mapping[str, Target]:
-    """Every registered target by name, sorted."""
+    """Every registered target by name, sorted.
+
+    Raises:
+        EnvironmentFailure: CS5001, a file that is not valid.
+    """
+    entries = sorted(entry_points(group="compile_sparse.targets"), key=lambda e: e.name)
     found: dict[str, Target] = {}
-    for entry in sorted(entry_points(group="compile_sparse.targets"), key=lambda e: e.name):
-        folder = Path(entry.load()())
-        for path in sorted(folder.glob("*.yaml")):
-            try:
-                target = Target.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
-            except (ValidationError, yaml.YAMLError) as error:
-                raise EnvironmentFailure(
-                    "CS5001",
-                    f"Target file {path.name} is not valid.",
-                    where=f"entry point {entry.name!r}",
-                    why=str(error),
-                    hint="Reinstall the package that provides it.",
-                ) from error
-            found[target.name] = target
+    for file in read_target_files((entry.name, Path(entry.load()())) for entry in entries):
+        try:
+            target = Target.model_validate(file.data)
+        except ValidationError as error:
+            raise file.invalid(str(error)) from error
+        found[target.name] = target
     return dict(sorted(found.items()))
 
 
