@@ -25,6 +25,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +163,8 @@ def lower(model: Path, out: Path, form: str) -> dict[str, Any]:
     if "calibration" in options:
         options["calibration"] = str(model.parent / options["calibration"])
     job, progress, stages = prepare(model, TARGET, merge_options(engine="none", **options)), SilentProgress(), {}
-    assert job.target.build is not None
-    build = job.target.build.model_copy(update={"checkpoint": checkpoint})
-    target = job.target.model_copy(update={"build": build})
+    assert job.settings.options is not None
+    settings = replace(job.settings, options=job.settings.options.model_copy(update={"checkpoint": checkpoint}))
 
     @contextmanager
     def stage(name: str) -> Iterator[None]:
@@ -177,9 +177,9 @@ def lower(model: Path, out: Path, form: str) -> dict[str, Any]:
             program = capture(job.folder, progress=progress)
         with stage("passes"):
             program, _ = run_passes(program, job.passes, job.context(progress))
-            program = cast_weights(program, torch_dtype(target.baseline_precision))
+            program = cast_weights(program, torch_dtype(job.precision))
         with stage("lower"):
-            lowered = job.backend.lower(program, target, out, progress)
+            lowered = job.backend.lower(program, job.target, out, progress, settings)
     return {"stages": stages, "peak": resident("VmHWM"), "anonymous": anonymous[0], "form": dict(lowered.form)}
 
 

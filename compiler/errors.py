@@ -17,6 +17,8 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from compile_sparse.compiler.result import CompileResult
+
 __all__ = [
     "CompileSparseError",
     "EnvironmentFailure",
@@ -71,9 +73,19 @@ class UsageError(CompileSparseError):
 
 
 class GateFailure(CompileSparseError):
-    """A gate did not hold; artifact and report are written (exit 3)."""
+    """A gate did not hold; artifact and report are written (exit 3).
+
+    Args:
+        result: what was written.
+    """
 
     exit_code = 3
+
+    def __init__(
+        self, code: str, what: str, *, result: CompileResult, where: str = "", why: str = "", hint: str = ""
+    ) -> None:
+        super().__init__(code, what, where=where, why=why, hint=hint)
+        self.result = result
 
 
 class ModelError(CompileSparseError):

@@ -118,7 +118,7 @@ def main() -> int:
             )
             report, path, code = result.report, result.report_path, 0
         except GateFailure as failure:
-            report, path, code = failure.result.report, failure.result.report_path, failure.exit_code  # type: ignore[attr-defined]
+            report, path, code = failure.result.report, failure.result.report_path, failure.exit_code
             Console(stderr=True).print(str(failure))
     Console().print(report_table(report))
     sys.stdout.write(f"{path}\n")

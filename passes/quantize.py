@@ -126,7 +126,7 @@ class Quantize(Pass):
                 why=diagnostics[0].why if diagnostics else "The model has no linear layer with a stored weight.",
             )
         outputs = self._quantized_outputs(edited, linears, context.target)
-        stored = _scale_type(scheme, context.target)
+        stored = _scale_type(scheme, context)
         edits, activations = Edits(edited), None
         if scheme.activations:
             activations = ActivationQuantizer(
@@ -273,10 +273,10 @@ def _with_whole_groups(
     return kept, diagnostics
 
 
-def _scale_type(scheme: Scheme, target: Target) -> torch.dtype:
+def _scale_type(scheme: Scheme, context: PassContext) -> torch.dtype:
     """Type that scales are stored in. Codes are chosen for the scales as they are stored."""
-    if scheme.activations == "" or target.scales == "precision":
-        return torch_dtype(target.baseline_precision)
+    if scheme.activations == "" or context.target.scales == "precision":
+        return torch_dtype(context.settings.precision_on(context.target))
     return torch.float32
 
 

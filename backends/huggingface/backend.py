@@ -11,6 +11,7 @@ from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.ir.program import Program
@@ -39,7 +40,7 @@ class HuggingFaceBackend:
             return Probe(False, _RUNTIME, found, why_not=f"Device {target.device!r} is not measured.")
         return Probe(True, _RUNTIME, found, target.device)
 
-    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
+    def plan(self, program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """CS42xx when no config of the model's class has these shapes. Weights are not read."""
         from compile_sparse.backends.checkpoint.checkpoint import plan_checkpoint
 
@@ -49,7 +50,14 @@ class HuggingFaceBackend:
             return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
         return []
 
-    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the model folder.
 
         Raises:
@@ -72,6 +80,6 @@ class HuggingFaceBackend:
         """Every folder runs wherever the runtime does."""
         return ""
 
-    def worker_command(self, target: Target) -> Sequence[str]:
+    def worker_command(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[str]:
         """The measuring process; it imports torch and transformers only."""
         return command("compile_sparse.backends.huggingface.worker")

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
-from compile_sparse.compiler.files.digests import digest_file
-from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.safetensors_stream import write_safetensors
-from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
+
+if TYPE_CHECKING:
+    from compile_sparse.compiler.diagnostics import Diagnostic
+    from compile_sparse.compiler.ir.program import Program
+    from compile_sparse.compiler.progress import Progress
+    from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["NullBackend"]
 
@@ -30,16 +32,26 @@ class NullBackend:
             available=False, runtime="null", why_not=_WHY, hint="Choose another target; see 'compile-sparse targets'."
         )
 
-    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
+    def plan(self, program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """Nothing is refused: every program can be printed."""
         return ()
 
-    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the program into the empty folder ``out``; memory follows the largest tensor.
 
         Raises:
             ModelError: CS2001 when the program was captured without weights.
         """
+        from compile_sparse.compiler.files.digests import digest_file
+        from compile_sparse.compiler.ir.safetensors_stream import write_safetensors
+
         listing = out / "program.txt"
         lines = [f"# {program.kind} for {target.name}"]
         lines += [f"# weight {node}: {binding.tensor} ({binding.kind})" for node, binding in program.bindings.items()]
@@ -56,7 +68,7 @@ class NullBackend:
         """Every folder runs wherever the runtime does."""
         return ""
 
-    def worker_command(self, target: Target) -> Sequence[str]:
+    def worker_command(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[str]:
         """There is nothing to start.
 
         Raises:

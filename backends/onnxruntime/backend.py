@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Probe
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:
@@ -50,13 +51,20 @@ class OnnxRuntimeBackend:
             return Probe(False, _RUNTIME, version, why_not=why, hint=hint)
         return Probe(True, _RUNTIME, version, target.device)
 
-    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
+    def plan(self, program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """CS2311 for operators without an ONNX form, CS2310 and CS23xx for what runs in a slow form."""
         from compile_sparse.backends.onnxruntime.lowering import rehearse
 
         return rehearse(program)
 
-    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the model folder.
 
         Raises:
@@ -64,15 +72,23 @@ class OnnxRuntimeBackend:
         """
         from compile_sparse.compiler.lowering import lower_in_steps
 
-        return lower_in_steps(self, program, target, out, progress)
+        return lower_in_steps(self, program, target, out, progress, settings)
 
-    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+    def lowering_steps(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[LoweringStep]:
         """Patterns the runtime has a kernel for."""
         from compile_sparse.backends.onnxruntime.lowering import STEPS
 
         return STEPS
 
-    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def write(
+        self,
+        program: Program,
+        prepared: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the model folder of ``prepared``."""
         from compile_sparse.backends.onnxruntime.lowering import write_folder
 
@@ -82,6 +98,6 @@ class OnnxRuntimeBackend:
         """Every folder runs wherever the runtime does."""
         return ""
 
-    def worker_command(self, target: Target) -> Sequence[str]:
+    def worker_command(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[str]:
         """The measuring process; it imports numpy and onnxruntime only."""
         return command("compile_sparse.backends.onnxruntime.worker")

@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compile_sparse.backends.tensorrt.layout import DERIVED, TWIN
+from compile_sparse.backends.tensorrt.options import TensorRtOptions, TensorRtVerifyOptions
 from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Probe
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.diagnostics import Diagnostic
@@ -24,6 +27,9 @@ class TensorRtBackend:
     """Lowers programs to a strongly typed ONNX graph, builds engines from it and measures them on the target's GPU."""
 
     name = "tensorrt"
+    options = TensorRtOptions
+    verify_options = TensorRtVerifyOptions
+    derived = DERIVED
 
     def probe(self, target: Target) -> Probe:
         """Whether TensorRT and the target's GPU are here."""
@@ -31,13 +37,20 @@ class TensorRtBackend:
 
         return probe_runtime(target)
 
-    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
+    def plan(self, program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """CS2311 for operators without a form, CS4411 for caches that cannot be static, CS23xx for what was not recognised."""
         from compile_sparse.backends.tensorrt.graph.lowering import rehearse
 
-        return rehearse(program, target)
+        return rehearse(program, target, settings)
 
-    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the graph, check or build its engine, and the same model as a unified Hugging Face checkpoint.
 
         Raises:
@@ -46,19 +59,27 @@ class TensorRtBackend:
         """
         from compile_sparse.compiler.lowering import lower_in_steps
 
-        return lower_in_steps(self, program, target, out, progress)
+        return lower_in_steps(self, program, target, out, progress, settings)
 
-    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+    def lowering_steps(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[LoweringStep]:
         """Patterns TensorRT has a kernel for, and types."""
         from compile_sparse.backends.tensorrt.graph.lowering import lowering_steps
 
-        return lowering_steps(target)
+        return lowering_steps(settings.precision_on(target))
 
-    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def write(
+        self,
+        program: Program,
+        prepared: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the model folder: the graph of ``prepared``, the checkpoint of ``program``."""
         from compile_sparse.backends.tensorrt.folder import write_folder
 
-        return write_folder(program, prepared, target, out, progress)
+        return write_folder(program, prepared, target, out, progress, settings)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """The folder has no engine for the GPU here."""
@@ -78,10 +99,16 @@ class TensorRtBackend:
             )
         return ""
 
-    def worker_command(self, target: Target) -> Sequence[str]:
+    def worker_command(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[str]:
         """The measuring process on the GPU."""
-        foreign = target.build is not None and target.build.allow_foreign_engine
+        given = settings.verifying
+        foreign = isinstance(given, TensorRtVerifyOptions) and given.allow_foreign_engine
         return [*_WORKER, "engine", *(["--allow-foreign-engine"] if foreign else [])]
+
+    def dense_build(self, model: Path) -> Path | None:
+        """The twin, where an engine with sparse kernels was built."""
+        twin = model / TWIN
+        return twin if twin.is_dir() else None
 
     def reference_command(self, target: Target) -> Sequence[str]:
         """The same graph in ONNX Runtime on the processor: its answers are the graph's."""

@@ -17,21 +17,25 @@ from compile_sparse.backends.tensorrt.engine.engine_stage import Stage, build_en
 from compile_sparse.backends.tensorrt.engine.profiles import profiles_for
 from compile_sparse.backends.tensorrt.graph.cache import aliases_of
 from compile_sparse.backends.tensorrt.graph.dialect import DIALECT
-from compile_sparse.backends.tensorrt.graph.lowering import build_of, interface_of
+from compile_sparse.backends.tensorrt.graph.lowering import interface_of
+from compile_sparse.backends.tensorrt.layout import CHECKPOINT, TWIN
+from compile_sparse.backends.tensorrt.options import engine_settings
 from compile_sparse.backends.tensorrt.sparsity.sparse_gate import GemmRow, check_sparsity, require_pattern
 from compile_sparse.backends.tensorrt.sparsity.sparse_report import sparse_report
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.targets.target import Target
-from compile_sparse.compiler.verify.measure import BESIDE, TWIN
 
 __all__ = ["write_folder"]
 
 
-def write_folder(program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+def write_folder(
+    program: Program, prepared: Program, target: Target, out: Path, progress: Progress, settings: RunSettings
+) -> Lowered:
     """Write the graph, its engine where one can be built, the description and the unified checkpoint into ``out``.
 
     Args:
@@ -40,8 +44,9 @@ def write_folder(program: Program, prepared: Program, target: Target, out: Path,
         target: what engines are built for.
         out: an empty folder.
         progress: where it is reported.
+        settings: what the run chose.
     """
-    options, decoder = build_of(target, program), program.kind == "decoder"
+    options, decoder = engine_settings(settings, program.config), program.kind == "decoder"
     emission, files = write_graph(prepared, DIALECT, interface_of(program, options.max_length), out, progress)
     profiles = profiles_for(emission.graph.inputs, options, decoder=decoder)
     pattern, intended, rows = _sparse_gemms(program, out / MODEL_FILE)
@@ -49,7 +54,7 @@ def write_folder(program: Program, prepared: Program, target: Target, out: Path,
     limits = [*_limits(program, options.max_length), *stage.limits]
     description = Description(
         kind=program.kind,
-        precision=target.baseline_precision,
+        precision=settings.precision_on(target),
         max_length=options.max_length if decoder else None,
         inputs=_values(emission.graph.inputs),
         outputs=_values(emission.graph.outputs),
@@ -71,7 +76,7 @@ def write_folder(program: Program, prepared: Program, target: Target, out: Path,
         files[f"{TWIN}/{stage.twin.file}"] = stage.twin.sha256
     skips: list[Diagnostic] = []
     if options.checkpoint:
-        written, notes = _checkpoint(program, out / BESIDE, progress)
+        written, notes = _checkpoint(program, out / CHECKPOINT, progress)
         files |= written
         skips += notes
     section = None

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.extension.deployments import Deployed
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 
 if TYPE_CHECKING:
     from compile_sparse.backends.triton.repository import Backend
@@ -25,7 +26,7 @@ class TritonDeployment:
 
     name = "triton"
 
-    def refusals(self, kind: str, target: Target) -> Sequence[Diagnostic]:
+    def refusals(self, kind: str, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """CS4620 for targets that no backend of Triton serves, CS4621 for decoders in TensorRT, CS4622 without its engine."""
         if target.backend not in _BACKENDS:
             why = (
@@ -37,7 +38,7 @@ class TritonDeployment:
 
             error = aliased()
             return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
-        if target.backend == "tensorrt" and (why := _no_engine(target)):
+        if target.backend == "tensorrt" and (why := _no_engine(target, settings)):
             return [
                 Diagnostic(
                     "--emit triton",
@@ -50,7 +51,15 @@ class TritonDeployment:
         return []
 
     def write(
-        self, model: Path, out: Path, *, name: str, target: Target, largest_batch: int, known: Mapping[str, str]
+        self,
+        model: Path,
+        out: Path,
+        *,
+        name: str,
+        target: Target,
+        largest_batch: int,
+        known: Mapping[str, str],
+        settings: RunSettings = DEFAULT_SETTINGS,
     ) -> Deployed:
         """Write ``out/name``. See ``repository.write_repository``.
 
@@ -73,7 +82,7 @@ class TritonDeployment:
             backend=_BACKENDS[target.backend],
             device=target.device,
             largest_batch=largest_batch,
-            gpus=target.tensor_parallel,
+            gpus=settings.tensor_parallel,
             known=known,
         )
         limits = list(written.limits)
@@ -83,10 +92,12 @@ class TritonDeployment:
         return Deployed(written.files, limits)
 
 
-def _no_engine(target: Target) -> str:
+def _no_engine(target: Target, settings: RunSettings) -> str:
     """Why no engine that Triton's TensorRT backend loads will be built here, or an empty string."""
+    from compile_sparse.backends.tensorrt.options import EngineSettings
     from compile_sparse.backends.tensorrt.processor import probe_runtime
 
-    if target.build is not None and target.build.engine != "auto":
-        return f"Triton's backend loads engines of TensorRT, and --engine {target.build.engine} builds none."
+    build = settings.options
+    if isinstance(build, EngineSettings) and build.engine != "auto":
+        return f"Triton's backend loads engines of TensorRT, and --engine {build.engine} builds none."
     return probe_runtime(target).why_not

@@ -10,15 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER, copy_plugin
-from compile_sparse.backends.vllm.processor import cannot_run, other_hardware, registered, slow
 from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
-from compile_sparse.compiler.files.cache import cache_key
-from compile_sparse.compiler.files.durable import disk_errors
-from compile_sparse.compiler.runtimes.environments import find_runtime, open_runtimes_folder
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.version_numbers import older
 
 if TYPE_CHECKING:
@@ -39,6 +35,10 @@ class VllmBackend:
 
     def probe(self, target: Target) -> Probe:
         """What the registered vLLM is, and whether it runs on the target's hardware here."""
+        from compile_sparse.backends.vllm.processor import other_hardware
+        from compile_sparse.compiler.files.cache import cache_key
+        from compile_sparse.compiler.runtimes.environments import find_runtime
+
         try:
             record = find_runtime(_RUNTIME)
         except EnvironmentFailure as error:
@@ -57,19 +57,29 @@ class VllmBackend:
         facts = {key: record.facts.get(key) for key in ("isa", "capability", "kernels", "int8_saturates")}
         return Probe(True, _RUNTIME, version, target.device, processor=cache_key(facts)[:16])
 
-    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
+    def plan(self, program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """CS42xx and CS43xx for what cannot be written or loaded, CS23xx for what runs slowly. Weights are not read."""
         from compile_sparse.backends.vllm.checkpoint import plan
+        from compile_sparse.backends.vllm.processor import slow
 
-        return [*_unknown(program), *plan(program, target), *slow(program, target)]
+        return [*_unknown(program), *plan(program, target, settings), *slow(program, target)]
 
-    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write the model folder.
 
         Raises:
             Refusal: CS42xx or CS43xx.
         """
         from compile_sparse.backends.vllm.checkpoint import write
+        from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER, copy_plugin
+        from compile_sparse.backends.vllm.processor import slow
 
         for diagnostic in _unknown(program):
             raise Refusal(
@@ -79,7 +89,7 @@ class VllmBackend:
                 why=diagnostic.why,
                 hint=diagnostic.hint,
             )
-        written = write(program, target, out, progress)
+        written = write(program, target, out, progress, settings)
         stored = written.form
         form: dict[str, Any] = {"config": dict(written.changes) or "as the source"}
         files, limits = dict(written.files), []
@@ -105,14 +115,18 @@ class VllmBackend:
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """A kernel that the registered vLLM lacks on its processor, or has and computes wrongly."""
+        from compile_sparse.backends.vllm.processor import cannot_run
+
         return cannot_run(model, target)
 
-    def worker_command(self, target: Target) -> Sequence[str]:
+    def worker_command(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[str]:
         """The measuring process under the registered interpreter, with our plugin on its path.
 
         Raises:
             EnvironmentFailure: CS5007 when no vLLM is registered.
         """
+        from compile_sparse.compiler.runtimes.environments import find_runtime
+
         record = find_runtime(_RUNTIME)
         if record is None:
             raise EnvironmentFailure("CS5007", "No vLLM is registered.", where=target.name, hint=_HINT)
@@ -124,6 +138,11 @@ def _own_plugin() -> Path:
 
     Its name tells its content, and it appears by one rename: another process may be importing it.
     """
+    from compile_sparse.backends.vllm.plugin_files import copy_plugin
+    from compile_sparse.compiler.files.cache import cache_key
+    from compile_sparse.compiler.files.durable import disk_errors
+    from compile_sparse.compiler.runtimes.environments import open_runtimes_folder
+
     root = open_runtimes_folder()
     with disk_errors(root):
         made = Path(tempfile.mkdtemp(prefix=".vllm-plugin-", dir=root))
@@ -139,6 +158,8 @@ def _own_plugin() -> Path:
 
 def _unknown(program: Program) -> list[Diagnostic]:
     """CS4305 when the registered vLLM has no class for the model."""
+    from compile_sparse.backends.vllm.processor import registered
+
     record = registered()
     known = (record.facts.get("architectures") if record else None) or ()
     name = str((program.config.get("architectures") or [""])[0])

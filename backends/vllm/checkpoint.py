@@ -15,6 +15,7 @@ from compile_sparse.backends.vllm.plugin_files import PLUGIN_FOLDER
 from compile_sparse.backends.vllm.storage import Storage, StorageWriter, storage_of
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.files.digests import digest_file
 from compile_sparse.compiler.files.durable import write_durably
 from compile_sparse.compiler.ir.program import Program
@@ -59,14 +60,14 @@ class Written:
     notes: Sequence[Diagnostic]
 
 
-def plan(program: Program, target: Target) -> list[Diagnostic]:
+def plan(program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> list[Diagnostic]:
     """What ``write`` would refuse, or what vLLM would run slowly. Reads no weights."""
     try:
         form = storage_of(program)
-        found = violations(form.view, form.quantized, target)
+        found = violations(form.view, form.quantized, target, settings.tensor_parallel)
         if any(diagnostic.severity == "error" for diagnostic in found):
             return found
-        form.require_one_method(target)
+        form.require_one_method(settings.tensor_parallel)
         solution = plan_checkpoint(form.view, per_layer=True)
         _architecture(form.view.config, solution)
     except Refusal as error:
@@ -74,14 +75,16 @@ def plan(program: Program, target: Target) -> list[Diagnostic]:
     return found
 
 
-def write(program: Program, target: Target, out: Path, progress: Progress) -> Written:
+def write(
+    program: Program, target: Target, out: Path, progress: Progress, settings: RunSettings = DEFAULT_SETTINGS
+) -> Written:
     """Write config, weights and tokenizer files into the empty folder ``out``.
 
     Raises:
         Refusal: CS42xx the model's class cannot express the program; CS43xx vLLM cannot run it.
     """
     form = storage_of(program)
-    notes = violations(form.view, form.quantized, target)
+    notes = violations(form.view, form.quantized, target, settings.tensor_parallel)
     for diagnostic in notes:
         if diagnostic.severity == "error":
             raise Refusal(
@@ -91,8 +94,8 @@ def write(program: Program, target: Target, out: Path, progress: Progress) -> Wr
                 why=diagnostic.why,
                 hint=diagnostic.hint,
             )
-    form.require_one_method(target)
-    stored = torch_dtype(target.baseline_precision)
+    form.require_one_method(settings.tensor_parallel)
+    stored = torch_dtype(settings.precision_on(target))
     writer = StorageWriter(form, stored)
     written = write_checkpoint(
         form.view, out, progress, per_layer=True, encode=writer.encode, beside=writer.beside, dtype=stored

@@ -29,24 +29,27 @@ _CUTLASS_FP4 = 32  # quantization/utils/nvfp4_utils.py
 _BLOCK = 128
 
 
-def violations(program: Program, quantized: Mapping[str, QuantizedTensor], target: Target) -> list[Diagnostic]:
+def violations(
+    program: Program, quantized: Mapping[str, QuantizedTensor], target: Target, gpus: int = 1
+) -> list[Diagnostic]:
     """CS43xx for what vLLM refuses or would run wrongly, CS23xx for what it runs slowly. Needs no weights.
 
     Args:
         program: without quantize nodes.
         quantized: its quantized weights, by tensor name.
         target: of this backend.
+        gpus: that the model is split over.
     """
     if program.kind != "decoder":
         why = f"This is a model of kind {program.kind!r}; only text generation is measured in vLLM by this version."
         return [Diagnostic("MODEL", "CS4306", why, "Compile it for ort-cpu.", severity="error")]
-    groups = analyse(program).groups if target.tensor_parallel > 1 else ()
-    parts = _parts(groups, target.tensor_parallel)
-    found = [*_experts(program, quantized), *_parallel(program, groups, target)]
+    groups = analyse(program).groups if gpus > 1 else ()
+    parts = _parts(groups, gpus)
+    found = [*_experts(program, quantized), *_parallel(program, groups, gpus)]
     for name, tensor in quantized.items():
-        found += [Diagnostic(name, *reason, severity="error") for reason in _shape(name, tensor, target, parts)]
+        found += [Diagnostic(name, *reason, severity="error") for reason in _shape(name, tensor, target, parts, gpus)]
     for names in _joined(program, quantized):
-        found += [Diagnostic(names[0], *reason) for reason in _tiles(names, quantized, target, parts)]
+        found += [Diagnostic(names[0], *reason) for reason in _tiles(names, quantized, target, parts, gpus)]
     return _merged(found)
 
 
@@ -64,7 +67,9 @@ def _experts(program: Program, quantized: Mapping[str, QuantizedTensor]) -> Iter
         yield Diagnostic(stacked[0], "CS4307", why, "Leave --quantize out; pruning of experts works.", severity="error")
 
 
-def _shape(name: str, tensor: QuantizedTensor, target: Target, parts: Parts) -> Iterator[tuple[str, str, str]]:
+def _shape(
+    name: str, tensor: QuantizedTensor, target: Target, parts: Parts, gpus: int
+) -> Iterator[tuple[str, str, str]]:
     """(code, why, hint) per broken rule of one weight."""
     fmt, (rows, columns) = tensor.scheme.weights, tensor.shape
     row_parts, column_parts = parts.get((name, 0), 1), parts.get((name, 1), 1)
@@ -98,7 +103,7 @@ def _shape(name: str, tensor: QuantizedTensor, target: Target, parts: Parts) -> 
     if fmt.kind == "int" and not tensor.scheme.activations:
         per_int = 32 // fmt.bits
         if columns % (per_int * column_parts) or (not fmt.symmetric and rows % (per_int * row_parts)):
-            held = f"{rows}x{columns}" + (f", split over {target.tensor_parallel} GPUs" if parts else "")
+            held = f"{rows}x{columns}" + (f", split over {gpus} GPUs" if parts else "")
             yield (
                 "CS4303",
                 f"{fmt.bits}-bit codes are packed {per_int} to an integer, which does not divide its shape {held}.",
@@ -132,14 +137,14 @@ def _joined(program: Program, quantized: Mapping[str, QuantizedTensor]) -> list[
 
 
 def _tiles(
-    names: Sequence[str], quantized: Mapping[str, QuantizedTensor], target: Target, parts: Parts
+    names: Sequence[str], quantized: Mapping[str, QuantizedTensor], target: Target, parts: Parts, gpus: int
 ) -> Iterator[tuple[str, str, str, Severity]]:
     """(code, why, hint, severity) where sizes of what one kernel gets are not those it was written for."""
     scheme = quantized[names[0]].scheme
     rows = sum(quantized[name].shape[0] // parts.get((name, 0), 1) for name in names)
     columns = quantized[names[0]].shape[1] // parts.get((names[0], 1), 1)
     held = f"{rows}x{columns}" + (f" ({len(names)} joined)" if len(names) > 1 else "")
-    held += f" on each of {target.tensor_parallel} GPUs" if parts else ""
+    held += f" on each of {gpus} GPUs" if parts else ""
     packed = scheme.weights.kind == "int" and not scheme.activations
     if target.device == "cpu":
         if packed and (rows % _CPU_TILE or columns % _CPU_TILE):
@@ -189,9 +194,8 @@ def _parts(groups: Sequence[Group], gpus: int) -> Parts:
     return {place: min(gpus, size) for place, size in sizes.items()}
 
 
-def _parallel(program: Program, groups: Sequence[Group], target: Target) -> Iterator[Diagnostic]:
+def _parallel(program: Program, groups: Sequence[Group], gpus: int) -> Iterator[Diagnostic]:
     """Tensor parallelism splits heads and channels; what a GPU holds must be whole."""
-    gpus = target.tensor_parallel
     if gpus == 1:
         return
     key_heads = {

@@ -20,7 +20,6 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import Scheme
 from compile_sparse.compiler.ir.storage import stored_form
 from compile_sparse.compiler.ir.weights import TensorSource
-from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Storage", "StorageWriter", "storage_of"]
 
@@ -54,7 +53,7 @@ class Storage:
         """Of the quantized weights, None without."""
         return next((tensor.scheme for tensor in self.quantized.values()), None)
 
-    def require_one_method(self, target: Target) -> None:
+    def require_one_method(self, gpus: int) -> None:
         """vLLM takes one format per checkpoint.
 
         Raises:
@@ -80,7 +79,6 @@ class Storage:
                 why="Factors are stored in a format of our vLLM plugin, and vLLM takes one format per checkpoint.",
                 hint="Leave one of them out, or compile for ort-cpu, which takes both.",
             )
-        gpus = target.tensor_parallel
         uneven = next((name for name, tensor in self.sparse.items() if tensor.shape[1] % (SPARSE_RUN * gpus)), None)
         if uneven:
             raise Refusal(
@@ -95,7 +93,7 @@ class Storage:
             raise Refusal(
                 "CS4308",
                 "Low-rank layers cannot be split over GPUs.",
-                where=f"--tensor-parallel {target.tensor_parallel}",
+                where=f"--tensor-parallel {gpus}",
                 why="The plugin's low-rank layers run on one GPU only.",
                 hint="Leave one of the two options out.",
             )

@@ -12,13 +12,14 @@ from compile_sparse.compiler.extension.backends import find_backend
 from compile_sparse.compiler.microbench import probe_model
 from compile_sparse.compiler.microbench.probe import device_for
 from compile_sparse.compiler.microbench.table_file import refuse_occupied, write_table
-from compile_sparse.compiler.pipeline.compilation import CompileResult, compile_job
+from compile_sparse.compiler.pipeline.compilation import compile_job
 from compile_sparse.compiler.pipeline.job import prepare
 from compile_sparse.compiler.pipeline.remeasure import verify_artifact
 from compile_sparse.compiler.planning.plan import plan_job
 from compile_sparse.compiler.progress import Progress, SilentProgress
 from compile_sparse.compiler.recipes.flags import merge_options
 from compile_sparse.compiler.recipes.recipe import Recipe, load_recipe
+from compile_sparse.compiler.result import CompileResult
 from compile_sparse.compiler.targets.target import find_target, load_targets
 from compile_sparse.compiler.targets.workload import parse_workload
 
@@ -50,9 +51,10 @@ def compile(
         allow_useless: accept what the target cannot exploit.
         verify_each: check the program after every pass.
         progress: where long work reports.
-        options: shorthand for a recipe, see ``recipe_flags.merge_options``: ``prune={"channels": 0.25}``,
+        options: shorthand for a recipe, see ``flags.merge_options``: ``prune={"channels": 0.25}``,
             ``criterion="wanda"``, ``allocation="global"``, ``low_rank=0.2``, ``quantize="w8a8"``, ``calibration=FILE``,
-            ``eval={"en": FILE}``, ``workload="prompt=128,output=64"``, ``gates=["decode_tok_s>=1.2x"]``, ``seed=0``, and so on.
+            ``eval={"en": FILE}``, ``workload="prompt=128,output=64"``, ``gates=["decode_tok_s>=1.2x"]``, ``seed=0``, and so on;
+            and options of the target's backend, by their names.
 
     Raises:
         CompileSparseError: see ``errors``; each class has its exit code.
@@ -95,10 +97,13 @@ def verify(
     concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str] = (),
     model: str | Path | None = None,
-    allow_foreign_engine: bool = False,
     progress: Progress | None = None,
+    **options: Any,
 ) -> CompileResult:
-    """Measure an existing artifact again; see ``verification.verify_artifact``."""
+    """Measure an existing artifact again; see ``remeasure.verify_artifact``.
+
+    ``options`` are those of the artifact's backend.
+    """
     return verify_artifact(
         artifact,
         eval=eval,
@@ -106,7 +111,7 @@ def verify(
         concurrency=concurrency,
         gates=gates,
         model=model,
-        allow_foreign_engine=allow_foreign_engine,
+        options=options,
         progress=progress or SilentProgress(),
     )
 

@@ -19,7 +19,7 @@ from compile_sparse.compiler.artifact.staging import MANIFEST, REPORT, Staging, 
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.files.digests import folder_problem
 
-__all__ = ["MANIFEST", "REPORT", "Artifact", "Staging", "read_artifact", "replace_report"]
+__all__ = ["MANIFEST", "REPORT", "Artifact", "Staging", "read_artifact", "read_manifest", "replace_report"]
 
 _MAX_JSON_BYTES = 64 * 2**20
 
@@ -44,6 +44,25 @@ class Artifact:
         return self.folder / "model"
 
 
+def read_manifest(path: str | Path) -> Manifest:
+    """What an artifact says of itself; its files are not looked at.
+
+    Raises:
+        UsageError: CS1021 not an artifact or incomplete, CS1022 a malformed manifest.
+    """
+    folder = Path(path)
+    recover_replaced(folder)
+    if not (folder / MANIFEST).exists():
+        raise UsageError(
+            "CS1021",
+            "This is not a complete artifact.",
+            where=str(folder),
+            why=f"It has no {MANIFEST}." if folder.is_dir() else "There is no such folder.",
+            hint="An interrupted compilation leaves no artifact; run the same command again to resume it.",
+        )
+    return _manifest(folder / MANIFEST)
+
+
 def read_artifact(path: str | Path, *, verify_digests: bool = True, trusted: str = "") -> Artifact:
     """Open an artifact and check that it is complete and unchanged.
 
@@ -56,16 +75,7 @@ def read_artifact(path: str | Path, *, verify_digests: bool = True, trusted: str
         UsageError: CS1021 not an artifact or incomplete, CS1022 a malformed manifest, CS1023 files differ from it.
     """
     folder = Path(path)
-    recover_replaced(folder)
-    if not (folder / MANIFEST).exists():
-        raise UsageError(
-            "CS1021",
-            "This is not a complete artifact.",
-            where=str(folder),
-            why=f"It has no {MANIFEST}." if folder.is_dir() else "There is no such folder.",
-            hint="An interrupted compilation leaves no artifact; run the same command again to resume it.",
-        )
-    manifest = _manifest(folder / MANIFEST)
+    manifest = read_manifest(folder)
     recorded = {name: (entry.sha256, entry.bytes) for name, entry in manifest.files.items()}
     vouched = tuple(name for name in recorded if trusted and name.endswith(trusted))
     compared = {name: entry for name, entry in recorded.items() if name not in vouched}

@@ -7,6 +7,7 @@ Parts that were not measured are absent, never zero. Decoders report tokens and 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,6 +19,7 @@ __all__ = [
     "GateResult",
     "GraphSparsity",
     "Interval",
+    "Kind",
     "Level",
     "MeasuredWorkload",
     "ModelSection",
@@ -57,10 +59,13 @@ class Change(_Section):
     compiled: int = Field(ge=0)
 
 
+Kind = Literal["decoder", "encoder", "vision", "audio"]
+
+
 class ModelSection(_Section):
     """Size of the model."""
 
-    kind: Literal["decoder", "encoder", "vision", "audio"] | None = None
+    kind: Kind | None = None
     parameters: Change = Field(description="trained elements")
     artifact_bytes: Change | None = Field(default=None, description="bytes of what the runtime loads")
     zeros: float | None = Field(default=None, ge=0, le=1, description="share of stored weights that are zero, 0 to 1")
@@ -208,9 +213,9 @@ class Quality(_Section):
 
 
 class SparseLayer(_Section):
-    """A product that was made sparse, as the artifact's graph has it."""
+    """A GEMM that was made sparse, as the artifact's graph has it."""
 
-    node: str = Field(description="name of the product in the graph")
+    node: str = Field(description="name of its node in the graph")
     tensor: str = Field(description="name of its weight")
     dtype: str = Field(description="how the weight is stored")
     k: int = Field(ge=0, description="elements that are contracted")
@@ -222,22 +227,22 @@ class SparseLayer(_Section):
 class GraphSparsity(_Section):
     """What the artifact's graph has, whatever a builder makes of it."""
 
-    states: dict[str, int] = Field(description="state -> products of the whole graph")
+    states: dict[str, int] = Field(description="state -> GEMMs of the whole graph")
     layers: tuple[SparseLayer, ...] = Field(default=(), description="those that were made sparse")
-    unintended: tuple[str, ...] = Field(default=(), description="products that have the pattern without being made so")
+    unintended: tuple[str, ...] = Field(default=(), description="GEMMs that have the pattern without being made so")
 
 
 class SparseProfileLayer(_Section):
-    """What a builder did with one product that was made sparse. A missing answer is not known."""
+    """What a builder did with one GEMM that was made sparse. A missing answer is not known."""
 
     node: str
     eligible: bool | None = Field(default=None, description="the builder saw the zeros")
     chosen: bool | None = Field(default=None, description="the builder picked a sparse kernel, as its log says")
-    kernel: bool | None = Field(default=None, description="the engine's kernel is a sparse one, as its name says")
+    kernel: bool | None = Field(default=None, description="the built kernel is a sparse one, as its name says")
 
 
 class SparseShape(_Section):
-    """Products of one shape that were made sparse and stayed on dense kernels."""
+    """GEMMs of one shape that were made sparse and stayed on dense kernels."""
 
     k: int = Field(ge=0)
     n: int = Field(ge=0)
@@ -247,11 +252,11 @@ class SparseShape(_Section):
 
 
 class SparseProfile(_Section):
-    """What a builder did for one optimization profile, in products that were made sparse."""
+    """What a builder did for one optimization profile, in GEMMs that were made sparse."""
 
-    eligible: int | None = Field(default=None, ge=0, description="products whose zeros the builder saw")
-    chosen: int | None = Field(default=None, ge=0, description="products with a sparse kernel, from the builder's log")
-    kernels: int | None = Field(default=None, ge=0, description="products whose kernel in the engine is a sparse one")
+    eligible: int | None = Field(default=None, ge=0, description="GEMMs whose zeros the builder saw")
+    chosen: int | None = Field(default=None, ge=0, description="GEMMs with a sparse kernel, from the builder's log")
+    kernels: int | None = Field(default=None, ge=0, description="GEMMs whose built kernel is a sparse one")
     logged_eligible: int | None = Field(
         default=None, ge=0, description="layers that the builder counts, whoever meant them"
     )
@@ -262,22 +267,29 @@ class SparseProfile(_Section):
     declined: tuple[SparseShape, ...] | None = Field(
         default=None, description="shapes for which dense kernels were faster"
     )
-    twin: Interval | None = Field(
-        default=None, description="speed of the sparse engine over one built without sparsity"
-    )
+    # The key's name is older than the idea that any backend may have a dense build to compare with.
+    twin: Interval | None = Field(default=None, description="speed over the same model built without sparse kernels")
 
 
 class Sparsity(_Section):
     """Whether zeros that were made in a pattern reach sparse kernels."""
 
     pattern: str = Field(description="N:M along the contracted axis")
-    intended: int = Field(ge=0, description="products that were made sparse")
+    intended: int = Field(ge=0, description="GEMMs that were made sparse")
     in_graph: GraphSparsity | None = None
     profiles: dict[str, SparseProfile] | None = Field(
         default=None, description="by optimization profile; absent: unverified"
     )
     unverified: str = Field(default="", description="why no builder chose kernels; empty when one did")
     notes: tuple[str, ...] = ()
+
+    def with_speed(self, over_dense: Mapping[str, Interval]) -> Sparsity:
+        """The section with the speed of sparse kernels over dense ones, for the profiles that were measured."""
+        profiles = {
+            name: section.model_copy(update={"twin": over_dense.get(name)})
+            for name, section in (self.profiles or {}).items()
+        }
+        return self.model_copy(update={"profiles": profiles or None})
 
 
 class GateResult(_Section):

@@ -1,4 +1,4 @@
-"""The one engine that changes shapes: passes choose what to keep, this applies it everywhere and proves the result."""
+"""The one place that changes shapes: passes choose what to keep, this applies it everywhere and proves the result."""
 
 from __future__ import annotations
 

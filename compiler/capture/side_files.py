@@ -15,7 +15,7 @@ from compile_sparse.compiler.files.digests import digest_file
 __all__ = ["SIDE_FILES", "Layout", "SideFile", "copy_side_files", "find_side_files"]
 
 Layout = Literal["huggingface", "genai"]
-"""Kinds of artifact: a folder for ``from_pretrained`` (which vLLM and TensorRT-LLM load too), or one for onnxruntime-genai."""
+"""Kinds of artifact: a folder for ``from_pretrained`` (which serving runtimes load too), or one for onnxruntime-genai."""
 
 _EVERYWHERE: frozenset[Layout] = frozenset({"huggingface", "genai"})
 _HUGGINGFACE: frozenset[Layout] = frozenset({"huggingface"})

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from compile_sparse import __version__
+from compile_sparse.compiler.cli.backend_flags import CompilingCommand, VerifyingCommand
 from compile_sparse.compiler.cli.default_group import DefaultGroup
 from compile_sparse.compiler.cli.options import debug_option, json_option, measurement_options, recipe_options
 from compile_sparse.compiler.cli.probe_command import probe_command
@@ -20,7 +21,7 @@ from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 from compile_sparse.compiler.errors import GateFailure, Refusal
 
 if TYPE_CHECKING:
-    from compile_sparse.api import CompileResult
+    from compile_sparse.compiler.result import CompileResult
 
 __all__ = ["cli"]
 
@@ -46,7 +47,7 @@ cli.add_command(runtime_command)
 cli.add_command(probe_command)
 
 
-@cli.command("compile")
+@cli.command("compile", cls=CompilingCommand)
 @recipe_options
 @click.option("--out", metavar="DIR", help="Artifact folder.  [default: ./MODEL-TARGET]")
 @click.option("--no-verify", is_flag=True, help="Do not measure; the verdict is 'unverified'.")
@@ -69,7 +70,7 @@ def compile_command(
     _finish(result, failure, as_json=as_json)
 
 
-@cli.command("explain")
+@cli.command("explain", cls=CompilingCommand)
 @recipe_options
 @json_option
 @debug_option
@@ -91,15 +92,10 @@ def explain_command(model: str, as_json: bool, gates: tuple[str, ...], eval_: An
     return Refusal.exit_code if plan.get("refusals") else 0
 
 
-@cli.command("verify")
+@cli.command("verify", cls=VerifyingCommand)
 @click.argument("artifact", type=click.Path(path_type=Path))
 @measurement_options
 @click.option("--model", metavar="MODEL", help="Where the dense model is now, if it moved.")
-@click.option(
-    "--allow-foreign-engine",
-    is_flag=True,
-    help="TensorRT: load engines that are not those that were built. An engine is a program: do this only if you trust it.",
-)
 @json_option
 @debug_option
 def verify_command(artifact: Path, as_json: bool, gates: tuple[str, ...], eval_: Any, **options: Any) -> None:
@@ -168,8 +164,7 @@ def doctor_command(as_json: bool) -> None:
 
 def _result_of(failure: GateFailure) -> tuple[CompileResult, GateFailure]:
     """The result a gate failure carries: artifact and report exist, so they are shown before the error."""
-    result: CompileResult = failure.result  # type: ignore[attr-defined]
-    return result, failure
+    return failure.result, failure
 
 
 def _finish(result: CompileResult, failure: GateFailure | None, *, as_json: bool) -> None:

@@ -102,11 +102,6 @@ _RECIPE = (
     ),
     click.option("--tensor-parallel", metavar="N", type=int, help="GPUs the model will be split over; sizes stay divisible."),
     click.option("--precision", metavar="NAME", help="Of what is not quantized, where the target has a choice: fp16, bf16."),
-    click.option("--max-length", metavar="N", type=int, help="Tokens that fit the key-value cache (TensorRT).  [default: 4096]"),
-    click.option(
-        "--engine", metavar="auto|none|rtx-aot",
-        help="TensorRT: an engine for the GPU at hand, the graph only, or a TensorRT-RTX engine built without a GPU.",
-    ),
     click.option("--emit", metavar="NAME", multiple=True, help="Also write: triton (a model repository); repeatable."),
     click.option("--seed", metavar="N", type=int, help="For anything random.  [default: 0]"),
     click.option("--allow-useless", is_flag=True, help="Accept what the target cannot exploit."),

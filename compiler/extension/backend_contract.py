@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 
 if TYPE_CHECKING:
     from compile_sparse.compiler.diagnostics import Diagnostic
@@ -14,7 +16,7 @@ if TYPE_CHECKING:
     from compile_sparse.compiler.progress import Progress
     from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["Backend", "Lowered", "LoweringStep", "Probe", "ReferenceRuntime", "SteppedLowering"]
+__all__ = ["Backend", "DerivedFiles", "Lowered", "LoweringStep", "Probe", "ReferenceRuntime", "SteppedLowering"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Backend(Protocol):
 
     ``load`` and ``measure`` are not methods here: they are operations of the backend's worker process (see
     ``compile_sparse.compiler.runtimes.client``), started with ``worker_command``. No vendor package is imported in this process.
+
+    What the run chose (precision, GPUs, the backend's own options) comes beside the target, in ``settings``. A backend with
+    options of its own has a class attribute ``options``, and one whose ``compile-sparse verify`` has options ``verify_options``:
+    subclasses of ``BackendOptions``. The command line asks every installed backend for them, so that the class's module imports
+    nothing heavy.
     """
 
     name: str
@@ -69,14 +76,21 @@ class Backend(Protocol):
         """Which runtime, version and device is here, or why not. Never raises."""
         ...
 
-    def plan(self, program: Program, target: Target) -> Sequence[Diagnostic]:
+    def plan(self, program: Program, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """What this runtime cannot express (codes ``CS4...``: ``lower`` will refuse) or will run slowly.
 
         Needs no weights and no hardware.
         """
         ...
 
-    def lower(self, program: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def lower(
+        self,
+        program: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write what the runtime loads into the empty folder ``out``."""
         ...
 
@@ -84,7 +98,7 @@ class Backend(Protocol):
         """Why the runtime that is here cannot run the lowered folder ``model``, although others of its kind can; else empty."""
         ...
 
-    def worker_command(self, target: Target) -> Sequence[str]:
+    def worker_command(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[str]:
         """Command line of the measuring process (JSON lines on stdin and stdout)."""
         ...
 
@@ -99,6 +113,21 @@ class ReferenceRuntime(Protocol):
 
     def reference_refusal(self, model: Path, target: Target) -> str:
         """Why it cannot run the lowered folder ``model``, a sentence; else empty."""
+        ...
+
+
+@runtime_checkable
+class DerivedFiles(Protocol):
+    """A backend whose lowered folders hold, beside the model, what was made from it.
+
+    Attributes:
+        derived: patterns of such files (``fnmatch``), relative to the folder: they don't count as bytes of the model.
+    """
+
+    derived: Collection[str]
+
+    def dense_build(self, model: Path) -> Path | None:
+        """The folder in ``model`` with the same model built without sparse kernels, to be measured against; None without one."""
         ...
 
 
@@ -119,7 +148,7 @@ class LoweringStep(Protocol):
 class SteppedLowering(Protocol):
     """A backend that writes another program than the compiled one: ``lower`` is ``write`` behind the steps."""
 
-    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+    def lowering_steps(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[LoweringStep]:
         """What a program goes through before it is written, in order.
 
         Up to a ``MixedPrecision`` among them the program computes in float32. The values which that step puts into fp16 are
@@ -127,12 +156,20 @@ class SteppedLowering(Protocol):
         """
         ...
 
-    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def write(
+        self,
+        program: Program,
+        prepared: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         """Write what the runtime loads into the empty folder ``out``.
 
         Args:
             program: the compiled one.
             prepared: what the steps made of it. What they left alone is reported by whoever ran them.
-            target, out, progress: as for ``lower``.
+            target, out, progress, settings: as for ``lower``.
         """
         ...

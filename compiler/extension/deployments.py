@@ -13,6 +13,7 @@ from typing import Protocol, cast
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Deployed", "Deployment", "find_deployment"]
@@ -38,17 +39,26 @@ class Deployment(Protocol):
 
     name: str
 
-    def refusals(self, kind: str, target: Target) -> Sequence[Diagnostic]:
+    def refusals(self, kind: str, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[Diagnostic]:
         """Why a model cannot be deployed so (errors, codes ``CS4...``), as far as it can be told before it is compiled.
 
         Args:
             kind: of the program: ``decoder``, ``text``, ``image``, ...
             target: compiled for.
+            settings: what the run chose.
         """
         ...
 
     def write(
-        self, model: Path, out: Path, *, name: str, target: Target, largest_batch: int, known: Mapping[str, str]
+        self,
+        model: Path,
+        out: Path,
+        *,
+        name: str,
+        target: Target,
+        largest_batch: int,
+        known: Mapping[str, str],
+        settings: RunSettings = DEFAULT_SETTINGS,
     ) -> Deployed:
         """Write into the empty folder ``out``, on the file system of ``model``: files may be hard links to its files.
 
@@ -59,6 +69,7 @@ class Deployment(Protocol):
             target: compiled for.
             largest_batch: most requests or samples that are computed at once, where the model leaves it open.
             known: sha256 of the model's files, computed when they were written (``Lowered.files``); others are read.
+            settings: what the run chose.
 
         Raises:
             Refusal: what was lowered cannot be deployed so.

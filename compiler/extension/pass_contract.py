@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict
 
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.targets.workload import Workload
 
 if TYPE_CHECKING:
@@ -38,6 +39,7 @@ class PassContext:
         contraction_multiple: contraction dimensions should be multiples of this, or a later quantization's groups do not
             divide them. Kept sizes are multiples of it and of the target's alignment, where such a size exists.
         workload: what is optimised for.
+        settings: what the run chose besides: precision and number of GPUs.
     """
 
     target: Target
@@ -47,6 +49,7 @@ class PassContext:
     seed: int = 0
     contraction_multiple: int = 1
     workload: Workload = field(default_factory=Workload)
+    settings: RunSettings = DEFAULT_SETTINGS
 
 
 @dataclass(frozen=True)

@@ -55,25 +55,25 @@ class Contraction:
 
 def find_contractions(program: Program) -> tuple[list[Contraction], list[Diagnostic]]:
     """Every such weight in graph order, and what looks like one but is left alone."""
-    linears, skips = find_linears(program)
+    linears, diagnostics = find_linears(program)
     uses: dict[str, list[_Use]] = {}
     for linear in linears:
         uses.setdefault(linear.tensor, []).append((linear.node, linear.input, linear.weight, linear.axis))
-    for tensor, use in _convolutions(program, skips):
+    for tensor, use in _convolutions(program, diagnostics):
         uses.setdefault(tensor, []).append(use)
     found = []
     for tensor, each in uses.items():
         nodes, inputs, weights, axes = zip(*each, strict=True)
         if len(set(axes)) > 1 or any(set(weight.users) - set(nodes) for weight in weights):
             why = "Its tensor has another use (a tied embedding)."
-            skips.append(Diagnostic(tensor, "CS2204", why))
+            diagnostics.append(Diagnostic(tensor, "CS2204", why))
         else:
             found.append(Contraction(tensor, program.weights[tensor].shape, axes[0], nodes, inputs))
     place = {node: index for index, node in enumerate(program.graph.nodes)}
-    return sorted(found, key=lambda each: place[each.nodes[0]]), skips
+    return sorted(found, key=lambda each: place[each.nodes[0]]), diagnostics
 
 
-def _convolutions(program: Program, skips: list[Diagnostic]) -> Iterator[tuple[str, _Use]]:
+def _convolutions(program: Program, diagnostics: list[Diagnostic]) -> Iterator[tuple[str, _Use]]:
     for node in program.graph.nodes:
         gemm = gemm_of(node) if is_convolution(node) else None
         if gemm is None:
@@ -81,11 +81,13 @@ def _convolutions(program: Program, skips: list[Diagnostic]) -> Iterator[tuple[s
         groups = schema_arguments(node)["groups"]
         tensor = program.tensor_of(gemm.weight)
         if tensor is None or program.bindings[gemm.weight.name].kind != "parameter":
-            skips.append(Diagnostic(node.name, "CS2202", "Its weight is computed, not stored.", "It stays as it is."))
+            diagnostics.append(
+                Diagnostic(node.name, "CS2202", "Its weight is computed, not stored.", "It stays as it is.")
+            )
         elif gemm.is_transposed:
-            skips.append(Diagnostic(tensor, "CS2204", "It is a transposed convolution."))
+            diagnostics.append(Diagnostic(tensor, "CS2204", "It is a transposed convolution."))
         elif groups != 1:
             why = f"Its channels are convolved in {groups} groups; kernels that skip zeros need one."
-            skips.append(Diagnostic(tensor, "CS2204", why))
+            diagnostics.append(Diagnostic(tensor, "CS2204", why))
         else:
             yield tensor, (node, gemm.input, gemm.weight, gemm.axis)

@@ -53,7 +53,7 @@ class Linear:
 def find_linears(program: Program) -> tuple[list[Linear], list[Diagnostic]]:
     """Every linear layer in graph order, and the GEMMs that look like one but are left alone."""
     found: list[Linear] = []
-    skips: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     for node in program.graph.nodes:
         gemm = gemm_of(node)
         if gemm is None or not gemm.is_layer:
@@ -62,10 +62,10 @@ def find_linears(program: Program) -> tuple[list[Linear], list[Diagnostic]]:
         if tensor is None:
             if LAYERS[gemm.operator].bias:  # the others multiply activations as often as not
                 why = "Its weight is computed, not stored."
-                skips.append(Diagnostic(node.name, "CS2202", why, "It stays in floating point."))
+                diagnostics.append(Diagnostic(node.name, "CS2202", why, "It stays in floating point."))
         elif program.bindings[gemm.weight.name].kind == "parameter" and len(program.weights[tensor].shape) == 2:
             found.append(Linear(node, gemm.input, gemm.weight, tensor, gemm.axis, gemm.bias))
-    return found, skips
+    return found, diagnostics
 
 
 def is_lm_head(program: Program, node: fx.Node) -> bool:

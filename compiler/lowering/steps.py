@@ -9,6 +9,7 @@ from pathlib import Path
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, SteppedLowering
 from compile_sparse.compiler.extension.pass_contract import PassResult
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
 from compile_sparse.compiler.ir.program import Binding, Program
 from compile_sparse.compiler.progress import Progress
@@ -54,9 +55,9 @@ def run_steps(program: Program, steps: Sequence[LoweringStep]) -> tuple[Program,
 
 
 def lower_in_steps(
-    backend: SteppedLowering, program: Program, target: Target, out: Path, progress: Progress
+    backend: SteppedLowering, program: Program, target: Target, out: Path, progress: Progress, settings: RunSettings
 ) -> Lowered:
     """``Backend.lower`` of a backend that declares steps."""
-    prepared, diagnostics = run_steps(program, backend.lowering_steps(target))
-    lowered = backend.write(program, prepared, target, out, progress)
+    prepared, diagnostics = run_steps(program, backend.lowering_steps(target, settings))
+    lowered = backend.write(program, prepared, target, out, progress, settings)
     return replace(lowered, diagnostics=[*diagnostics, *lowered.diagnostics])

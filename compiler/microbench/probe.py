@@ -147,7 +147,7 @@ def measure_shape(
         for name in runners:
             rows[name]["why_not"] = f"Timing failed: {_first_line(error)}"
         return list(rows.values())
-    twins = {form.format: form.name for form in forms if not form.pattern}
+    dense = {form.format: form.name for form in forms if not form.pattern}
     for form in forms:
         if form.name not in times:
             continue
@@ -155,8 +155,8 @@ def measure_shape(
         row |= {"us": median(seconds) * 1e6, "timing": runners[form.name].mode, "note": ready[form.name].note}
         if form is not forms[0]:
             row["over_dense"] = ratio_of_rounds(seconds, times[forms[0].name]).as_dict()
-        if form.pattern and (twin := twins.get(form.format)) in times:
-            row["over_twin"] = ratio_of_rounds(seconds, times[twin]).as_dict()
+        if form.pattern and (same := dense.get(form.format)) in times:
+            row["over_twin"] = ratio_of_rounds(seconds, times[same]).as_dict()
     return list(rows.values())
 
 

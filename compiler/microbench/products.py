@@ -1,6 +1,6 @@
 """The forms of a product: dense, fewer bits, 2:4, each prepared for one shape and one device.
 
-A form is a small object of the protocol ``Form``; another one, such as an engine built for a single product, is one more
+A form is a small object of the protocol ``Form``; another one, such as one built for a single GEMM, is one more
 object in the list that ``probe_model`` takes.
 """
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.artifact.manifest import FileEntry, Manifest, Source, Tool
 from compile_sparse.compiler.artifact.report import (
     Change,
     GateResult,
-    Interval,
+    Kind,
     ModelSection,
     PassSection,
     Report,
@@ -27,40 +27,46 @@ from compile_sparse.compiler.extension.backend_contract import ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype, zero_share
 from compile_sparse.compiler.ir.verifier import verify_program
-from compile_sparse.compiler.pipeline.building import baseline_target
 from compile_sparse.compiler.pipeline.job import Job, baseline_key, runtime_threads
 from compile_sparse.compiler.pipeline.lowering import lower_program
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.result import CompileResult
 from compile_sparse.compiler.verify.baseline import get_baseline
 from compile_sparse.compiler.verify.fidelity import LARGEST_NOISE_NATS, fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
-from compile_sparse.compiler.verify.measure import Measured, cannot_measure, folder_bytes, measure, measure_answers
+from compile_sparse.compiler.verify.measure import (
+    Measured,
+    MeasureRequest,
+    cannot_measure,
+    measure,
+    measure_answers,
+    model_bytes,
+)
 from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
-__all__ = ["SOURCE_CONFIG", "CompileResult", "compile_job", "judge", "raise_failed_gates"]
+__all__ = ["SOURCE_CONFIG", "LoweringRecord", "compile_job", "judge", "raise_failed_gates"]
 
 SOURCE_CONFIG = "source_config.json"
 """Copy of the source model's config in the artifact: measuring again needs its vocabulary and context length."""
 
 
-@dataclass(frozen=True)
-class CompileResult:
-    """What a compilation gave.
+class LoweringRecord(BaseModel):
+    """What later stages need of a lowering; kept in the staging folder, so that a stopped run goes on after it."""
 
-    Attributes:
-        verdict: ``faster``, ``smaller-only``, ``no-gain``, ``slower`` or ``unverified``.
-        report: plain data of ``report.json``.
-        artifact: the artifact's folder.
-        report_path: the report in it.
-    """
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
-    verdict: str
-    report: Mapping[str, Any]
-    artifact: Path
-    report_path: Path
+    passes: tuple[PassSection, ...] = Field(description="of the report; the last one is the lowering itself")
+    parameters: int = Field(description="trained elements of what was lowered")
+    dense_parameters: int = Field(description="the same of the dense model")
+    zeros: float = Field(description="share of stored weights that are zero")
+    kind: Kind = Field(description="of the program")
+    form: dict[str, Any] = Field(description="runtime form chosen, per aspect")
+    limits: tuple[str, ...] = Field(description="what the runtime must respect")
+    digests: dict[str, str] = Field(description="file of the artifact -> sha256, computed while it was written")
+    sparsity: Sparsity | None = Field(default=None, description="of the report")
 
 
 class _Build:
@@ -79,15 +85,15 @@ class _Build:
     @cached_property
     def baseline(self) -> Program:
         """The dense program with its weights as they are stored."""
-        return cast_weights(self.dense, torch_dtype(self.job.target.baseline_precision))
+        return cast_weights(self.dense, torch_dtype(self.job.precision))
 
-    def lower(self, staging: Staging) -> dict[str, Any]:
-        """Run passes and lower into ``staging``; returns what later stages need."""
+    def lower(self, staging: Staging) -> LoweringRecord:
+        """Run passes and lower into ``staging``."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
         context = job.context(self.progress)
         program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
-        program = cast_weights(program, torch_dtype(job.target.baseline_precision))
+        program = cast_weights(program, torch_dtype(job.precision))
         text = [w for windows in job.slices.values() for w in windows]
         text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
         lowered, section = lower_program(
@@ -103,11 +109,12 @@ class _Build:
                 target=job.target,
                 largest_batch=max(job.workload.levels),
                 known=lowered.files,
+                settings=job.settings,
             )
             digests |= {f"{deployment.name}/{name}": digest for name, digest in deployed.files.items()}
             limits += deployed.limits
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
-        short = job.target.baseline_precision != "fp32"
+        short = job.precision != "fp32"
         write_reference(
             program,
             staging.folder,
@@ -116,17 +123,17 @@ class _Build:
             progress=self.progress,
             dense=self.baseline if short else None,
         )
-        return {
-            "passes": [s.model_dump(mode="json") for s in (*sections, section)],
-            "parameters": program.parameter_count(),
-            "dense_parameters": self.dense.parameter_count(),
-            "zeros": zero_share(program),
-            "kind": program.kind,
-            "form": dict(lowered.form),
-            "limits": limits,
-            "digests": digests,
-            "sparsity": lowered.sparsity,
-        }
+        return LoweringRecord(
+            passes=(*sections, section),
+            parameters=program.parameter_count(),
+            dense_parameters=self.dense.parameter_count(),
+            zeros=zero_share(program),
+            kind=program.kind,
+            form=dict(lowered.form),
+            limits=tuple(limits),
+            digests=digests,
+            sparsity=None if lowered.sparsity is None else Sparsity.model_validate(lowered.sparsity),
+        )
 
 
 def _served_name(job: Job) -> str:
@@ -144,29 +151,28 @@ def compile_job(
     """
     build = _Build(job, progress, verify_each)
     with Staging(out, key=job.key, force=force) as staging:
-        stage = staging.completed("lowered")
-        if stage is None:
-            stage = build.lower(staging)
-            staging.complete("lowered", stage)
+        stored = staging.completed("lowered")
+        record = build.lower(staging) if stored is None else LoweringRecord.model_validate(stored)
+        if stored is None:
+            staging.complete("lowered", record.model_dump(mode="json"))
         measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
         if verify:
             measured, baseline_bytes, why = _verified(build, staging.folder, progress)
         sizes = ModelSection(
-            kind=stage["kind"],
-            parameters=Change(baseline=stage["dense_parameters"], compiled=stage["parameters"]),
-            artifact_bytes=_change(baseline_bytes, folder_bytes(staging.folder / "model")),
-            zeros=stage["zeros"],
+            kind=record.kind,
+            parameters=Change(baseline=record.dense_parameters, compiled=record.parameters),
+            artifact_bytes=_change(baseline_bytes, model_bytes(job.backend, staging.folder / "model")),
+            zeros=record.zeros,
         )
-        passes = tuple(PassSection.model_validate(p) for p in stage["passes"])
         report = judge(
             Report(
                 target=job.target.name,
                 verdict="unverified",
                 verdict_why=why,
                 model=sizes,
-                passes=passes,
-                sparsity=stage.get("sparsity"),
-                notes=tuple(stage["limits"]),
+                passes=record.passes,
+                sparsity=record.sparsity,
+                notes=record.limits,
                 runtime=RuntimeSection(
                     name=job.probe.runtime, version=job.probe.version, device=job.probe.device or job.target.device
                 ),
@@ -182,15 +188,15 @@ def compile_job(
                 source=Source(name=job.folder.path.name, digest=job.source_digest),
                 recipe=job.canonical_recipe,
                 target=job.target.name,
-                passes=passes,
+                passes=record.passes,
                 runtime=report.runtime,
                 libraries=library_versions(),
-                form=stage["form"],
-                limits=tuple(stage["limits"]),
+                form=record.form,
+                limits=record.limits,
                 files=files,
             )
 
-        staging.publish(manifest, known=stage["digests"])
+        staging.publish(manifest, known=record.digests)
     return raise_failed_gates(report, out)
 
 
@@ -204,23 +210,28 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
             return None, None, why
         if unable := job.backend.reference_refusal(artifact / "model", job.target):
             return None, None, f"{why} {unable}"
-    elif why := cannot_measure(job.backend, artifact / "model", job.target):
+    elif why := cannot_measure(job.backend, artifact / "model", job.target, job.settings):
         return None, None, why
-    dense_target = baseline_target(job.target, runs_here=job.probe.available)
+    settings = job.settings.for_baseline(runs_here=job.probe.available)
     baseline = get_baseline(
-        baseline_key(job.source_digest, dense_target, job.probe.version),
+        baseline_key(job.source_digest, job.target, settings, job.probe.version),
         lambda: build.baseline,
-        job.backend,
-        dense_target,
+        lambda program, out: job.backend.lower(program, job.target, out, progress, settings),
         progress,
     )
-    size = folder_bytes(baseline / "model")
-    threads = runtime_threads(job.workload.threads)
-    found: dict[str, Any] = {"workload": job.workload, "slices": job.slices, "seed": job.recipe.seed}
-    found |= {"baseline": baseline, "artifact": artifact, "threads": threads, "progress": progress}
+    size = model_bytes(job.backend, baseline / "model")
+    request = MeasureRequest(
+        baseline=baseline,
+        artifact=artifact,
+        workload=job.workload,
+        slices=job.slices,
+        threads=runtime_threads(job.workload.threads),
+        vocabulary=job.vocabulary,
+        seed=job.recipe.seed,
+    )
     if why:
-        return measure_answers(reference, **found), size, why
-    return measure(job.backend, job.target, vocabulary=job.vocabulary, **found), size, ""
+        return measure_answers(request, reference, progress), size, why
+    return measure(request, job.backend, job.target, job.settings, progress), size, ""
 
 
 def _change(baseline: int | None, compiled: int) -> Change | None:
@@ -239,8 +250,8 @@ def judge(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> 
                 "quality": measured.quality,
             }
         )
-    if measured is not None and measured.twin and report.sparsity is not None:
-        report = report.model_copy(update={"sparsity": _with_twin(report.sparsity, measured.twin)})
+    if measured is not None and measured.over_dense and report.sparsity is not None:
+        report = report.model_copy(update={"sparsity": report.sparsity.with_speed(measured.over_dense)})
     if measured is not None and measured.performance is not None:
         verdict, why = decide(report.model_dump(mode="json"), fidelity_bound=fidelity_bound(quantized))
         dense = measured.baseline_fidelity.top1_agreement or 0.0
@@ -258,27 +269,17 @@ def judge(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> 
     return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
 
 
-def _with_twin(sparsity: Sparsity, ratios: Mapping[str, Interval]) -> Sparsity:
-    """The section with the speed of sparse kernels over dense ones, for the profiles that were measured."""
-    profiles = {
-        name: section.model_copy(update={"twin": ratios.get(name)})
-        for name, section in (sparsity.profiles or {}).items()
-    }
-    return sparsity.model_copy(update={"profiles": profiles or None})
-
-
 def raise_failed_gates(report: Report, folder: Path) -> CompileResult:
     """The result of a published report; GateFailure (CS3001) carrying it when a gate failed."""
     result = CompileResult(report.verdict, report.model_dump(mode="json", exclude_none=True), folder, folder / REPORT)
     failed = [gate for gate in report.gates if not gate.passed]
     if failed:
-        error = GateFailure(
+        raise GateFailure(
             "CS3001",
             f"{len(failed)} of {len(report.gates)} gates failed.",
+            result=result,
             where="; ".join(gate.gate for gate in failed),
             why="; ".join(gate.why or f"{gate.gate}: measured {gate.value}" for gate in failed),
             hint="The artifact and its report are written; loosen the gate or compress less.",
         )
-        error.result = result  # type: ignore[attr-defined]
-        raise error
     return result

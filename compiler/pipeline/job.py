@@ -20,15 +20,17 @@ from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.calibration_arrays import read_arrays
 from compile_sparse.compiler.execution.token_windows import load_tokenizer, read_windows
 from compile_sparse.compiler.extension.backend_contract import Backend, Probe
+from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.backends import find_backend
 from compile_sparse.compiler.extension.deployments import Deployment, find_deployment
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, ZeroingPass
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.files.cache import cache_key
 from compile_sparse.compiler.ir.model_facts import context_length
-from compile_sparse.compiler.pipeline.building import chosen_target
+from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.recipe import Recipe
-from compile_sparse.compiler.targets.target import Target, find_target
+from compile_sparse.compiler.targets.target import Precision, Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.version import code_identity, library_versions
 
@@ -45,6 +47,7 @@ class Job:
     Attributes:
         folder: the opened model.
         target, backend, probe: where it goes, and whether that runs here.
+        settings: what the run chose on that target.
         recipe, passes: what is done.
         calibration: windows the passes observe, or None.
         slices: evaluation windows by slice name.
@@ -55,6 +58,7 @@ class Job:
 
     folder: ModelFolder
     target: Target
+    settings: RunSettings
     backend: Backend
     probe: Probe
     recipe: Recipe
@@ -85,6 +89,7 @@ class Job:
             seed=self.recipe.seed,
             contraction_multiple=math.lcm(*(step.contraction_multiple for step in self.passes)),
             workload=self.workload,
+            settings=self.settings,
         )
 
     @cached_property
@@ -96,6 +101,7 @@ class Job:
                 "source": self.source_digest,
                 "recipe": self.canonical_recipe,
                 "target": self.target.model_dump(mode="json"),
+                "settings": self.settings.identity(),
                 "side files": self.folder.side_files_digest(),
                 "code": code_identity(),
                 "libraries": library_versions(),
@@ -103,6 +109,11 @@ class Job:
                 "processor": self.probe.processor,
             }
         )
+
+    @property
+    def precision(self) -> Precision:
+        """Of what is not quantized, in the baseline too."""
+        return self.settings.precision_on(self.target)
 
     @property
     def vocabulary(self) -> int:
@@ -116,7 +127,7 @@ class Job:
             Refusal: the first reason.
         """
         for deployment in self.deployments:
-            for skip in deployment.refusals(kind, self.target):
+            for skip in deployment.refusals(kind, self.target, self.settings):
                 raise Refusal(
                     skip.code,
                     f"This model cannot be written for {deployment.name}.",
@@ -142,13 +153,14 @@ class Job:
             )
 
 
-def baseline_key(source_digest: str, target: Target, runtime_version: str) -> str:
-    """Cache key of the dense baseline of a model on a target."""
+def baseline_key(source_digest: str, target: Target, settings: RunSettings, runtime_version: str) -> str:
+    """Cache key of the dense baseline of a model on a target, built with ``settings``."""
     return cache_key(
         {
             "kind": "baseline",
             "source": source_digest,
             "target": target.model_dump(mode="json"),
+            "settings": settings.identity(),
             "code": code_identity(),
             "libraries": library_versions(),
             "runtime": runtime_version,
@@ -193,20 +205,17 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     Raises:
         UsageError, ModelError, Refusal: whatever is wrong with the model, target, recipe or data files.
     """
-    find_target(target_name)  # a wrong name is said before the model is opened
+    target = find_target(target_name)  # a wrong name is said before the model is opened
     passes = recipe.build_passes()
     folder = open_folder(model)
     text = TextReader(folder.config.to_dict(), folder.path)
     longest = context_length(folder.config.to_dict())
     context = longest if is_causal(folder.model_class) else None
     workload = fit_workload(recipe.workload, context)
-    target = chosen_target(
-        target_name,
+    settings = settle_run(
+        target,
         recipe.building,
-        workload,
-        context=longest,
-        longest_window=longest_window(recipe, longest),
-        causal=is_causal(folder.model_class),
+        RunFacts(workload, longest, longest_window(recipe, longest), causal=is_causal(folder.model_class)),
     )
     backend = find_backend(target)
     useless = tuple(
@@ -218,6 +227,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     return Job(
         folder=folder,
         target=target,
+        settings=settings,
         backend=backend,
         probe=backend.probe(target),
         recipe=recipe,

@@ -45,9 +45,9 @@ def lower_program(
     """
     if not isinstance(backend, SteppedLowering):
         with observed() as cost:
-            lowered = backend.lower(program, context.target, out, context.progress)
+            lowered = backend.lower(program, context.target, out, context.progress, context.settings)
         return lowered, _section(lowered, (), cost)
-    steps = backend.lowering_steps(context.target)
+    steps = backend.lowering_steps(context.target, context.settings)
     typing = next((place for place, step in enumerate(steps) if isinstance(step, MixedPrecision)), len(steps))
     computed, sections = run_passes(program, steps[:typing], context, verify_each=verify_each)
     prepared, more = run_passes(computed, steps[typing:], context, verify_each=verify_each)
@@ -55,7 +55,7 @@ def lower_program(
         windows = reference_windows(program, text, context.seed) if program.kind == "decoder" else ()
         require_range(computed, names, windows=windows, seed=context.seed, progress=context.progress)
     with observed() as cost:
-        lowered = backend.write(program, prepared, context.target, out, context.progress)
+        lowered = backend.write(program, prepared, context.target, out, context.progress, context.settings)
     return lowered, _section(lowered, sections + more, cost)
 
 

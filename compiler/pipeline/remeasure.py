@@ -8,33 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from compile_sparse.compiler.artifact.reader import Artifact, read_artifact, replace_report
+from compile_sparse.compiler.artifact.reader import Artifact, read_artifact, read_manifest, replace_report
 from compile_sparse.compiler.artifact.report import Change, ModelSection, Report
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
-from compile_sparse.compiler.extension.backends import find_backend
+from compile_sparse.compiler.extension.backend_options import RunFacts
+from compile_sparse.compiler.extension.backends import find_backend, options_for
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
-from compile_sparse.compiler.pipeline.building import ENGINES, allow_foreign_engines, baseline_target, chosen_target
-from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, CompileResult, judge, raise_failed_gates
+from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, judge, raise_failed_gates
 from compile_sparse.compiler.pipeline.job import TextReader, baseline_key, fit_workload, longest_window, runtime_threads
+from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
 from compile_sparse.compiler.recipes.recipe import Evaluation, Recipe
-from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.result import CompileResult
+from compile_sparse.compiler.targets.target import Precision, Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.baseline import baseline_parameters, get_baseline
 from compile_sparse.compiler.verify.gates import parse_gate
-from compile_sparse.compiler.verify.measure import cannot_measure, folder_bytes, measure
+from compile_sparse.compiler.verify.measure import MeasureRequest, cannot_measure, measure, model_bytes
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 
 __all__ = ["verify_artifact"]
-
-FOREIGN = (
-    "The engines were not compared with those that were built (--allow-foreign-engine): "
-    "what was measured may be another model's."
-)
 
 
 def verify_artifact(
@@ -45,7 +43,7 @@ def verify_artifact(
     concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str],
     model: str | Path | None,
-    allow_foreign_engine: bool = False,
+    options: Mapping[str, Any],
     progress: Progress,
 ) -> CompileResult:
     """Check the artifact's digests, measure it and replace its report.
@@ -57,34 +55,26 @@ def verify_artifact(
         concurrency: numbers of requests at once, instead of those it was compiled with.
         gates: conditions on the new measurements, instead of those it was compiled with.
         model: the dense model, needed when its baseline is no longer in the cache.
-        allow_foreign_engine: load engines that are not those which were built; the user vouches for them.
+        options: of the target's backend (its ``verify_options``).
         progress: where measuring is reported.
 
     Raises:
-        UsageError: CS1021 to CS1023 when the artifact is incomplete or changed; CS1039 another model; CS1046 engines are
-            vouched for and the target has none.
+        UsageError: CS1021 to CS1023 when the artifact is incomplete or changed; CS1039 another model; CS1046 and CS1105 wrong
+            options.
         EnvironmentFailure: CS5007 the runtime is not here; CS5008 the baseline is neither cached nor can be built.
         GateFailure: CS3001.
     """
-    trusted = ENGINES if allow_foreign_engine else ""
+    target = find_target(read_manifest(path).target)
+    verifying = options_for(target, options, verify=True)
+    vouched = verifying.vouched()
+    trusted = vouched.suffix if vouched else ""
     artifact = read_artifact(path, trusted=trusted)
     _require_complete(artifact)
     manifest, old = artifact.manifest, Report.model_validate(artifact.report)
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
     context = context_length(config)
-    compiled = Recipe.model_validate(
-        {key: manifest.recipe[key] for key in ("workload", "building") if key in manifest.recipe}
-        | {"evaluation": {**manifest.recipe["evaluation"], "slices": {}}}
-    )
-    target = chosen_target(
-        manifest.target,
-        compiled.building,
-        fit_workload(compiled.workload, context if old.model.kind == "decoder" else None),
-        context=context,
-        longest_window=longest_window(compiled, context),
-        causal=old.model.kind == "decoder",
-    )
-    target = allow_foreign_engines(target) if allow_foreign_engine else target
+    decoder = old.model.kind == "decoder"
+    settings = replace(_compiled_with(manifest.recipe, target, context, causal=decoder), verifying=verifying)
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -95,50 +85,63 @@ def verify_artifact(
             why=probe.why_not,
             hint=probe.hint,
         )
-    if reason := cannot_measure(backend, artifact.model, target):
+    if reason := cannot_measure(backend, artifact.model, target, settings):
         raise EnvironmentFailure(
             "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
         )
     recipe = _recipe(manifest.recipe, eval, workload, concurrency)
     for text in gates:
         parse_gate(text)
-    measured_workload = fit_workload(recipe.workload, context if old.model.kind == "decoder" else None)
+    measured_workload = fit_workload(recipe.workload, context if decoder else None)
     slices = TextReader(config, artifact.model).slices(recipe)
-    dense_target = baseline_target(target, runs_here=True)
+    of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
-        baseline_key(manifest.source.digest, dense_target, probe.version),
-        lambda: _dense(model, manifest.source.digest, target, progress),
-        backend,
-        dense_target,
+        baseline_key(manifest.source.digest, target, of_baseline, probe.version),
+        lambda: _dense(model, manifest.source.digest, settings.precision_on(target), progress),
+        lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
     )
-    measured = measure(
-        backend,
-        target,
+    request = MeasureRequest(
         baseline=baseline,
         artifact=artifact.folder,
         workload=measured_workload,
+        slices=slices,
         threads=runtime_threads(measured_workload.threads),
         vocabulary=int(config.get("vocab_size") or 0),
-        slices=slices,
         seed=recipe.seed,
-        progress=progress,
     )
+    measured = measure(request, backend, target, settings, progress)
     if measured.quality is None and old.quality is not None:
         measured = replace(measured, quality=old.quality)  # the same two models: what was measured still holds
     sizes = ModelSection(
         kind=old.model.kind,
         parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),
-        artifact_bytes=Change(baseline=folder_bytes(baseline / "model"), compiled=folder_bytes(artifact.model)),
+        artifact_bytes=Change(
+            baseline=model_bytes(backend, baseline / "model"), compiled=model_bytes(backend, artifact.model)
+        ),
         zeros=old.model.zeros,
     )
     changes: dict[str, Any] = {"model": sizes, "gates": ()}
-    if allow_foreign_engine:
-        # What a builder said of the recorded engines says nothing of these.
-        changes |= {"sparsity": None, "notes": (*(n for n in old.notes if n != FOREIGN), FOREIGN)}
+    if vouched:
+        # What a builder said of the recorded files says nothing of these.
+        changes |= {"sparsity": None, "notes": (*(n for n in old.notes if n != vouched.note), vouched.note)}
     report = judge(old.model_copy(update=changes), measured, tuple(gates) or tuple(manifest.recipe["gates"]))
     replace_report(artifact, report.as_json(), trusted=trusted)
     return raise_failed_gates(report, artifact.folder)
+
+
+def _compiled_with(recipe: Mapping[str, Any], target: Target, context: int | None, *, causal: bool) -> RunSettings:
+    """What the run that made the artifact chose, from its canonical recipe."""
+    compiled = Recipe.model_validate(
+        {key: recipe[key] for key in ("workload", "building") if key in recipe}
+        | {"evaluation": {**recipe["evaluation"], "slices": {}}}
+    )
+    workload = fit_workload(compiled.workload, context if causal else None)
+    return settle_run(
+        target,
+        compiled.building,
+        RunFacts(workload, context, longest_window(compiled, context), causal=causal),
+    )
 
 
 def _require_complete(artifact: Artifact) -> None:
@@ -177,7 +180,7 @@ def _recipe(
     return merge_options(base, eval=eval, workload=workload, concurrency=concurrency)
 
 
-def _dense(model: str | Path | None, digest: str, target: Target, progress: Progress) -> Program:
+def _dense(model: str | Path | None, digest: str, precision: Precision, progress: Progress) -> Program:
     if model is None:
         raise EnvironmentFailure(
             "CS5008",
@@ -195,4 +198,4 @@ def _dense(model: str | Path | None, digest: str, target: Target, progress: Prog
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    return cast_weights(capture(folder, progress=progress), torch_dtype(target.baseline_precision))
+    return cast_weights(capture(folder, progress=progress), torch_dtype(precision))

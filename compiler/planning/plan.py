@@ -47,15 +47,15 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
             refusals.append(refused.as_dict())
             continue
         sections += [section.model_dump(mode="json") for section in done]
-    dtype = torch_dtype(job.target.baseline_precision)
+    dtype = torch_dtype(job.precision)
     dense, program = cast_weights(dense, dtype), cast_weights(program, dtype)
     with progress.task("axes", total=1) as task:
         analysis = analyse(dense, interface_may_change=changeable_roles(job.target))
         groups = group_rows(analysis, token_cost(dense, tokens=1 if dense.kind == "decoder" else job.workload.prompt))
         task.advance()
     said = [
-        *job.backend.plan(program, job.target),
-        *(s for d in job.deployments for s in d.refusals(dense.kind, job.target)),
+        *job.backend.plan(program, job.target, job.settings),
+        *(s for d in job.deployments for s in d.refusals(dense.kind, job.target, job.settings)),
     ]
     refusals += [skip.as_dict() for skip in said if skip.severity == "error"]
     return {

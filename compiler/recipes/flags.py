@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
 from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.extension.backends import declared_options, flag_of
 from compile_sparse.compiler.extension.pass_contract import PHASES, Pass, Phase
 from compile_sparse.compiler.extension.passes import load_pass
 from compile_sparse.compiler.files.validation_errors import explained
+from compile_sparse.compiler.recipes.building import check_building
 from compile_sparse.compiler.recipes.option_values import why_not
 from compile_sparse.compiler.recipes.recipe import PassRequest, Recipe
 from compile_sparse.compiler.targets.workload import Workload, parse_workload
@@ -26,87 +30,130 @@ _ZEROING: tuple[Phase, ...] = ("masks",)
 _QUANTIZING: tuple[Phase, ...] = ("quantization",)
 
 
-def merge_options(
-    recipe: Recipe | None = None,
-    *,
-    prune: Mapping[str, float] | None = None,
-    criterion: str | None = None,
-    allocation: str | None = None,
-    sparsity: str | None = None,
-    low_rank: float | None = None,
-    quantize: str | None = None,
-    quantizer: str | None = None,
-    kv_cache: str | None = None,
-    calibration: str | Path | None = None,
-    calibration_samples: int | None = None,
-    sequence_length: int | None = None,
-    eval: Mapping[str, str | Path] | None = None,
-    workload: str | Mapping[str, Any] | Workload | None = None,
-    concurrency: str | Sequence[int] | None = None,
-    tensor_parallel: int | None = None,
-    precision: str | None = None,
-    max_length: int | None = None,
-    engine: str | None = None,
-    emit: Sequence[str] | None = None,
-    gates: Sequence[str] = (),
-    require_sparse: int | None = None,
-    seed: int | None = None,
-) -> Recipe:
+@dataclass(frozen=True)
+class _Flags:
+    """Shorthand for parts of a recipe, under the names that Python and the command line use. None: not given."""
+
+    prune: Mapping[str, float] | None = None
+    criterion: str | None = None
+    allocation: str | None = None
+    sparsity: str | None = None
+    low_rank: float | None = None
+    quantize: str | None = None
+    quantizer: str | None = None
+    kv_cache: str | None = None
+    calibration: str | Path | None = None
+    calibration_samples: int | None = None
+    sequence_length: int | None = None
+    eval: Mapping[str, str | Path] | None = None
+    workload: str | Mapping[str, Any] | Workload | None = None
+    concurrency: str | Sequence[int] | None = None
+    tensor_parallel: int | None = None
+    precision: str | None = None
+    emit: Sequence[str] | None = None
+    gates: Sequence[str] = ()
+    require_sparse: int | None = None
+    seed: int | None = None
+
+
+_REQUESTS = (
+    ("low_rank", "low-rank", "fraction"),
+    ("sparsity", "mask", "pattern"),
+    ("quantize", "quantize", "scheme"),
+    ("kv_cache", "quantize-cache", "format"),
+)
+"""Flag, the pass it asks for, and the option of that pass it is the value of."""
+_MODIFIERS = (
+    ("criterion", (_PRUNING, _FACTORING, _ZEROING), "--prune, --low-rank or --sparsity"),
+    ("allocation", (_PRUNING, _FACTORING), "--prune or --low-rank"),
+    ("quantizer", (_QUANTIZING,), "--quantize"),
+)
+"""Flag, which is also the option's name, the families of passes (by phase) that may have it, and the flags that ask for those."""
+
+
+def merge_options(recipe: Recipe | None = None, **options: Any) -> Recipe:
     """``recipe`` (the empty one when None) with every given option on top.
 
     A pass that the recipe already has keeps its place and its other options; a new one is inserted by phase. Slices and gates
     are added to the recipe's. ``sequence_length`` holds for calibration and evaluation. ``require_sparse=100`` is the gate
     ``sparse_layers>=100``.
 
+    Args:
+        recipe: what is started from.
+        options: fields of ``_Flags``, and options of installed backends. None is as good as not given.
+
     Raises:
         UsageError: CS1004 a fraction outside (0, 1) or a number of layers below 1, CS1006 an option without what it
-            modifies, CS1007 a value that no such pass accepts, CS1012 a gate on a slice that is not evaluated, and the errors
-            of workloads, gates and recipes.
+            modifies, CS1007 a value that no such pass accepts, CS1012 a gate on a slice that is not evaluated, CS1105 an option
+            that does not exist, and the errors of workloads, gates and recipes.
         Refusal: CS4101 a pass that is not installed.
     """
-    if require_sparse is not None:
-        gates = (*gates, f"sparse_layers>={_layers(require_sparse)}")
+    flags, of_backends = _sorted(options)
+    gates = tuple(flags.gates)
+    if flags.require_sparse is not None:
+        gates = (*gates, f"sparse_layers>={_layers(flags.require_sparse)}")
     for text in gates:
         parse_gate(text)  # here its error keeps its own words
     base = recipe or Recipe()
-    passes = _Passes(base.passes)
-    for kind, fraction in (prune or {}).items():
-        passes.put(f"prune-{kind}", where=f"--prune {kind}", fraction=_fraction(fraction, f"--prune {kind}"))
-    if low_rank is not None:
-        passes.put("low-rank", where="--low-rank", fraction=_fraction(low_rank, "--low-rank"))
-    if sparsity is not None:
-        passes.put("mask", where="--sparsity", pattern=sparsity)
-    if quantize is not None:
-        passes.put("quantize", where="--quantize", scheme=quantize)
-    if kv_cache is not None:
-        passes.put("quantize-cache", where="--kv-cache", format=kv_cache)
-    if criterion is not None:
-        passes.modify(criterion, "criterion", (_PRUNING, _FACTORING, _ZEROING), "--prune, --low-rank or --sparsity")
-    if allocation is not None:
-        passes.modify(allocation, "allocation", (_PRUNING, _FACTORING), "--prune or --low-rank")
-    if quantizer is not None:
-        passes.modify(quantizer, "quantizer", (_QUANTIZING,), "--quantize")
-
+    passes = _merged_passes(base.passes, flags)
     data = base.model_dump(exclude={"passes"})
-    _merge_data(data, calibration, calibration_samples, sequence_length, eval or {})
+    _merge_data(data, flags)
     data["gates"] = (*base.gates, *gates)
-    wanted = base.workload if workload is None else parse_workload(workload, base.workload)
-    if concurrency is not None:
-        wanted = parse_workload({"concurrency": concurrency}, wanted)
-    if tensor_parallel is not None:
-        wanted = parse_workload({"tensor_parallel": tensor_parallel}, wanted)
-    data["workload"] = wanted
-    given = {"precision": precision, "max_length": max_length, "engine": engine}
-    data["building"] |= {name: value for name, value in given.items() if value is not None}
-    data["building"]["emit"] = tuple(dict.fromkeys((*base.building.emit, *(emit or ()))))
-    if seed is not None:
-        data["seed"] = seed
+    data["workload"] = _workload(base.workload, flags)
+    if flags.precision is not None:
+        data["building"]["precision"] = flags.precision
+    data["building"]["emit"] = tuple(dict.fromkeys((*base.building.emit, *(flags.emit or ()))))
+    data["building"] |= of_backends
+    if flags.seed is not None:
+        data["seed"] = flags.seed
     try:
-        merged = Recipe.model_validate(data).model_copy(update={"passes": passes.ordered()})
+        merged = Recipe.model_validate(data).model_copy(update={"passes": passes})
     except ValidationError as error:
         raise explained(error, Recipe, None, subject="options") from error
+    check_building(merged.building, None, subject="options")
     _check_gate_slices(merged)
     return merged
+
+
+def _sorted(options: Mapping[str, Any]) -> tuple[_Flags, dict[str, Any]]:
+    """Flags of every recipe, and options of backends that were given."""
+    ours = {field.name for field in fields(_Flags)}
+    theirs = {name for model in declared_options().values() for name in model.model_fields}
+    for name in options:
+        if name not in ours | theirs:
+            near = difflib.get_close_matches(name, ours | theirs, n=1, cutoff=0.4)
+            raise UsageError(
+                "CS1105",
+                f"{name} is not valid in the options.",
+                where=f"options: {name}",
+                why=f"There is no option {name!r}. Options: {', '.join(sorted(ours | theirs))}.",
+                hint=f"Did you mean {near[0]!r}?" if near else "",
+            )
+    given = {name: value for name, value in options.items() if value is not None}
+    flags = _Flags(**{name: value for name, value in given.items() if name in ours})
+    return flags, {name: value for name, value in given.items() if name not in ours}
+
+
+def _workload(base: Workload, flags: _Flags) -> Workload:
+    wanted = base if flags.workload is None else parse_workload(flags.workload, base)
+    for name in ("concurrency", "tensor_parallel"):
+        if (value := getattr(flags, name)) is not None:
+            wanted = parse_workload({name: value}, wanted)
+    return wanted
+
+
+def _merged_passes(requests: Sequence[PassRequest], flags: _Flags) -> tuple[PassRequest, ...]:
+    passes = _Passes(requests)
+    for kind, fraction in (flags.prune or {}).items():
+        passes.put(f"prune-{kind}", where=f"--prune {kind}", fraction=_fraction(fraction, f"--prune {kind}"))
+    for flag, name, option in _REQUESTS:
+        if (value := getattr(flags, flag)) is not None:
+            where = flag_of(flag)
+            passes.put(name, where=where, **{option: _fraction(value, where) if option == "fraction" else value})
+    for option, families, needs in _MODIFIERS:
+        if (value := getattr(flags, option)) is not None:
+            passes.modify(value, option, families, needs)
+    return passes.ordered()
 
 
 class _Passes:
@@ -198,16 +245,10 @@ def _layers(value: int) -> int:
     return value
 
 
-def _merge_data(
-    data: dict[str, Any],
-    calibration: str | Path | None,
-    samples: int | None,
-    sequence_length: int | None,
-    slices: Mapping[str, str | Path],
-) -> None:
-    if calibration is not None:
-        data["calibration"] = (data["calibration"] or {}) | {"file": str(calibration)}
-    if samples is not None:
+def _merge_data(data: dict[str, Any], flags: _Flags) -> None:
+    if flags.calibration is not None:
+        data["calibration"] = (data["calibration"] or {}) | {"file": str(flags.calibration)}
+    if flags.calibration_samples is not None:
         if data["calibration"] is None:
             raise UsageError(
                 "CS1006",
@@ -216,12 +257,12 @@ def _merge_data(
                 why="No calibration file is given.",
                 hint="Add --calibration FILE.",
             )
-        data["calibration"]["samples"] = samples
-    if sequence_length is not None:
-        data["evaluation"]["sequence_length"] = sequence_length
+        data["calibration"]["samples"] = flags.calibration_samples
+    if flags.sequence_length is not None:
+        data["evaluation"]["sequence_length"] = flags.sequence_length
         if data["calibration"] is not None:
-            data["calibration"]["sequence_length"] = sequence_length
-    data["evaluation"]["slices"] |= {name: str(file) for name, file in slices.items()}
+            data["calibration"]["sequence_length"] = flags.sequence_length
+    data["evaluation"]["slices"] |= {name: str(file) for name, file in (flags.eval or {}).items()}
 
 
 def _check_gate_slices(recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ from compile_sparse.compiler.extension.pass_contract import PHASES, Pass
 from compile_sparse.compiler.extension.passes import load_pass
 from compile_sparse.compiler.files.validation_errors import explained
 from compile_sparse.compiler.files.yaml_lines import Document, Location, parse_yaml, read_yaml
-from compile_sparse.compiler.pipeline.building import Building
+from compile_sparse.compiler.recipes.building import Building, check_building
 from compile_sparse.compiler.recipes.conflicts import refuse_second
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.gates import parse_gate
@@ -247,6 +247,7 @@ def _from_document(document: Document, *, folder: Path | None) -> Recipe:
         recipe = Recipe.model_validate(data)
     except ValidationError as error:
         raise explained(error, Recipe, document, subject="recipe") from error
+    check_building(recipe.building, document, subject="recipe")
     for index, request in enumerate(recipe.passes):
         # A private attribute: the model is frozen for users, and where it was written is not part of its value.
         request._origin = _Origin(document, ("passes", index))

@@ -18,24 +18,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.targets.target_files import read_target_files
 
-__all__ = [
-    "Build",
-    "Hardware",
-    "LowRankGemms",
-    "SparsePattern",
-    "Target",
-    "find_target",
-    "load_targets",
-    "split_over",
-    "with_precision",
-]
+__all__ = ["Hardware", "LowRankGemms", "Precision", "SparsePattern", "Target", "find_target", "load_targets"]
 
 
 Precision = Literal["fp32", "fp16", "bf16"]
 
 
 class SparsePattern(BaseModel):
-    """What a zero pattern is worth on a target."""
+    """What a sparsity pattern is worth on a target."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -49,10 +39,10 @@ class SparsePattern(BaseModel):
     in_features_multiple: int = Field(default=1, ge=1, description="K must be a multiple of this for a sparse kernel")
     out_features_multiple: int = Field(default=1, ge=1, description="N must be a multiple of this for a sparse kernel")
     formats: tuple[str, ...] = Field(
-        default=(), description="number formats of products that have sparse kernels, such as fp16; empty: not said"
+        default=(), description="number formats of GEMMs that have sparse kernels, such as fp16; empty: not said"
     )
     int8_outputs: bool = Field(
-        default=False, description="whether an int8 product must give int8 for its sparse kernel to be the faster one"
+        default=False, description="whether an int8 GEMM must give int8 for its sparse kernel to be the faster one"
     )
 
 
@@ -64,31 +54,13 @@ class Hardware(BaseModel):
     memory_gb: float = Field(gt=0, description="memory, 1e9 bytes")
     bandwidth_gb_s: float = Field(gt=0, description="of that memory, 1e9 bytes per second")
     dense_tflops: Mapping[str, float] = Field(
-        description="format of the products (fp16, int8, fp8, fp4) -> 1e12 operations per second without sparsity"
+        description="format of the GEMMs (fp16, int8, fp8, fp4) -> 1e12 operations per second without sparsity"
     )
     source: str = Field(description="title of the datasheet, with its date or number")
 
 
-class Build(BaseModel):
-    """What a runtime that builds engines builds them for: set by options, never in target files."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    batch: int = Field(ge=1, description="requests or samples at once that kernels are chosen for")
-    largest_batch: int = Field(ge=1, description="most requests or samples at once")
-    prompt: int = Field(ge=1, description="prompt length in tokens that kernels are chosen for")
-    max_length: int = Field(ge=1, description="prompt and output tokens that fit the key-value cache")
-    engine: Literal["auto", "none", "rtx-aot"] = Field(
-        default="auto",
-        description="auto: TensorRT on the target's GPU, elsewhere a check that the graph builds; none: the graph only; "
-        "rtx-aot: a TensorRT-RTX engine built ahead of time, without a GPU",
-    )
-    allow_foreign_engine: bool = Field(default=False, description="whether engines that are not ours are loaded")
-    checkpoint: bool = Field(default=True, description="whether the model is also written as a Hugging Face checkpoint")
-
-
 class LowRankGemms(BaseModel):
-    """What two thin products in place of one are worth on a target."""
+    """What two thin GEMMs in place of one are worth on a target."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -97,7 +69,7 @@ class LowRankGemms(BaseModel):
     )
     prefill_pays_below: float = Field(gt=0, le=1, description="the same for a prompt")
     extra_product_weights: int = Field(
-        default=0, ge=0, description="weights that are read in the time one more product takes to start, decoding"
+        default=0, ge=0, description="weights that are read in the time one more GEMM takes to start, decoding"
     )
     measured: str = Field(description="figures with the setting they were measured in")
 
@@ -119,8 +91,6 @@ class Target(BaseModel):
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
     compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")
     hardware: Hardware | None = Field(default=None, description="peaks from the vendor's datasheet")
-    builds_engines: bool = Field(default=False, description="whether artifacts are built for the workload's shapes")
-    build: Build | None = Field(default=None, description="those shapes; set by options")
     gpu: str = Field(default="", description="a word of the GPU's name as its driver tells it, such as 'A100'")
     schemes: Mapping[str, str] = Field(description="quantization scheme -> how this runtime executes it")
     refused_schemes: Mapping[str, str] = Field(
@@ -137,14 +107,11 @@ class Target(BaseModel):
     )
     scales: Literal["float32", "precision"] = Field(
         default="float32",
-        description="type of the scales of schemes that code activations; precision: that of products. Scales of weights alone "
+        description="type of the scales of schemes that quantize activations; precision: that of GEMMs. Scales of weights alone "
         "always have it",
     )
-    logits: Literal["8-bit", "float"] = Field(
-        default="8-bit", description="what quantization leaves of the product that makes the logits"
-    )
-    tensor_parallel: int = Field(default=1, ge=1, description="GPUs a model is split over; set by --tensor-parallel")
-    sparse_patterns: tuple[SparsePattern, ...] = Field(default=(), description="zero patterns and whether they pay")
+    logits: Literal["8-bit", "float"] = Field(default="8-bit", description="what quantization leaves of the lm_head")
+    sparse_patterns: tuple[SparsePattern, ...] = Field(default=(), description="sparsity patterns and whether they pay")
     low_rank: LowRankGemms | None = Field(
         default=None, description="when two factors pay; null: whenever they have fewer parameters"
     )
@@ -160,6 +127,37 @@ class Target(BaseModel):
         family = "N:M" if ":" in pattern and not pattern.startswith("block") else pattern
         by_name = {entry.pattern: entry for entry in self.sparse_patterns}
         return by_name.get(pattern) or by_name.get(family)
+
+    def require_gpus(self, count: int) -> None:
+        """Stop when a model cannot be split over ``count`` GPUs (tensor parallelism).
+
+        Raises:
+            UsageError: CS1042 on a target without GPUs.
+        """
+        if count > 1 and self.device != "cuda":
+            raise UsageError(
+                "CS1042",
+                f"{self.name} has no GPUs to split a model over.",
+                where=f"--tensor-parallel {count}",
+                why=f"Its device is {self.device}.",
+                hint="Leave the option out, or choose a GPU target.",
+            )
+
+    def require_precision(self, precision: str | None) -> None:
+        """Stop when the target does not compute in ``precision``; None is its own.
+
+        Raises:
+            UsageError: CS1043.
+        """
+        choices = self.precisions or (self.baseline_precision,)
+        if precision not in (None, self.baseline_precision, *choices):
+            raise UsageError(
+                "CS1043",
+                f"{self.name} does not compute in {precision!r}.",
+                where=f"--precision {precision}",
+                why=f"It computes in {' or '.join(choices)}.",
+                hint="Choose one of these, or leave the option out.",
+            )
 
 
 @cache
@@ -197,40 +195,3 @@ def find_target(name: str) -> Target:
         why=f"Known targets: {', '.join(targets)}.",
         hint=f"Did you mean {' or '.join(near)}?" if near else "See 'compile-sparse targets'.",
     )
-
-
-def split_over(target: Target, gpus: int) -> Target:
-    """``target`` with models split over several GPUs (tensor parallelism): kept sizes are then divisible.
-
-    Raises:
-        UsageError: CS1042 on a target without GPUs.
-    """
-    if gpus > 1 and target.device != "cuda":
-        raise UsageError(
-            "CS1042",
-            f"{target.name} has no GPUs to split a model over.",
-            where=f"--tensor-parallel {gpus}",
-            why=f"Its device is {target.device}.",
-            hint="Leave the option out, or choose a GPU target.",
-        )
-    return target.model_copy(update={"tensor_parallel": gpus}) if gpus > 1 else target
-
-
-def with_precision(target: Target, precision: str | None) -> Target:
-    """``target`` with its dense baseline, and what stays in floating point, in another of its precisions; None: as it is.
-
-    Raises:
-        UsageError: CS1043 when the target does not have it.
-    """
-    if precision is None or precision == target.baseline_precision:
-        return target
-    choices = target.precisions or (target.baseline_precision,)
-    if precision not in choices:
-        raise UsageError(
-            "CS1043",
-            f"{target.name} does not compute in {precision!r}.",
-            where=f"--precision {precision}",
-            why=f"It computes in {' or '.join(choices)}.",
-            hint="Choose one of these, or leave the option out.",
-        )
-    return target.model_copy(update={"baseline_precision": precision})

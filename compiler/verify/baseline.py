@@ -6,11 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from compile_sparse.compiler.extension.backend_contract import Backend
 from compile_sparse.compiler.files.cache import Cache
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.verify.reference import write_reference
 
 __all__ = ["baseline_parameters", "get_baseline"]
@@ -20,14 +18,21 @@ FIDELITY_WINDOWS = 2
 
 
 def get_baseline(
-    key: str, program: Callable[[], Program], backend: Backend, target: Target, progress: Progress
+    key: str, program: Callable[[], Program], lower: Callable[[Program, Path], object], progress: Progress
 ) -> Path:
-    """Folder with ``model/``, a reference file and facts; ``program()`` is called only when it must be built."""
+    """Folder with ``model/``, a reference file and facts.
+
+    Args:
+        key: digest of everything the baseline depends on.
+        program: the dense program; called only when the baseline must be built.
+        lower: writes what the runtime loads into an empty folder.
+        progress: where building it is reported.
+    """
 
     def build(folder: Path) -> None:
         dense = program()
         (folder / "model").mkdir()
-        backend.lower(dense, target, folder / "model", progress)
+        lower(dense, folder / "model")
         # No text: the entry must not depend on what a particular run evaluates.
         write_reference(dense, folder, text=(), seed=0, progress=progress, windows=FIDELITY_WINDOWS)
         facts = {"parameters": dense.parameter_count()}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import numpy as np
 import psutil
 
 from compile_sparse.compiler.artifact.report import Fidelity, Interval, Performance, Quality, RuntimeSection
-from compile_sparse.compiler.extension.backend_contract import Backend
-from compile_sparse.compiler.pipeline.building import ENGINES
+from compile_sparse.compiler.extension.backend_contract import Backend, DerivedFiles
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.messages import Load
@@ -26,28 +27,63 @@ from compile_sparse.compiler.verify.performance import (
     COMPILED,
     measure_decoder,
     measure_memory,
+    measure_over_dense,
     measure_samples,
-    measure_twin,
 )
 from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 
-__all__ = ["BESIDE", "TWIN", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers"]
+__all__ = ["MeasureRequest", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers", "model_bytes"]
 
 LOAD_TIMEOUT_SECONDS = 1800
-BESIDE = "checkpoint"
-"""Folder of a model folder that holds the same model in another form."""
-TWIN = "twin"
-"""Folder of a model folder that holds the same model built without sparse kernels, to be measured against it."""
+DENSE_BUILD = "dense build"
+"""What the worker calls the same model built without sparse kernels."""
 LARGE_SHARE = 4
 """Models that are this many times as large as free memory allows are not run beside each other."""
 
 
 @dataclass(frozen=True)
+class MeasureRequest:
+    """What is measured.
+
+    Attributes:
+        baseline, artifact: folders with ``model/`` and a reference file each.
+        workload: what speed is measured on.
+        slices: evaluation windows by slice name; none: quality of decoders is not measured.
+        threads: of the runtime.
+        vocabulary: token ids are drawn below it; 0 for models without tokens.
+        seed: of what is drawn.
+    """
+
+    baseline: Path
+    artifact: Path
+    workload: Workload
+    slices: Mapping[str, Sequence[Sequence[int]]]
+    threads: int
+    vocabulary: int
+    seed: int
+
+    @property
+    def folders(self) -> dict[str, Path]:
+        """What the runtime loads, by the name it gets there."""
+        return {BASELINE: self.baseline / "model", COMPILED: self.artifact / "model"}
+
+    @property
+    def decoder(self) -> bool:
+        """Whether the model generates."""
+        return (self.artifact / DECODER_FILE).is_file()
+
+
+@dataclass(frozen=True)
 class Measured:
-    """Everything one verification found. ``runtime`` and ``performance`` are None where another runtime stood in. ``twin``: speed
-    over the same model without sparse kernels, by optimization profile; empty where there is none.
+    """Everything one verification found.
+
+    Attributes:
+        runtime, performance: None where a reference runtime answered for the target's.
+        fidelity, baseline_fidelity: of the artifact and of the dense model.
+        quality: None where it was not asked for.
+        over_dense: speed over the same model without sparse kernels, by optimization profile; empty where there is none.
     """
 
     runtime: RuntimeSection | None
@@ -55,54 +91,55 @@ class Measured:
     baseline_fidelity: Fidelity
     performance: Performance | None
     quality: Quality | None
-    twin: Mapping[str, Interval] = field(default_factory=dict)
+    over_dense: Mapping[str, Interval] = field(default_factory=dict)
 
 
-def cannot_measure(backend: Backend, model: Path, target: Target) -> str:
+def cannot_measure(backend: Backend, model: Path, target: Target, settings: RunSettings) -> str:
     """Why ``model`` cannot be measured here although the runtime is there, or an empty string."""
-    if target.tensor_parallel > 1:
-        return (
-            f"A model split over {target.tensor_parallel} GPUs is not measured by this version; its sizes were checked."
-        )
+    gpus = settings.tensor_parallel
+    if gpus > 1:
+        return f"A model split over {gpus} GPUs is not measured by this version; its sizes were checked."
     return backend.cannot_run(model, target)
 
 
-def folder_bytes(folder: Path) -> int:
-    """Bytes of the model in a folder: its graph or checkpoint, not what else lies there in another form, engines included."""
-    files = (path for path in folder.rglob("*") if path.relative_to(folder).parts[0] not in (BESIDE, TWIN))
-    return sum(path.stat().st_size for path in files if path.is_file() and path.suffix != ENGINES)
+def folder_bytes(folder: Path, *, without: Collection[str] = ()) -> int:
+    """Bytes of the files in ``folder``; those that match a pattern of ``without`` are left out."""
+    files = (path for path in folder.rglob("*") if path.is_file())
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    return sum(
+        path.stat().st_size for path, name in names.items() if not any(fnmatch(name, pattern) for pattern in without)
+    )
+
+
+def model_bytes(backend: Backend, folder: Path) -> int:
+    """Bytes of the model in a lowered folder, not of what was made from it and lies beside."""
+    return folder_bytes(folder, without=backend.derived if isinstance(backend, DerivedFiles) else ())
 
 
 def measure(
-    backend: Backend,
-    target: Target,
-    *,
-    baseline: Path,
-    artifact: Path,
-    workload: Workload,
-    threads: int,
-    vocabulary: int,
-    slices: Mapping[str, Sequence[Sequence[int]]],
-    seed: int,
-    progress: Progress,
+    request: MeasureRequest, backend: Backend, target: Target, settings: RunSettings, progress: Progress
 ) -> Measured:
-    """Measure ``artifact/model`` against ``baseline/model``; each folder also holds its reference file."""
-    command = backend.worker_command(target)
-    folders = {BASELINE: baseline / "model", COMPILED: artifact / "model"}
-    decoder = (artifact / DECODER_FILE).is_file()
+    """Measure artifact and baseline in the target's runtime."""
+    command = backend.worker_command(target, settings)
+    workload, folders, seed = request.workload, request.folders, request.seed
+    sizes = {name: model_bytes(backend, folder) for name, folder in folders.items()}
     memory: dict[str, int] = {}
-    exact = target.baseline_precision == "fp32" and target.device == "cpu"
-    if decoder:
+    exact = settings.precision_on(target) == "fp32" and target.device == "cpu"
+    if request.decoder:
         # Both at once where memory is plenty, because starting a runtime may take a while. The workers are ended before the
         # threads are waited for, so that an interruption need not wait.
-        large = LARGE_SHARE * sum(map(folder_bytes, folders.values())) > psutil.virtual_memory().available
+        large = LARGE_SHARE * sum(sizes.values()) > psutil.virtual_memory().available
         with (
             progress.task("memory", total=len(folders)) as task,
             ThreadPoolExecutor(1 if large else len(folders)) as pool,
             ExitStack() as stack,
         ):
             workers = {name: stack.enter_context(Worker(command)) for name in folders}
-            options: dict[str, Any] = {"threads": threads, "vocabulary": vocabulary, "device": target.device}
+            options: dict[str, Any] = {
+                "threads": request.threads,
+                "vocabulary": request.vocabulary,
+                "device": target.device,
+            }
             waiting = {
                 name: pool.submit(measure_memory, workers[name], folder, workload, **options)
                 for name, folder in folders.items()
@@ -111,58 +148,49 @@ def measure(
                 memory[name] = found.result()
                 task.advance()
     with Worker(command) as worker:
-        _load(worker, folders, workload, slices, threads=threads, device=target.device)
-        baseline_fidelity, fidelity = _check_both(worker, baseline, artifact, progress)
-        if decoder:
+        _load(worker, request, folders, device=target.device)
+        baseline_fidelity, fidelity = _check_both(worker, request.baseline, request.artifact, progress)
+        batch: dict[str, np.ndarray[Any, Any]] | None = None
+        if request.decoder:
             performance = measure_decoder(
                 worker,
                 workload,
-                threads=threads,
-                vocabulary=vocabulary,
+                threads=request.threads,
+                vocabulary=request.vocabulary,
                 seed=seed,
                 # A runtime in 16 bits may compute in another type than it reads from disk, and a GPU has its own bandwidth.
-                weight_bytes={name: folder_bytes(folder) for name, folder in folders.items()} if exact else {},
+                weight_bytes=sizes if exact else {},
                 peak_rss_bytes=memory,
                 progress=progress,
             )
-            quality = measure_perplexity(worker, slices, seed=seed, progress=progress) if slices else None
         else:
-            feeds = _reference_feeds(artifact / SAMPLE_FILE)
+            feeds = _reference_feeds(request.artifact / SAMPLE_FILE)
             batch = {name: _repeat(value, workload.batch) for name, value in feeds.items()}
-            performance = measure_samples(worker, workload, batch, threads=threads, progress=progress)
-            quality = measure_agreement(worker, feeds, progress=progress)
-        twin = folders[COMPILED] / TWIN
+            performance = measure_samples(worker, workload, batch, threads=request.threads, progress=progress)
+        quality = _quality(worker, request, progress)
+        dense = backend.dense_build(folders[COMPILED]) if isinstance(backend, DerivedFiles) else None
         ratios = {}
-        if twin.is_dir():
-            _load(worker, {TWIN: twin}, workload, slices, threads=threads, device=target.device)
-            ratios = measure_twin(
-                worker, TWIN, workload, None if decoder else batch, vocabulary=vocabulary, seed=seed, progress=progress
+        if dense is not None:
+            _load(worker, request, {DENSE_BUILD: dense}, device=target.device)
+            ratios = measure_over_dense(
+                worker, DENSE_BUILD, workload, batch, vocabulary=request.vocabulary, seed=seed, progress=progress
             )
         runtime = RuntimeSection(**asdict(worker.runtime))
     return Measured(runtime, fidelity, baseline_fidelity, performance, quality, ratios)
 
 
-def measure_answers(
-    command: Sequence[str],
-    *,
-    baseline: Path,
-    artifact: Path,
-    workload: Workload,
-    slices: Mapping[str, Sequence[Sequence[int]]],
-    threads: int,
-    seed: int,
-    progress: Progress,
-) -> Measured:
-    """What ``measure`` finds of answers, not of speed, in a runtime that stands in for the target's (on a processor)."""
-    folders = {BASELINE: baseline / "model", COMPILED: artifact / "model"}
+def measure_answers(request: MeasureRequest, command: Sequence[str], progress: Progress) -> Measured:
+    """What ``measure`` finds of answers, not of speed, in a reference runtime (on a processor).
+
+    Args:
+        request: what is measured.
+        command: of the reference runtime's worker.
+        progress: where it is reported.
+    """
     with Worker(command) as worker:
-        _load(worker, folders, workload, slices, threads=threads, device="cpu")
-        baseline_fidelity, fidelity = _check_both(worker, baseline, artifact, progress)
-        quality: Quality | None
-        if not (artifact / DECODER_FILE).is_file():
-            quality = measure_agreement(worker, _reference_feeds(artifact / SAMPLE_FILE), progress=progress)
-        else:
-            quality = measure_perplexity(worker, slices, seed=seed, progress=progress) if slices else None
+        _load(worker, request, request.folders, device="cpu")
+        baseline_fidelity, fidelity = _check_both(worker, request.baseline, request.artifact, progress)
+        quality = _quality(worker, request, progress)
         ran_in = f"{worker.runtime.name} {worker.runtime.version}"
     return Measured(
         runtime=None,
@@ -173,26 +201,25 @@ def measure_answers(
     )
 
 
-def _load(
-    worker: Worker,
-    folders: Mapping[str, Path],
-    workload: Workload,
-    slices: Mapping[str, Sequence[Sequence[int]]],
-    *,
-    threads: int,
-    device: str,
-) -> None:
-    longest = max([REFERENCE_TOKENS, *(len(window) for windows in slices.values() for window in windows)])
+def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality | None:
+    if not request.decoder:
+        return measure_agreement(worker, _reference_feeds(request.artifact / SAMPLE_FILE), progress=progress)
+    return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress) if request.slices else None
+
+
+def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], *, device: str) -> None:
+    workload = request.workload
+    longest = max([REFERENCE_TOKENS, *(len(window) for windows in request.slices.values() for window in windows)])
     for name, folder in folders.items():
-        request = Load(
+        load = Load(
             name=name,
             folder=str(folder),
-            threads=threads,
+            threads=request.threads,
             device=device,
             sequence=max(longest, workload.prompt + workload.output),
             sequences=max(workload.levels),
         )
-        worker.call(request, timeout=LOAD_TIMEOUT_SECONDS)
+        worker.call(load, timeout=LOAD_TIMEOUT_SECONDS)
 
 
 def _check_both(worker: Worker, baseline: Path, artifact: Path, progress: Progress) -> tuple[Fidelity, Fidelity]:

@@ -24,7 +24,7 @@ from compile_sparse.compiler.runtimes.messages import Bandwidth, Benchmark, Benc
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.statistics import percentiles, ratio_of_rounds
 
-__all__ = ["BASELINE", "COMPILED", "measure_decoder", "measure_memory", "measure_samples", "measure_twin"]
+__all__ = ["BASELINE", "COMPILED", "measure_decoder", "measure_memory", "measure_over_dense", "measure_samples"]
 
 BASELINE, COMPILED = "baseline", "compiled"
 NAMES = (BASELINE, COMPILED)
@@ -172,9 +172,9 @@ def measure_samples(
     )
 
 
-def measure_twin(
+def measure_over_dense(
     worker: Worker,
-    twin: str,
+    dense: str,
     workload: Workload,
     feeds: dict[str, np.ndarray[Any, Any]] | None,
     *,
@@ -182,17 +182,17 @@ def measure_twin(
     seed: int,
     progress: Progress,
 ) -> dict[str, Interval]:
-    """Speed of the compiled model over the loaded model ``twin``, in alternating rounds: by optimization profile.
+    """Speed of the compiled model over the loaded model ``dense``, in alternating rounds: by optimization profile.
 
     Args:
         worker: with both loaded.
-        twin: its name.
+        dense: name of the same model, built without sparse kernels.
         workload: what is run.
         feeds: a batch of samples; None for decoders, whose prompts are drawn.
         vocabulary, seed: of the draw.
         progress: where it is reported.
     """
-    names = [twin, COMPILED]
+    names = [dense, COMPILED]
     with progress.task("sparse kernels against dense ones", total=1) as task, tempfile.TemporaryDirectory() as scratch:
         if feeds is None:
             decoded = worker.call(_benchmark(names, workload, workload.levels[0], vocabulary, seed)).rounds
@@ -208,8 +208,8 @@ def measure_twin(
             times = {"samples": [sampled[name] for name in names]}
         task.advance()
     return {
-        profile: _interval([1 / t for t in of_twin], [1 / t for t in of_sparse])
-        for profile, (of_twin, of_sparse) in times.items()
+        profile: _interval([1 / t for t in of_dense], [1 / t for t in of_sparse])
+        for profile, (of_dense, of_sparse) in times.items()
     }
 
 

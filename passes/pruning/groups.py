@@ -12,7 +12,6 @@ from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group, Kind
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.extension.pass_contract import PassContext
-from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Prunable", "eligible_groups", "nearest_size", "prunable_groups"]
 
@@ -73,7 +72,7 @@ def prunable_groups(
         What can be pruned, what cannot, and sentences about sizes that are not what was asked for.
     """
     # Tensor parallelism splits channels and heads: every GPU's part is aligned, and as many positions as any other's.
-    gpus = context.target.tensor_parallel
+    gpus = context.settings.tensor_parallel
     alignment = context.target.alignment * gpus
     found: list[Prunable] = []
     diagnostics: list[Diagnostic] = []
@@ -84,7 +83,7 @@ def prunable_groups(
         step = math.lcm(_step(inner, alignment), whole)
         kept = nearest_size(group.size, fraction, step)
         if kept is None:
-            diagnostics.append(_unaligned(group, fraction, inner, step, context.target))
+            diagnostics.append(_unaligned(group, fraction, inner, step, context))
             continue
         wide = math.lcm(_step(inner, math.lcm(alignment, context.contraction_multiple * gpus)), whole)
         wider = nearest_size(group.size, fraction, wide)
@@ -168,13 +167,13 @@ def _crosses(analysis: Analysis, group: Group, taken: set[Axis]) -> bool:
     return False
 
 
-def _unaligned(group: Group, fraction: float, inner: Sequence[int], step: int, target: Target) -> Diagnostic:
-    gpus = target.tensor_parallel
+def _unaligned(group: Group, fraction: float, inner: Sequence[int], step: int, context: PassContext) -> Diagnostic:
+    gpus = context.settings.tensor_parallel
     elements = f" ({inner[0]} elements each)" if inner[0] > 1 else ""
     wanted = f"{fraction:g} of {group.size} positions{elements} leaves {group.size * (1.0 - fraction):g}"
     if step > 1:
         split = f" on each of {gpus} GPUs" if gpus > 1 else ""
-        wanted += f"; the target's alignment is {target.alignment}{split}, so sizes are multiples of {step}"
+        wanted += f"; the target's alignment is {context.target.alignment}{split}, so sizes are multiples of {step}"
     if step < group.size:
         return Diagnostic(str(group.anchor), "CS2105", f"{wanted}; the nearest is 0.", "Remove less.")
     why = f"{wanted}, and no multiple of {step} is below {group.size}."

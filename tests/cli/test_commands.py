@@ -176,7 +176,7 @@ def test_verify(api, shell):
         "concurrency": "2,4",
         "gates": ("parameters<=1x",),
         "model": "M",
-        "allow_foreign_engine": False,
+        "allow_foreign_engine": None,
     }
 
 

@@ -39,8 +39,7 @@ def test_exit_codes_and_the_four_facts(api, shell, kind, code):
 
 
 def test_a_failed_gate_shows_the_table_and_the_path_first(api, shell):
-    failure = GateFailure("CS3001", "A gate failed.")
-    failure.result = api.result
+    failure = GateFailure("CS3001", "A gate failed.", result=api.result)
     api.raises = failure
     code, out, err = shell(*COMPILE)
     assert code == 3

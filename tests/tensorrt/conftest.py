@@ -16,12 +16,15 @@ from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.extension.backend_contract import Lowered
+from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.pass_contract import PassContext
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
-from compile_sparse.compiler.pipeline.building import Building, chosen_target
+from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.recipes.building import Building
+from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
@@ -44,9 +47,9 @@ ProgramOf = Callable[[str], Program]
 FolderOf = Callable[..., Folder]
 
 
-def target_called(name: str, **building: Any) -> Target:
-    """A target with the default workload, for the small models."""
-    return chosen_target(name, Building(**building), Workload(), context=CONTEXT)
+def settings_for(target: Target, **building: Any) -> RunSettings:
+    """What a run with the default workload and these options chooses, for the small models."""
+    return settle_run(target, Building(**building), RunFacts(Workload(), CONTEXT))
 
 
 def calibration_for(program: Program) -> CalibrationStream:
@@ -59,14 +62,16 @@ def calibration_for(program: Program) -> CalibrationStream:
     return CalibrationStream(tuple(tuple(map(int, draws.integers(3, VOCABULARY, 32))) for _ in range(8)))
 
 
-def passed(program: Program, target: Target, scheme: str, sparsity: str) -> Program:
+def passed(
+    program: Program, target: Target, scheme: str, sparsity: str, settings: RunSettings = DEFAULT_SETTINGS
+) -> Program:
     """``program`` after the passes that are asked for, as it will be stored."""
-    context = PassContext(target=target, progress=SilentProgress(), calibration=calibration_for(program))
+    context = PassContext(target, SilentProgress(), calibration_for(program), settings=settings)
     if sparsity:
         program = Sparsify(pattern=sparsity).run(program, context).program
     if scheme:
         program = Quantize(scheme=scheme).run(program, context).program
-    return cast_weights(program, torch_dtype(target.baseline_precision))
+    return cast_weights(program, torch_dtype(settings.precision_on(target)))
 
 
 @pytest.fixture(scope="session")
@@ -83,9 +88,10 @@ def folder_of(program_of: ProgramOf, tmp_path_factory: pytest.TempPathFactory) -
     def lower(
         name: str, target_name: str = "trt-a100", scheme: str = "", sparsity: str = "", precision: str = ""
     ) -> Folder:
-        target = target_called(target_name, precision=precision or None)
-        program = passed(program_of(name), target, scheme, sparsity)
+        target = find_target(target_name)
+        settings = settings_for(target, precision=precision or None)
+        program = passed(program_of(name), target, scheme, sparsity, settings)
         out = tmp_path_factory.mktemp(f"{name}-{scheme or 'float'}")
-        return Folder(out, TensorRtBackend().lower(program, target, out, SilentProgress()), program)
+        return Folder(out, TensorRtBackend().lower(program, target, out, SilentProgress(), settings), program)
 
     return lower

@@ -16,15 +16,18 @@ from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.backends.tensorrt.description import read_description
 from compile_sparse.backends.tensorrt.engine import engine_stage
 from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, Built
+from compile_sparse.backends.tensorrt.layout import TWIN
 from compile_sparse.compiler.artifact.report import Change, Fidelity, Interval, ModelSection, Report
-from compile_sparse.compiler.extension.backend_contract import Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.pipeline.compilation import judge
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.messages import Benchmark, BenchmarkSamples, Round, Rounds, SampleTimes
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.targets.workload import Workload
-from compile_sparse.compiler.verify.measure import TWIN, Measured, folder_bytes
-from compile_sparse.compiler.verify.performance import COMPILED, measure_twin
-from tests.tensorrt.conftest import ProgramOf, passed, target_called
+from compile_sparse.compiler.verify.measure import Measured, model_bytes
+from compile_sparse.compiler.verify.performance import COMPILED, measure_over_dense
+from tests.tensorrt.conftest import ProgramOf, passed, settings_for
 
 Requests = list[BuildRequest]
 
@@ -51,9 +54,13 @@ def _answer(request: BuildRequest, nodes: list[str]) -> Built:
     )
 
 
-def _fresh(folder: Path) -> Path:
-    (folder / "model").mkdir()
-    return folder / "model"
+def _lowered(program: Program, folder: Path, sparsity: str) -> Lowered:
+    """For an A100, into ``folder/model``."""
+    target = find_target("trt-a100")
+    settings, model = settings_for(target), folder / "model"
+    model.mkdir()
+    stored = passed(program, target, "", sparsity, settings)
+    return TensorRtBackend().lower(stored, target, model, SilentProgress(), settings)
 
 
 @pytest.fixture
@@ -74,10 +81,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Requests:
 
 
 def test_an_engine_and_its_dense_twin(gpu: Requests, program_of: ProgramOf, tmp_path: Path) -> None:
-    target = target_called("trt-a100")
-    lowered = TensorRtBackend().lower(
-        passed(program_of("llama"), target, "", "2:4"), target, _fresh(tmp_path), SilentProgress()
-    )
+    lowered = _lowered(program_of("llama"), tmp_path, "2:4")
     model = tmp_path / "model"
     sparse, dense = gpu
     assert (sparse.sparse, dense.sparse) == (True, False)
@@ -102,10 +106,7 @@ def test_an_engine_and_its_dense_twin(gpu: Requests, program_of: ProgramOf, tmp_
 
 
 def test_a_dense_model_has_no_twin(gpu: Requests, program_of: ProgramOf, tmp_path: Path) -> None:
-    target = target_called("trt-a100")
-    lowered = TensorRtBackend().lower(
-        passed(program_of("llama"), target, "", ""), target, _fresh(tmp_path), SilentProgress()
-    )
+    lowered = _lowered(program_of("llama"), tmp_path, "")
     assert len(gpu) == 1
     assert not gpu[0].sparse
     assert not (tmp_path / "model" / TWIN).exists()
@@ -117,7 +118,8 @@ def test_bytes_are_those_of_the_graph(tmp_path: Path) -> None:
         path = tmp_path / name
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(bytes(size))
-    assert folder_bytes(tmp_path) == 3
+    assert model_bytes(TensorRtBackend(), tmp_path) == 3
+    assert TensorRtBackend().dense_build(tmp_path) == tmp_path / TWIN
 
 
 class _Worker:
@@ -147,7 +149,7 @@ def test_the_twin_is_measured_against(twin_ratio: Callable[..., dict[str, Interv
 @pytest.fixture
 def twin_ratio() -> Callable[..., dict[str, Interval]]:
     workload = Workload(prompt=32, output=8, rounds=3)
-    return lambda feeds: measure_twin(
+    return lambda feeds: measure_over_dense(
         _Worker(),  # type: ignore[arg-type]
         TWIN,
         workload,
@@ -161,10 +163,7 @@ def twin_ratio() -> Callable[..., dict[str, Interval]]:
 def test_the_report_has_the_ratio_per_profile(
     gpu: Requests, program_of: ProgramOf, tmp_path: Path, twin_ratio: Callable[..., dict[str, Interval]]
 ) -> None:
-    target = target_called("trt-a100")
-    lowered = TensorRtBackend().lower(
-        passed(program_of("llama"), target, "", "2:4"), target, _fresh(tmp_path), SilentProgress()
-    )
+    lowered = _lowered(program_of("llama"), tmp_path, "2:4")
     size = ModelSection(kind="decoder", parameters=Change(baseline=1, compiled=1))
     # As it comes back from the staging folder.
     section = json.loads(json.dumps(lowered.sparsity))

@@ -34,9 +34,10 @@ from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.float_activations import with_float_activations
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.verify.reference import sample_inputs
 from compile_sparse.passes.quantize import Quantize
-from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, target_called
+from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, settings_for
 from tests.tensorrt.models import DECODERS, OTHERS, VOCABULARY
 
 ROUNDOFF, STEPS = 2.0**-11, 64  # two layers: some thirty values one after the other, and as many in the cache
@@ -134,9 +135,10 @@ def test_codes_and_scales_are_exact(
     """In float32 nothing is left but the order of sums: 1e-4 of the spread for most values. A value that the order of sums moves
     over the border of two codes shows in what reads it, hence the median.
     """
-    exact = target_called(target, engine="none").model_copy(update={"baseline_precision": "fp32"})
-    program = passed(program_of(name), exact, scheme, sparsity)
-    folder = Folder(tmp_path, TensorRtBackend().lower(program, exact, tmp_path, SilentProgress()), program)
+    goal = find_target(target)
+    exact = replace(settings_for(goal, engine="none"), precision="fp32")
+    program = passed(program_of(name), goal, scheme, sparsity, exact)
+    folder = Folder(tmp_path, TensorRtBackend().lower(program, goal, tmp_path, SilentProgress(), exact), program)
     expected, found = _outputs(folder)
     assert np.median(np.abs(found - expected)) <= 1e-4 * _spread(expected)
 
@@ -256,7 +258,7 @@ def test_sparse_int8_layers_have_int8_outputs(folder_of: FolderOf) -> None:
 
 def test_a_lost_zero_stops_the_compilation(program_of: Any, tmp_path: Path) -> None:
     """A pass that fills a masked position is found in the written file, whatever the annotation says."""
-    target = target_called("trt-a100")
+    target = find_target("trt-a100")
     program = passed(program_of("llama"), target, "", "2:4")
     name = "model.layers.1.mlp.up_proj.weight"
     value = program.weights.load(name).clone()
@@ -301,7 +303,7 @@ def test_only_attention_without_a_kernel_may_be_decomposed(folder_of: FolderOf) 
 
 
 def test_layers_that_groups_do_not_divide_stay_in_floating_point() -> None:
-    target = target_called("trt-a100", engine="none")
+    target = find_target("trt-a100")
     program = capture_model(hf_llama(192))
     context = PassContext(target=target, progress=SilentProgress())
     result = Quantize(scheme="w4a16").run(program, context)

@@ -8,7 +8,8 @@ from compile_sparse.backends.tensorrt.graph.lowering import lowering_steps
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from tests.tensorrt.conftest import ProgramOf, passed, target_called
+from compile_sparse.compiler.targets.target import find_target
+from tests.tensorrt.conftest import ProgramOf, passed
 
 
 @pytest.mark.parametrize(
@@ -26,8 +27,8 @@ from tests.tensorrt.conftest import ProgramOf, passed, target_called
     ],
 )
 def test_steps_verify(program_of: ProgramOf, name: str, target_name: str, scheme: str, sparsity: str) -> None:
-    target = target_called(target_name)
+    target = find_target(target_name)
     program = passed(program_of(name), target, scheme, sparsity)
     context = PassContext(target=target, progress=SilentProgress())
-    _, sections = run_passes(program, lowering_steps(target), context, verify_each=True)
+    _, sections = run_passes(program, lowering_steps(target.baseline_precision), context, verify_each=True)
     assert [section.name for section in sections][-1] == "mixed precision"

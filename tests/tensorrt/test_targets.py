@@ -10,8 +10,12 @@ import yaml
 from compile_sparse.backends.targets import folder
 from compile_sparse.compiler.cli.tables import targets_table
 from compile_sparse.compiler.errors import UsageError
+from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
-from compile_sparse.compiler.targets.target import Target, find_target, with_precision
+from compile_sparse.compiler.pipeline.settling import settle_run
+from compile_sparse.compiler.recipes.building import Building
+from compile_sparse.compiler.targets.target import Target, find_target
+from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.version_numbers import older
 
 CAPABILITIES = {
@@ -49,11 +53,10 @@ def test_every_gpu_has_its_file_and_capability() -> None:
 
 
 def test_the_contract_of_the_backend(target: Target) -> None:
-    assert (target.backend, target.device, target.builds_engines) == ("tensorrt", "cuda", True)
+    assert (target.backend, target.device) == ("tensorrt", "cuda")
     assert (target.activation_scales, target.logits) == ("tensor", "float")
     assert target.baseline_precision == "fp16"
     assert target.precisions == ("fp16", "bf16")
-    assert target.build is None, "shapes come from options"
     assert not older(target.minimum_versions["tensorrt"], "11.0")
 
 
@@ -164,17 +167,16 @@ def test_tables_and_dumps_keep_everything(target: Target, tmp_path: Path) -> Non
 
 
 def test_another_precision_of_the_target() -> None:
-    target = find_target("trt-a100")
-    assert with_precision(target, "bf16").baseline_precision == "bf16"
-    assert with_precision(target, "bf16").model_copy(update={"baseline_precision": "fp16"}) == target
-    assert with_precision(target, "fp16") is target
-    assert with_precision(target, None) is target
+    target, facts = find_target("trt-a100"), RunFacts(Workload())
+    assert settle_run(target, Building(precision="bf16"), facts).precision_on(target) == "bf16"
+    for same in (Building(precision="fp16"), Building()):
+        assert settle_run(target, same, facts) == settle_run(target, Building(), facts), "the same artifact"
 
 
 @pytest.mark.parametrize(("name", "choices"), [("trt-a100", "fp16 or bf16"), ("ort-cpu", "fp32")])
 def test_a_precision_that_it_has_not_is_refused(name: str, choices: str) -> None:
     with pytest.raises(UsageError, match="CS1043") as caught:
-        with_precision(find_target(name), "fp64")
+        find_target(name).require_precision("fp64")
     assert choices in caught.value.why
 
 

@@ -17,6 +17,7 @@ from compile_sparse.backends.vllm.sparse24_layout import expand_24
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights
 from compile_sparse.compiler.ir.weights import DerivedTensor
@@ -104,9 +105,9 @@ def test_experts_are_stored_in_the_targets_precision(captured: Captured, tmp_pat
 
 def test_sparse_weights_that_gpus_cannot_share_are_refused(captured: Captured, tmp_path: Path) -> None:
     program = Sparsify(pattern="2:4").run(captured("llama"), PassContext(TARGET, SilentProgress())).program
-    goal = TARGET.model_copy(update={"device": "cuda", "tensor_parallel": 4})
+    goal = TARGET.model_copy(update={"device": "cuda"})
     with pytest.raises(Refusal, match="CS4308") as caught:  # 88 channels: 22 inputs of the down projection per GPU
-        write(cast_weights(program, torch.bfloat16), goal, tmp_path, SilentProgress())
+        write(cast_weights(program, torch.bfloat16), goal, tmp_path, SilentProgress(), RunSettings(tensor_parallel=4))
     assert "88 inputs are no multiple of 32" in caught.value.why
 
 

@@ -10,7 +10,7 @@ import pytest
 from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.runtimes.environments import RuntimeRecord, write_record
-from compile_sparse.compiler.targets.target import find_target, load_targets, split_over
+from compile_sparse.compiler.targets.target import find_target, load_targets
 from compile_sparse.compiler.version_numbers import older
 
 TARGETS = sorted(name for name, target in load_targets().items() if target.backend == "vllm")
@@ -73,7 +73,7 @@ def test_the_grid_fits_every_kernel_and_group(name: str) -> None:
     for scheme in target.schemes:
         weights = SCHEMES[scheme].weights
         assert target.alignment % max(weights.group, weights.block, 1) == 0
-    assert split_over(target, 4).tensor_parallel == 4
+    target.require_gpus(4)
 
 
 def test_a_gpu_measures_for_its_own_target_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,17 +21,17 @@ import psutil
 from compile_sparse.backends.tensorrt.description import EngineRecord, Profile
 from compile_sparse.backends.tensorrt.engine.builder import EXTRAS, BuildRequest, Built, build
 from compile_sparse.backends.tensorrt.engine.capabilities import built_for
+from compile_sparse.backends.tensorrt.layout import AHEAD_OF_TIME, ENGINE, TWIN
+from compile_sparse.backends.tensorrt.options import EngineSettings
 from compile_sparse.backends.tensorrt.processor import installed_builders, probe_runtime
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.files.cache import Cache
 from compile_sparse.compiler.files.durable import disk_errors
 from compile_sparse.compiler.progress import Progress
-from compile_sparse.compiler.targets.target import Build, Target
-from compile_sparse.compiler.verify.measure import TWIN
+from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["Stage", "build_engines"]
 
-ENGINE, AHEAD_OF_TIME = "model.engine", "model.rtx.engine"
 _MEMORY_SHARE = 3
 """A build keeps the weights, their copies in the engine's layout and the engine in memory at once."""
 
@@ -58,7 +58,13 @@ class Stage:
 
 
 def build_engines(
-    model: Path, target: Target, options: Build, profiles: Sequence[Profile], *, sparse: bool, progress: Progress
+    model: Path,
+    target: Target,
+    options: EngineSettings,
+    profiles: Sequence[Profile],
+    *,
+    sparse: bool,
+    progress: Progress,
 ) -> Stage:
     """Build or check what ``options.engine`` asks for, from ``model`` (``model.onnx``); engines go beside it.
 

@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 from compile_sparse.backends.onnx.graph_writer import ValueRecord
 from compile_sparse.backends.tensorrt.description import Profile
 from compile_sparse.backends.tensorrt.graph.cache import BATCH, SEQUENCE
+from compile_sparse.backends.tensorrt.options import EngineSettings
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.targets.target import Build
 
 __all__ = ["profiles_for"]
 
 Range = tuple[int, int, int]
 
 
-def profiles_for(inputs: Sequence[ValueRecord], build: Build, *, decoder: bool) -> tuple[Profile, ...]:
+def profiles_for(inputs: Sequence[ValueRecord], build: EngineSettings, *, decoder: bool) -> tuple[Profile, ...]:
     """Prompts and single tokens are different regimes, so a decoder has one for each; kernels are timed at the middle shape.
 
     Raises:

@@ -8,6 +8,7 @@ import pytest
 
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.extension.pass_contract import PassContext
+from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.prune_channels import PruneChannels
@@ -18,8 +19,8 @@ HEAD = 8  # elements; the tiny Llama has 8 query heads, 4 key heads and 88 chann
 
 
 def context(gpus: int, alignment: int = 1, **options: Any) -> PassContext:
-    split = target().model_copy(update={"tensor_parallel": gpus, "alignment": alignment, "device": "cuda"})
-    return PassContext(split, SilentProgress(), **options)
+    goal = target().model_copy(update={"alignment": alignment, "device": "cuda"})
+    return PassContext(goal, SilentProgress(), settings=RunSettings(tensor_parallel=gpus), **options)
 
 
 def channels(program: Program) -> set[int]:

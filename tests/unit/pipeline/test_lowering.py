@@ -14,6 +14,7 @@ from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep
 from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram
 from compile_sparse.compiler.lowering import MixedPrecision
@@ -41,10 +42,18 @@ class Stepped(NullBackend):
         self.steps = steps
         self.written: list[tuple[Program, Program]] = []
 
-    def lowering_steps(self, target: Target) -> Sequence[LoweringStep]:
+    def lowering_steps(self, target: Target, settings: RunSettings = DEFAULT_SETTINGS) -> Sequence[LoweringStep]:
         return self.steps
 
-    def write(self, program: Program, prepared: Program, target: Target, out: Path, progress: Progress) -> Lowered:
+    def write(
+        self,
+        program: Program,
+        prepared: Program,
+        target: Target,
+        out: Path,
+        progress: Progress,
+        settings: RunSettings = DEFAULT_SETTINGS,
+    ) -> Lowered:
         self.written.append((program, prepared))
         return Lowered(files={}, form={"weights": "none"}, diagnostics=[Diagnostic("file", "CS2310", "Slow.")])
 
