@@ -28,9 +28,9 @@ lint: venv $(STUBS)
 vllm: venv
 	$(BIN)/compile-sparse runtime install vllm
 
-# Two processes, whole files each: models are captured once per file, and every test runs in one thread.
+# Two processes, each test in one thread. Which takes what: tests/support/distribution.py.
 test: venv lint vllm
-	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -n 2 --dist loadfile
+	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -n 2 --durations=25
 
 test-server: venv vllm
 	COMPILE_SPARSE_REQUIRE_VLLM=1 $(BIN)/python -m pytest -m server tests/vllm

@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +16,21 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compile_sparse.compiler.capture import capture_model, huggingface
 from compile_sparse.compiler.ir.program import Program
-from tests.models import build_model
+from tests.support.distribution import TogetherScheduling, longest_first
 from tests.support.exports import Exports
+from tests.support.tiny_models import build_tiny
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    longest_first(items)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    config.option.loadscopereorder = False  # keep our order
+    return TogetherScheduling(config, log)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -33,11 +45,11 @@ def exports(pytestconfig: pytest.Config) -> Iterator[Exports]:
 
 @pytest.fixture(scope="session")
 def captured() -> Callable[[str], Program]:
-    """Program of the tiny model called ``name`` (see ``tests.models.MODELS``), captured on first use."""
+    """Program of the tiny model called ``name`` (see ``tests.support.tiny_models``), captured on first use."""
 
     @cache
     def program_of(name: str) -> Program:
-        return capture_model(build_model(name))
+        return capture_model(build_tiny(name))
 
     return program_of
 

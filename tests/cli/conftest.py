@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 import types
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from compile_sparse.compiler.cli.main import run
+from tests.shell import shell
 
 REPORT = {
     "schema_version": 1,
@@ -96,21 +97,15 @@ class FakeApi(types.ModuleType):
 
 @pytest.fixture
 def api(monkeypatch):
-    import compile_sparse.compiler
+    import compile_sparse
 
     fake = FakeApi()
     monkeypatch.setitem(sys.modules, "compile_sparse.api", fake)
-    monkeypatch.setattr(compile_sparse.compiler, "api", fake, raising=False)
+    monkeypatch.setattr(compile_sparse, "api", fake, raising=False)
     return fake
 
 
-@pytest.fixture
-def shell(capsys):
+@pytest.fixture(name="shell")
+def plain_shell():
     """Run a command line: exit code, stdout, stderr."""
-
-    def call(*arguments):
-        code = run(arguments)
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return partial(shell, json=False)

@@ -108,7 +108,7 @@ def _real_api():
     """The real module, beside the fake that stands in ``sys.modules``."""
     import importlib.util
 
-    spec = importlib.util.find_spec("compile_sparse.compiler")
+    spec = importlib.util.find_spec("compile_sparse")
     assert spec is not None
     assert spec.submodule_search_locations
     path = f"{next(iter(spec.submodule_search_locations))}/api.py"
@@ -116,10 +116,7 @@ def _real_api():
     assert found is not None
     assert found.loader is not None
     module = importlib.util.module_from_spec(found)
-    try:
-        found.loader.exec_module(module)
-    except FileNotFoundError:
-        pytest.skip("the API is not written yet")
+    found.loader.exec_module(module)
     return module
 
 

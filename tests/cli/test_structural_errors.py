@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 import transformers as hf
 
 from compile_sparse.compiler.capture import ModelFolder, capture
-from compile_sparse.compiler.cli.main import run
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.pipeline import compilation
 from compile_sparse.compiler.planning import plan
+from tests.shell import shell
 
 LAYERS, HIDDEN, MLP, HEADS, HEAD = 2, 8, 24, 2, 4
-
-
-class Result(NamedTuple):
-    code: int
-    out: dict[str, Any]
-    err: str
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +53,6 @@ def one_capture() -> Iterator[None]:
         for module in (compilation, plan):
             patch.setattr(module, "capture", remembered)
         yield
-
-
-@pytest.fixture
-def call(capsys: pytest.CaptureFixture[str]) -> Callable[..., Result]:
-    def call(*words: object) -> Result:
-        code = run([*map(str, words), "--json"])
-        captured = capsys.readouterr()
-        return Result(code, json.loads(captured.out), captured.err)
-
-    return call
 
 
 REFUSED = [
@@ -115,31 +98,31 @@ def files() -> list[str]:
 
 @pytest.mark.parametrize(("target", "words", "code", "parts"), REFUSED)
 def test_what_cannot_be_pruned_exits_4_with_the_arithmetic(
-    model: Path, call: Callable[..., Result], target: str, words: tuple[str, ...], code: str, parts: tuple[str, ...]
+    model: Path, target: str, words: tuple[str, ...], code: str, parts: tuple[str, ...]
 ) -> None:
     before = files()
-    found = call(model, "--target", target, *words, "--no-verify", "--out", "out")
-    assert (found.code, found.out["error"]["code"]) == (4, code), found.err
+    found = shell(model, "--target", target, *words, "--no-verify", "--out", "out")
+    assert (found.code, found.data["error"]["code"]) == (4, code), found.errors
     for part in parts:
-        assert part in found.err, part
+        assert part in found.errors, part
     assert files() == before
 
-    planned = call("explain", model, "--target", target, *words)
-    (refusal,) = planned.out["refusals"]
+    planned = shell("explain", model, "--target", target, *words)
+    (refusal,) = planned.data["refusals"]
     assert (planned.code, refusal["code"]) == (4, code)
     for part in parts:
         assert part in f"{refusal['why']} {refusal['hint']}", part
-    assert planned.out["parameters"]["compiled"] == planned.out["parameters"]["baseline"]
+    assert planned.data["parameters"]["compiled"] == planned.data["parameters"]["baseline"]
     assert files() == before
 
 
 @pytest.mark.parametrize("command", ["compile", "explain"])
-def test_contradicting_kinds_exit_4_with_the_arithmetic(model: Path, call: Callable[..., Result], command: str) -> None:
+def test_contradicting_kinds_exit_4_with_the_arithmetic(model: Path, command: str) -> None:
     before = files()
-    found = call(command, model, "--target", "null", "--recipe", "both.yaml")
-    assert (found.code, found.out["error"]["code"]) == (4, "CS4105")
+    found = shell(command, model, "--target", "null", "--recipe", "both.yaml")
+    assert (found.code, found.data["error"]["code"]) == (4, "CS4105")
     for part in ("unit: group", "unit: query", "1 - 0.75 x 0.75 = 0.4375 in all, not 0.5", "fraction 0.4375, or 0.5"):
-        assert part in found.err, part
+        assert part in found.errors, part
     assert files() == before
 
 
@@ -152,20 +135,20 @@ def test_contradicting_kinds_exit_4_with_the_arithmetic(model: Path, call: Calla
     ],
 )
 def test_options_that_do_not_fit_the_passes_exit_2(
-    model: Path, call: Callable[..., Result], words: tuple[str, ...], code: str, parts: tuple[str, ...]
+    model: Path, words: tuple[str, ...], code: str, parts: tuple[str, ...]
 ) -> None:
     before = files()
-    found = call(model, "--target", "null", *words, "--no-verify")
-    assert (found.code, found.out["error"]["code"]) == (2, code)
+    found = shell(model, "--target", "null", *words, "--no-verify")
+    assert (found.code, found.data["error"]["code"]) == (2, code)
     for part in parts:
-        assert part in found.err, part
+        assert part in found.errors, part
     assert files() == before
 
 
-def test_the_plan_of_uniform_channels_is_what_the_artifact_has(model: Path, call: Callable[..., Result]) -> None:
+def test_the_plan_of_uniform_channels_is_what_the_artifact_has(model: Path) -> None:
     words = (model, "--target", "null", "--prune", "channels=0.25")
-    planned = call("explain", *words).out
-    made = call(*words, "--no-verify", "--out", "out").out
+    planned = shell("explain", *words).data
+    made = shell(*words, "--no-verify", "--out", "out").data
     removed = LAYERS * 3 * HIDDEN * 8  # 24 channels become 16, in three matrices
     assert planned["parameters"] == made["model"]["parameters"]
     assert planned["parameters"]["baseline"] - planned["parameters"]["compiled"] == removed
@@ -176,9 +159,9 @@ def test_the_plan_of_uniform_channels_is_what_the_artifact_has(model: Path, call
     assert decode["at_most"] == pytest.approx(decode["baseline"] / decode["compiled"])
 
 
-def test_a_plan_says_that_global_sizes_are_not_known(model: Path, call: Callable[..., Result]) -> None:
+def test_a_plan_says_that_global_sizes_are_not_known(model: Path) -> None:
     words = ("explain", model, "--target", "null", "--prune", "channels=0.25")
-    equal, ranked = (call(*words, "--allocation", kind).out for kind in ("uniform", "global"))
+    equal, ranked = (shell(*words, "--allocation", kind).data for kind in ("uniform", "global"))
     assert ranked["parameters"] == equal["parameters"]
     ((note,),) = (section["notes"] for section in ranked["passes"])
     assert "which a plan does not read; equal sizes are shown" in note

@@ -10,14 +10,12 @@ from pathlib import Path
 import pytest
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
-from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.extension.backend_contract import Lowered
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.quantize import Quantize
-from tests.onnxruntime.models import build
 
 if find_spec("onnx") is None or find_spec("onnxruntime") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -27,9 +25,9 @@ FolderOf = Callable[..., tuple[Path, Lowered, Program]]
 
 
 @pytest.fixture(scope="session")
-def program_of() -> ProgramOf:
-    """Captured program by model name."""
-    return cache(lambda name: capture_model(build(name)))
+def program_of(captured: ProgramOf) -> ProgramOf:
+    """Captured program of a small model by its family."""
+    return lambda family: captured(f"small/{family}")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from compile_sparse.backends.onnxruntime.lowering import write_graph
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.progress import SilentProgress
 from tests.onnxruntime.conftest import FolderOf, ProgramOf
-from tests.onnxruntime.models import DECODERS, ENCODERS
 from tests.onnxruntime.running import run, session
+from tests.support.served_models import SMALL
 from tests.support.tolerance import fp32_tolerance
 
 VOCABULARY = 96
@@ -36,7 +36,7 @@ def _folder(folder_of: FolderOf, program_of: ProgramOf, name: str, raised: bool,
     return tmp_path
 
 
-@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("name", SMALL.decoders)
 def test_decoder(program_of: ProgramOf, folder_of: FolderOf, name: str, raised: bool, tmp_path: Path) -> None:
     """Right-padded prefill, and a prefill continued by 16 cached steps, equal one full forward pass in torch."""
     program = program_of(name)
@@ -87,7 +87,7 @@ def test_ragged_batch_decodes_like_its_rows_alone(program_of: ProgramOf, folder_
             torch.testing.assert_close(outputs["logits"][row, 0], alone, rtol=0, atol=fp32_tolerance(alone))
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", SMALL.others)
 def test_encoder(program_of: ProgramOf, folder_of: FolderOf, name: str, raised: bool, tmp_path: Path) -> None:
     program = program_of(name)
     loaded = session(_folder(folder_of, program_of, name, raised, tmp_path))

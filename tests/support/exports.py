@@ -40,6 +40,21 @@ _OPTIONS = Options(ops_filter=None, node_metadata_key_filter=META.__contains__)
 _EXPORT = huggingface._export
 
 
+class _Pickler(GraphPickler):
+    """Keeps of a fake tensor what an operator sees. torch's own also keeps storages and views, at twice the time."""
+
+    def reducer_override(self, obj: object) -> Any:
+        if isinstance(obj, FakeTensor) and not isinstance(obj, torch.nn.Parameter):
+            return _fake_tensor, (self._unpickle_state, tuple(obj.shape), obj.stride(), obj.dtype, obj.requires_grad)
+        return super().reducer_override(obj)
+
+
+def _fake_tensor(state: Any, shape: Any, stride: Any, dtype: torch.dtype, requires_grad: bool) -> FakeTensor:
+    with torch._C._DisableTorchDispatch():
+        meta = torch.empty_strided(shape, stride, dtype=dtype, device="meta", requires_grad=requires_grad)
+    return FakeTensor(state.fake_mode, meta, torch.device("cpu"))
+
+
 @dataclass(frozen=True)
 class Export:
     """The parts of an ``ExportedProgram`` that capture reads."""
@@ -71,9 +86,8 @@ class Exports:
             return _loaded(file.read_bytes(), model, mode)
         self.fresh += 1
         exported = _EXPORT(model, sample)
-        content = GraphPickler.dumps(
-            (exported.graph_module, exported.graph_signature, dict(exported.constants)), _OPTIONS
-        )
+        parts = exported.graph_module, exported.graph_signature, dict(exported.constants)
+        content = _Pickler.dumps(parts, _OPTIONS)
         found = differences(exported, _loaded(content, model, huggingface.new_fake_mode()))
         if found:
             raise AssertionError(f"the export of {type(model).__name__} is not restored as it was: {found[:3]}")

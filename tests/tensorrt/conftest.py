@@ -13,7 +13,6 @@ import numpy as np
 import pytest
 
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
-from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.extension.backend_contract import Lowered
 from compile_sparse.compiler.extension.backend_options import RunFacts
@@ -28,7 +27,7 @@ from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
-from tests.tensorrt.models import CONTEXT, VOCABULARY, build
+from tests.support.served_models import WIDE
 
 if find_spec("onnx") is None or find_spec("onnxruntime") is None or find_spec("tensorrt_rtx") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -49,7 +48,7 @@ FolderOf = Callable[..., Folder]
 
 def settings_for(target: Target, **building: Any) -> RunSettings:
     """What a run with the default workload and these options chooses, for the small models."""
-    return settle_run(target, Building(**building), RunFacts(Workload(), CONTEXT))
+    return settle_run(target, Building(**building), RunFacts(Workload(), WIDE.context))
 
 
 def calibration_for(program: Program) -> CalibrationStream:
@@ -59,7 +58,7 @@ def calibration_for(program: Program) -> CalibrationStream:
     if images:
         shape = program.node(images[0].placeholder).meta["val"].shape[1:]
         return CalibrationStream((), arrays={images[0].name: draws.standard_normal((16, *map(int, shape)), np.float32)})
-    return CalibrationStream(tuple(tuple(map(int, draws.integers(3, VOCABULARY, 32))) for _ in range(8)))
+    return CalibrationStream(tuple(tuple(map(int, draws.integers(3, WIDE.vocabulary, 32))) for _ in range(8)))
 
 
 def passed(
@@ -75,9 +74,9 @@ def passed(
 
 
 @pytest.fixture(scope="session")
-def program_of() -> ProgramOf:
-    """Captured program by model name."""
-    return cache(lambda name: capture_model(build(name)))
+def program_of(captured: ProgramOf) -> ProgramOf:
+    """Captured program of a wide model by its family."""
+    return lambda family: captured(f"wide/{family}")
 
 
 @pytest.fixture(scope="session")

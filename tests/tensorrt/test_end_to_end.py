@@ -17,7 +17,8 @@ from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, read_
 from compile_sparse.backends.tensorrt.processor import probe_runtime
 from compile_sparse.compiler.targets.target import find_target
 from tests.shell import Shell, shell
-from tests.tensorrt.models import VOCABULARY, build
+from tests.support.served_models import WIDE
+from tests.support.tiny_models import build_tiny
 
 SMALL = ("--workload", "prompt=16,output=8,rounds=3")
 NO_GPU = not probe_runtime(find_target("trt-a100")).available
@@ -34,7 +35,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.jsonl"
     draws = np.random.default_rng(0)
-    lines = [json.dumps({"input_ids": draws.integers(3, VOCABULARY, 64).tolist()}) for _ in range(8)]
+    lines = [json.dumps({"input_ids": draws.integers(3, WIDE.vocabulary, 64).tolist()}) for _ in range(8)]
     path.write_text("\n".join(lines))
     return path
 
@@ -42,14 +43,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "llama"
-    build("llama").save_pretrained(folder)
+    build_tiny("wide/llama").save_pretrained(folder)
     return folder
 
 
 @pytest.fixture(scope="module")
 def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "vit"
-    build("vit").save_pretrained(folder)
+    build_tiny("wide/vit").save_pretrained(folder)
     return folder
 
 
@@ -219,7 +220,7 @@ def test_what_nothing_here_can_run_is_unverified_with_the_reason(llama: Path, te
 
 def test_values_beyond_fp16_are_found_before_anything_is_written(tmp_path: Path) -> None:
     """Every weight fits fp16, and so does every output; what is in between does not. ONNX Runtime would not show it."""
-    model = build("bert")
+    model = build_tiny("wide/bert")
     layer = model.bert.encoder.layer[0]
     with torch.no_grad():
         layer.intermediate.dense.weight.mul_(3e4)

@@ -37,8 +37,8 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.compiler.verify.reference import sample_inputs
 from compile_sparse.passes.quantize import Quantize
+from tests.support.served_models import WIDE
 from tests.tensorrt.conftest import Folder, FolderOf, ProgramOf, passed, settings_for
-from tests.tensorrt.models import DECODERS, OTHERS, VOCABULARY
 
 ROUNDOFF, STEPS = 2.0**-11, 64  # two layers: some thirty values one after the other, and as many in the cache
 PROMPT, GENERATED = 8, 16
@@ -52,7 +52,7 @@ def _outputs(folder: Folder) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]
         expected = Executor(program).run({name: torch.from_numpy(value) for name, value in inputs.items()})
         found = session.run(inputs)
         return next(iter(expected.values())).numpy(), next(iter(found.values()))
-    ids = torch.randint(3, VOCABULARY, (2, PROMPT + GENERATED), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, WIDE.vocabulary, (2, PROMPT + GENERATED), generator=torch.Generator().manual_seed(0))
     expected = Executor(program).run(decoder_inputs(program, ids))["logits"].numpy()
     generation = session.generation(2, ids.shape[1])
     steps = [ids[:, :PROMPT], *ids[:, PROMPT:].split(1, dim=1)]
@@ -64,7 +64,7 @@ def _spread(values: np.ndarray[Any, Any]) -> float:
     return float(values.std())
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *OTHERS])
+@pytest.mark.parametrize("name", [*WIDE.decoders, *WIDE.others])
 def test_the_file_computes_the_program(folder_of: FolderOf, name: str) -> None:
     folder = folder_of(name)
     assert "parsed and built" in folder.lowered.form["engine"]
@@ -114,7 +114,7 @@ def _program_output(folder: Folder) -> np.ndarray[Any, Any]:
     if program.kind != "decoder":
         inputs = sample_inputs(program, 0, batch=2, length=32)
         return next(iter(Executor(program).run({k: torch.from_numpy(v) for k, v in inputs.items()}).values())).numpy()
-    ids = torch.randint(3, VOCABULARY, (2, PROMPT + GENERATED), generator=torch.Generator().manual_seed(0))
+    ids = torch.randint(3, WIDE.vocabulary, (2, PROMPT + GENERATED), generator=torch.Generator().manual_seed(0))
     return Executor(program).run(decoder_inputs(program, ids))["logits"].numpy()
 
 
@@ -322,6 +322,6 @@ def test_layers_that_groups_do_not_divide_stay_in_floating_point() -> None:
 
 def hf_llama(width: int) -> hf.PreTrainedModel:
     config = hf.LlamaConfig(
-        hidden_size=width, intermediate_size=256, num_hidden_layers=1, num_attention_heads=3, vocab_size=VOCABULARY
+        hidden_size=width, intermediate_size=256, num_hidden_layers=1, num_attention_heads=3, vocab_size=WIDE.vocabulary
     )
     return hf.LlamaForCausalLM(config).eval()
