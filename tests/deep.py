@@ -11,7 +11,7 @@ import transformers as hf
 
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.ir.program import Program
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 
 __all__ = ["DEPTH", "deep_model", "deep_program", "without_blocks"]
 
@@ -21,7 +21,7 @@ _DEPTH_KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 
 @cache
 def deep_model(name: str) -> hf.PreTrainedModel:
-    """The model of ``tests.models`` with ``DEPTH`` random blocks, the same weights every time."""
+    """The model of ``compile_sparse.testing.models`` with ``DEPTH`` random blocks, the same weights every time."""
     shallow = build_model(name)
     settings = shallow.config.to_dict()
     for key in _DEPTH_KEYS:

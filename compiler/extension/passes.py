@@ -8,7 +8,7 @@ from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
 from compile_sparse.compiler.extension.pass_contract import PHASES, Pass
 
-__all__ = ["load_pass"]
+__all__ = ["load_pass", "what_lacks"]
 
 _GROUP = "compile_sparse.passes"
 
@@ -26,7 +26,7 @@ def load_pass(name: str, *, where: str = "") -> type[Pass]:
 
     entry = find_entry(_GROUP, name, missing, nearness=0.75)
     found = load_entry(entry, f"Pass {name!r}", "CS5002")
-    if problem := _problem(name, found):
+    if problem := what_lacks(name, found):
         raise EnvironmentFailure(
             "CS5002",
             f"What is registered as pass {name!r} is not a complete pass.",
@@ -37,7 +37,7 @@ def load_pass(name: str, *, where: str = "") -> type[Pass]:
     return found  # type: ignore[no-any-return]
 
 
-def _problem(name: str, found: object) -> str:
+def what_lacks(name: str, found: object) -> str:
     """What keeps ``found`` from being the class of pass ``name``, a sentence; else empty."""
     if not (isinstance(found, type) and issubclass(found, Pass)):
         return f"It is no subclass of {Pass.__module__}.{Pass.__name__}."

@@ -8,7 +8,7 @@ from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
 from compile_sparse.compiler.extension.quantizer_contract import Quantizer
 
-__all__ = ["find_quantizer"]
+__all__ = ["find_quantizer", "what_lacks"]
 
 _GROUP = "compile_sparse.quantizers"
 
@@ -26,7 +26,7 @@ def find_quantizer(name: str) -> Quantizer:
 
     entry = find_entry(_GROUP, name, missing)
     found = load_entry(entry, f"Quantizer {name!r}", "CS5013")
-    if problem := _problem(name, found):
+    if problem := what_lacks(name, found):
         raise EnvironmentFailure(
             "CS5013",
             f"What is registered as quantizer {name!r} is not a complete quantizer.",
@@ -38,7 +38,7 @@ def find_quantizer(name: str) -> Quantizer:
     return made
 
 
-def _problem(name: str, found: object) -> str:
+def what_lacks(name: str, found: object) -> str:
     """What keeps ``found`` from being the class of quantizer ``name``, a sentence; else empty."""
     if not (isinstance(found, type) and issubclass(found, Quantizer)):
         return f"It is no subclass of {Quantizer.__module__}.{Quantizer.__name__}."

@@ -9,15 +9,16 @@ import pytest
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
-from tests.encoders import ENCODERS, GROUPS
-from tests.models import example_inputs
+from compile_sparse.testing.encoders import ENCODERS
+from compile_sparse.testing.models import example_inputs
+from compile_sparse.testing.oracles import relative_error, tolerance
 from tests.onnxruntime.running import run, session
+from tests.support.encoder_groups import GROUPS
 from tests.unit.axes.test_models import random_keep
 
 CASES = [(name, kind) for name in ENCODERS for kind in ("dense", *sorted({kind for kind, _ in GROUPS[name]}))]

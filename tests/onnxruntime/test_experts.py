@@ -10,12 +10,12 @@ import torch
 
 from compile_sparse.backends.onnxruntime import OnnxRuntimeBackend
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
+from compile_sparse.testing.oracles import relative_error, tolerance
 from tests.onnxruntime.running import run, session
 
 

@@ -11,7 +11,7 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.quantize import Quantize
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
 from tests.onnxruntime.running import run, session
 from tests.support.tolerance import fp32_tolerance
 

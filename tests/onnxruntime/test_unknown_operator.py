@@ -17,7 +17,7 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.prune_channels import PruneChannels
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 
 TARGET = find_target("ort-cpu")
 

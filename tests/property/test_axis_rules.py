@@ -19,10 +19,10 @@ from hypothesis import strategies as st
 
 from compile_sparse.compiler.axes.algebra import Axis, leaves
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
-from compile_sparse.compiler.axes.oracles import interpret, masked_outputs, relative_error
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.selection import Selection
 from compile_sparse.compiler.ir import ops
+from compile_sparse.testing.oracles import interpret, masked_outputs, relative_error
 from tests.toys import Applied, toy_program
 
 TOLERANCE = 1e-5

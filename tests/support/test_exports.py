@@ -14,7 +14,7 @@ from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.ir.edit import fake_mode_of
 from compile_sparse.compiler.ir.fake_propagation import propagate_fake_tensors
 from compile_sparse.compiler.ir.program import Program
-from tests.models import build_model, example_inputs
+from compile_sparse.testing.models import build_model, example_inputs
 from tests.support.exports import Export, Exports, differences
 
 KINDS = ("llama", "bert_classifier", "swin", "whisper_encoder")

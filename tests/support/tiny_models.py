@@ -1,15 +1,15 @@
 """Every tiny model of the suite by one name.
 
-``llama``: of ``tests.models``, sizes that must not couple differ, for what reads graphs. ``small/llama`` and ``wide/llama``: of
-``served_models``, for what runs them. ``deep/llama``: of ``tests.deep``, four blocks.
+``llama``: of ``compile_sparse.testing``, sizes that must not couple differ, for what reads graphs. ``small/llama`` and
+``wide/llama``: of ``served_models``, for what runs them. ``deep/llama``: of ``tests.deep``, four blocks.
 """
 
 from __future__ import annotations
 
 import transformers as hf
 
+from compile_sparse.testing.models import build_model
 from tests.deep import deep_model
-from tests.models import build_model
 from tests.support.served_models import SMALL, WIDE, build_served
 
 __all__ = ["build_tiny"]

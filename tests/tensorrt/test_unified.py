@@ -17,7 +17,6 @@ from torch import fx
 from compile_sparse.backends.checkpoint import modelopt_layout as layout
 from compile_sparse.backends.checkpoint.modelopt import write_unified
 from compile_sparse.backends.checkpoint.quantized_tensor import dequantized
-from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.ir.edit import add_weight, op_name
@@ -29,6 +28,7 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize_cache import QuantizeCache
+from compile_sparse.testing.oracles import relative_error, tolerance
 from tests.tensorrt.modelopt_decoding import decode
 from tests.vllm.layouts import IDS, context, gpu, llama, quantized
 

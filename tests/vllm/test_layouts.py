@@ -14,7 +14,6 @@ from safetensors import safe_open
 from compile_sparse.backends.checkpoint import compressed_tensors as format_
 from compile_sparse.backends.checkpoint.quantized_tensor import dequantized
 from compile_sparse.backends.vllm.checkpoint import plan, write
-from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.ir.float_activations import with_float_activations
@@ -29,6 +28,7 @@ from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_layers import PruneLayers
 from compile_sparse.passes.quantize import Quantize
+from compile_sparse.testing.oracles import relative_error, tolerance
 from tests.vllm.layouts import IDS, Answer, context, emit, llama, quantized, read_back, tied_llama
 
 EPS = torch.finfo(torch.float32).eps

@@ -11,7 +11,7 @@ from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.residual.branches import find_branches
-from tests.models import MODELS, build_model
+from compile_sparse.testing.models import MODELS, build_model
 
 __all__ = ["COLUMNS", "TABLE", "architecture_table", "column_of"]
 
@@ -62,7 +62,7 @@ def column_of(group: Group) -> str:
 
 
 def architecture_table(program_of: Callable[[str], Program]) -> str:
-    """The page, for every model of ``tests.models``."""
+    """The page, for every model of ``compile_sparse.testing.models``."""
     reasons: dict[str, int] = {}
     where: dict[str, dict[str, None]] = {}
     rows: list[list[str]] = []

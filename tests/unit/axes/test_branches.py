@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from compile_sparse.compiler.axes.oracles import interpret, relative_error, tolerance
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.residual.branches import Branch, find_branches
 from compile_sparse.compiler.residual.remove import drop_branches
-from tests.models import MODELS, example_inputs
+from compile_sparse.testing.models import MODELS, example_inputs
+from compile_sparse.testing.oracles import interpret, relative_error, tolerance
 
 WITHOUT = frozenset[str]()
 """Models whose graph has no residual branch."""

@@ -14,11 +14,11 @@ from compile_sparse.compiler.axes import algebra, literals
 from compile_sparse.compiler.axes.algebra import Axis
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.groups import Group
-from compile_sparse.compiler.axes.oracles import OracleReport, compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.rules import convolution, spatial
 from compile_sparse.compiler.errors import CompileSparseError
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.testing.oracles import OracleReport, compare
 from tests.toys import ConvNet, toy_program
 from tests.unit.axes.test_models import random_keep
 

@@ -10,10 +10,10 @@ from transformers.integrations import moe
 from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock
 
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
+from compile_sparse.testing.oracles import compare
 from tests.toys import toy_program
 
 HIDDEN, INNER, EXPERTS = 16, 24, 7  # the native kernel wants multiples of 16 bytes

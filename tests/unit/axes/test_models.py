@@ -10,11 +10,11 @@ import torch
 
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
 from compile_sparse.compiler.axes.groups import Anchor
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.ir.program import Program
-from tests.encoders import GROUPS as ENCODER_GROUPS
-from tests.models import MODELS, example_inputs
+from compile_sparse.testing.models import MODELS, example_inputs
+from compile_sparse.testing.oracles import compare
+from tests.support.encoder_groups import GROUPS as ENCODER_GROUPS
 
 KINDS = ("channels", "heads", "head_dim", "width", "experts", "conv")
 _GROUPED = {("heads", 4): 2, ("channels", 88): 2, ("width", 64): 1}

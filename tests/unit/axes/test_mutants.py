@@ -12,14 +12,14 @@ from compile_sparse.compiler.axes import algebra, literals
 from compile_sparse.compiler.axes import rewrite as engine
 from compile_sparse.compiler.axes.algebra import Axis, factors
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.rules import shape
 from compile_sparse.compiler.errors import CompileSparseError
 from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import ResidentTensor
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
+from compile_sparse.testing.oracles import compare
 from tests.toys import toy_program
 from tests.unit.axes.test_models import random_keep
 

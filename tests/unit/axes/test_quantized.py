@@ -9,14 +9,14 @@ import torch
 import transformers as hf
 
 from compile_sparse.compiler.axes.analysis import Analysis, analyse
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.axes.rules import quantization
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.passes.quantize import Quantize
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
+from compile_sparse.testing.oracles import compare
 from tests.toys import toy_program
 from tests.unit.axes.test_models import random_keep
 from tests.unit.passes.running import context

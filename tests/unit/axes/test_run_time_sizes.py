@@ -9,10 +9,10 @@ from torch.export import Dim
 
 from compile_sparse.compiler.axes import literals
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import OracleReport, compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.errors import CompileSparseError
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.testing.oracles import OracleReport, compare
 from tests.toys import toy_program
 from tests.unit.axes.test_models import random_keep
 

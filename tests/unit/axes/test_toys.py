@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.export import Dim
 
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.errors import ModelError
+from compile_sparse.testing.oracles import compare
 from tests.toys import toy_program
 
 FROZEN: dict[str, Callable[[Tensor], Tensor]] = {

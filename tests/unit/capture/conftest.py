@@ -11,7 +11,7 @@ import pytest
 
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.ir.program import Program
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 
 
 @pytest.fixture(scope="session")

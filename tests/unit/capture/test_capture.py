@@ -19,7 +19,7 @@ from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name, schema
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor
-from tests.models import build_model, example_inputs
+from compile_sparse.testing.models import build_model, example_inputs
 from tests.toys import toy_program
 
 FromDisk = Callable[[str], Program]

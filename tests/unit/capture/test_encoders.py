@@ -12,7 +12,6 @@ import transformers as hf
 from transformers.models.whisper.modeling_whisper import WhisperDecoder, WhisperEncoder
 
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.capture import capture, open_folder
 from compile_sparse.compiler.capture.fold import fold_constants
 from compile_sparse.compiler.errors import ModelError
@@ -21,8 +20,9 @@ from compile_sparse.compiler.ir.edit import eliminate_dead_code, op_name
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.verify.reference import sample_inputs
-from tests.encoders import ENCODERS, t5_config, whisper_config
-from tests.models import build_model, example_inputs
+from compile_sparse.testing.encoders import ENCODERS, t5_config, whisper_config
+from compile_sparse.testing.models import build_model, example_inputs
+from compile_sparse.testing.oracles import relative_error, tolerance
 from tests.toys import Applied, toy_program
 
 FromDisk = Callable[[str], Program]

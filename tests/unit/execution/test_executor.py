@@ -12,7 +12,7 @@ from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs, weight_only
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import WeightStore
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
 from tests.toys import toy_program
 
 LAYERS, WIDTH = 6, 8

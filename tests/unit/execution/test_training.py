@@ -15,7 +15,7 @@ from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.execution.training import ProgramModule, language_loss
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.weights import ResidentTensor
-from tests.models import build_model, example_inputs
+from compile_sparse.testing.models import build_model, example_inputs
 from tests.toys import toy_program
 
 IDS = torch.randint(3, 96, (4, 12), generator=torch.Generator().manual_seed(1))

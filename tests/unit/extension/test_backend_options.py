@@ -28,7 +28,7 @@ from compile_sparse.compiler.recipes.schema import schema_text
 from compile_sparse.compiler.targets import target as targets_module
 from compile_sparse.compiler.targets.target import Target, find_target, load_targets
 from compile_sparse.compiler.targets.workload import Workload
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 from tests.shell import shell
 
 FACTS = RunFacts(Workload())

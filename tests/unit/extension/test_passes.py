@@ -67,7 +67,9 @@ def test_what_is_wrong_is_said(monkeypatch: pytest.MonkeyPatch, wrong: dict[str,
     assert part in refusal(monkeypatch, pass_class(**COMPLETE | wrong, run=run)).why
 
 
-@pytest.mark.parametrize("found", [pass_class(BaseModel, **COMPLETE, run=run), run, "gptq"], ids=str)
+@pytest.mark.parametrize(
+    "found", [pass_class(BaseModel, **COMPLETE, run=run), run, "gptq"], ids=["class", "function", "text"]
+)
 def test_what_is_no_pass_is_refused(monkeypatch: pytest.MonkeyPatch, found: object) -> None:
     assert "no subclass of compile_sparse.compiler.extension.pass_contract.Pass" in refusal(monkeypatch, found).why
 

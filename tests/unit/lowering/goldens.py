@@ -19,7 +19,7 @@ from torch import fx
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.lowering import MixedPrecision, raising_steps
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 
 __all__ = ["CASES", "FOLDER", "change"]
 
@@ -34,7 +34,7 @@ CASES = {
     "residual_rms_norm": ("llama", "raise residual_rms_norm"),
     "mixed_precision": ("llama", "mixed precision"),
 }
-"""File name -> model of ``tests.models``, and the step whose change it shows."""
+"""File name -> model of ``compile_sparse.testing.models``, and the step whose change it shows."""
 
 
 def change(program: Program, name: str) -> str:

@@ -13,7 +13,7 @@ from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.statistics.fisher import output_fisher, output_fisher_diagonal
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 
 WINDOWS = CalibrationStream(((5, 9, 12, 40, 3, 8), (7, 7, 20, 33, 90, 4), (11, 60, 2)))
 

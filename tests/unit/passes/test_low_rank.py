@@ -28,7 +28,7 @@ from compile_sparse.passes.factoring.factors import Factors, factor
 from compile_sparse.passes.factoring.rewriting import FactorSources, lazy_factors, replace_by_factors
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.quantize import Quantize
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
 from tests.toys import toy_program
 from tests.unit.passes.running import AddMM, Linear, target
 from tests.unit.passes.running import context as toy_context

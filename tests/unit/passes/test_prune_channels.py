@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
@@ -22,7 +21,8 @@ from compile_sparse.passes.criteria.activation import activation_scores
 from compile_sparse.passes.criteria.magnitude import magnitude_scores
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.pruning.groups import nearest_size
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
+from compile_sparse.testing.oracles import compare
 from tests.toys import toy_program
 
 WINDOWS = CalibrationStream(((5, 9, 12, 40, 3, 8), (7, 7, 20, 33, 90, 4), (11, 60, 2)))

@@ -17,7 +17,7 @@ from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
-from tests.models import example_inputs
+from compile_sparse.testing.models import example_inputs
 from tests.toys import toy_program
 from tests.unit.passes.running import SCHEMES, AddMM, Linear, context
 

@@ -16,7 +16,7 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.criteria.consumers import contracted_dim
 from compile_sparse.passes.criteria.registry import CRITERIA
-from tests.models import build_model
+from compile_sparse.testing.models import build_model
 from tests.toys import toy_program
 
 WINDOWS = CalibrationStream(((5, 9, 12, 40, 3, 8), (7, 7, 20, 33, 90, 4), (11, 60, 2)))

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import relative_error, tolerance
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
@@ -27,6 +26,7 @@ from compile_sparse.passes.prune_heads import PruneHeads
 from compile_sparse.passes.prune_width import PruneWidth
 from compile_sparse.passes.pruning.groups import eligible_groups, prunable_groups
 from compile_sparse.passes.quantize import Quantize
+from compile_sparse.testing.oracles import relative_error, tolerance
 
 GENERATOR = torch.Generator().manual_seed(2)
 WINDOWS = CalibrationStream(tuple(tuple(torch.randint(3, 96, (16,), generator=GENERATOR).tolist()) for _ in range(16)))

@@ -19,7 +19,7 @@ from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_conv import PruneConv
 from compile_sparse.passes.quantize import Quantize
-from tests.models import MODELS, example_inputs
+from compile_sparse.testing.models import MODELS, example_inputs
 
 CONVOLUTIONAL = frozenset({"efficientnet", "resnet", "resnet_basic"})
 """Models without an MLP; hardly a linear layer to mask or quantize."""

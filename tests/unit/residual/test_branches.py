@@ -18,7 +18,7 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.residual.branches import find_blocks, find_branches
 from compile_sparse.compiler.residual.remove import drop_branches
-from tests.encoders import ENCODERS
+from compile_sparse.testing.encoders import ENCODERS
 from tests.toys import toy_program
 
 WIDTH = 8

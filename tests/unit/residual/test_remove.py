@@ -9,7 +9,6 @@ import pytest
 import torch
 
 from compile_sparse.compiler.axes.analysis import analyse
-from compile_sparse.compiler.axes.oracles import compare
 from compile_sparse.compiler.axes.rewrite import rewrite
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.errors import ModelError
@@ -19,8 +18,9 @@ from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, WeightStore
 from compile_sparse.compiler.residual.branches import Branch, find_branches
 from compile_sparse.compiler.residual.remove import Dropped, drop_branches
+from compile_sparse.testing.models import example_inputs
+from compile_sparse.testing.oracles import compare
 from tests.deep import DEPTH, deep_program, without_blocks
-from tests.models import example_inputs
 
 MODELS = ["llama", "gpt2", "opt", "gemma2", "phi", "gpt_neox", "bert", "vit"]
 PRE_NORM = [name for name in MODELS if name != "bert"]

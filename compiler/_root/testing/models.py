@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 
 from compile_sparse.compiler.ir.program import Program
-from tests.encoders import ENCODERS
+from compile_sparse.testing.encoders import ENCODERS
 
 __all__ = ["MODELS", "build_model", "example_inputs"]
 

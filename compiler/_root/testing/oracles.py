@@ -1,4 +1,4 @@
-"""Independent answers to "what should the pruned program compute?", for tests and for ``--verify-each``.
+"""Independent answers to "what should the pruned program compute?".
 
 Shape checks cannot prove a coupling: merging heads and copies in the wrong order fits everywhere and is wrong. Two oracles run
 the *dense* graph instead:
