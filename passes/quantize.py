@@ -24,7 +24,7 @@ from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT, Activa
 from compile_sparse.passes.quantization.calibrated import calibrated_weights
 from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.rewriting import Rewriter
-from compile_sparse.passes.quantization.weights import QuantizationMemory, Weight, weights_of
+from compile_sparse.passes.quantization.weights import Quantized, Weight, weights_of
 from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
 
 __all__ = ["Quantize"]
@@ -169,7 +169,7 @@ class Quantize(Pass):
         """The tensors that each weight is stored as: by shape while planning, computed now where that needs statistics, else when
         they are written.
         """
-        quantizer, memory = find_quantizer(self.quantizer), QuantizationMemory()
+        quantizer, memory = find_quantizer(self.quantizer), Quantized()
         if not quantizer.needs_statistics:
             return {key: weight.on_demand(quantizer, memory) for key, weight in weights.items()}
         if context.plan_only or context.calibration is None:

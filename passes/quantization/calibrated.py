@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.scratch import Scratch
 from compile_sparse.compiler.extension.quantizer_contract import Quantizer
@@ -45,11 +47,18 @@ def calibrated_weights(
         for name, gram in each_gram(program, names, calibration, progress):
             grams[name] = gram
             for key in [key for key in waiting if all(each in grams for each in inputs[key])]:
-                seen = [grams[each] for each in inputs[key]]  # several where layers share the weight
-                moment = sum(each.second for each in seen) / max(sum(each.count for each in seen), 1)
                 weight = waiting.pop(key)
-                found[key] = weight.kept(scratch.keep, weight.computed(quantizer, moment))
+                made = weight.computed(quantizer, _moment([grams[each] for each in inputs[key]]))
+                found[key] = weight.kept(scratch.keep, made)
                 task.advance()
             needed = {each for key in waiting for each in inputs[key]}
-            grams = {name: gram for name, gram in grams.items() if name in needed}
+            grams = {name: each for name, each in grams.items() if name in needed}
+            del gram  # before the next one is summed
     return found
+
+
+def _moment(grams: Sequence[Gram]) -> torch.Tensor:
+    """``E[x x^T]`` over the inputs of all layers that share a weight."""
+    if len(grams) == 1:
+        return grams[0].moment
+    return torch.stack([gram.second for gram in grams]).sum(0) / max(sum(gram.count for gram in grams), 1)

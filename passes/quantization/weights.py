@@ -15,13 +15,16 @@ from compile_sparse.compiler.ir.linears import Linear, is_lm_head
 from compile_sparse.compiler.ir.ops.quantization import FP4_MAX, FP8_MAX
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import WeightFormat
-from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, DowncastTensor, TensorSource
+from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, DowncastTensor, LastComputed, TensorSource
 from compile_sparse.passes.quantization.scales import fitted_grid
 
-__all__ = ["NVFP4_TOP", "QuantizationMemory", "Weight", "weights_of"]
+__all__ = ["NVFP4_TOP", "Quantized", "Weight", "weights_of"]
 
 NVFP4_TOP = FP8_MAX * FP4_MAX
 """Largest value below the tensor's scale: the largest e4m3 scale times the largest e2m1 value."""
+
+Quantized = LastComputed[dict[str, torch.Tensor]]
+"""The tensors of the weight that was quantized last."""
 
 
 @dataclass(frozen=True)
@@ -75,16 +78,16 @@ class Weight:
             raise _broken(quantizer, self.tensor, f"It made {shapes}, the format is {self._shapes()}.")
         return made
 
-    def on_demand(self, quantizer: Quantizer, memory: QuantizationMemory) -> dict[str, TensorSource]:
-        """The tensors, quantized when they are written."""
+    def on_demand(self, quantizer: Quantizer, memory: Quantized) -> dict[str, TensorSource]:
+        """The tensors, quantized when they are written; ``memory`` is shared by the weights of a model."""
         if isinstance(self.source, AbsentTensor):
             return self.absent()
-        compute = partial(self.computed, quantizer)
+
+        def part(key: str) -> torch.Tensor:
+            return memory.get((self.tensor, self.axis), lambda: self.computed(quantizer))[key]
+
         return self._complete(
-            {
-                key: DerivedTensor(shape, dtype, partial(memory.part, key, compute))
-                for key, (shape, dtype) in self._shapes().items()
-            }
+            {key: DerivedTensor(shape, dtype, partial(part, key)) for key, (shape, dtype) in self._shapes().items()}
         )
 
     def kept(
@@ -114,22 +117,6 @@ class Weight:
         shape = (channels, groups) if fmt.group else (channels,)
         found = {"codes": codes, "scale": (shape, torch.float32)}
         return found if fmt.symmetric else {**found, "zero_point": (shape, torch.int8)}
-
-
-class QuantizationMemory:
-    """What was computed last. The tensors of one weight are asked for one after the other: it is quantized once, and memory is
-    one weight's.
-    """
-
-    def __init__(self) -> None:
-        self._last: tuple[object, dict[str, torch.Tensor]] | None = None
-
-    def part(self, key: str, compute: Callable[[], dict[str, torch.Tensor]]) -> torch.Tensor:
-        """One of the tensors ``compute`` makes."""
-        if self._last is None or self._last[0] is not compute:
-            self._last = None  # freed before the next ones are made
-            self._last = (compute, compute())
-        return self._last[1][key]
 
 
 def weights_of(
