@@ -112,9 +112,9 @@ class TensorRtBackend:
 
     def reference_command(self, target: Target) -> Sequence[str]:
         """The same graph in ONNX Runtime on the processor: its answers are the graph's."""
-        from compile_sparse.backends.tensorrt.processor import stand_in_available
+        from compile_sparse.backends.tensorrt.processor import reference_version
 
-        return [*_WORKER, "stand-in"] if stand_in_available() else []
+        return [*_WORKER, "reference"] if reference_version() else []
 
     def reference_refusal(self, model: Path, target: Target) -> str:
         """The graph has operators of TensorRT's own (NVFP4)."""

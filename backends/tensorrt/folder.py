@@ -13,7 +13,7 @@ from compile_sparse.backends.onnx.external_data import MODEL_FILE
 from compile_sparse.backends.onnx.graph_writer import ValueRecord
 from compile_sparse.backends.onnx.lower import write_graph
 from compile_sparse.backends.tensorrt.description import DESCRIPTION_FILE, Description, Intended, Sparsity, Value
-from compile_sparse.backends.tensorrt.engine.engine_stage import Stage, build_engines
+from compile_sparse.backends.tensorrt.engine.engine_build import EngineBuild, build_engines
 from compile_sparse.backends.tensorrt.engine.profiles import profiles_for
 from compile_sparse.backends.tensorrt.graph.cache import aliases_of
 from compile_sparse.backends.tensorrt.graph.dialect import DIALECT
@@ -50,8 +50,8 @@ def write_folder(
     emission, files = write_graph(prepared, DIALECT, interface_of(program, options.max_length), out, progress)
     profiles = profiles_for(emission.graph.inputs, options, decoder=decoder)
     pattern, intended, rows = _sparse_gemms(program, out / MODEL_FILE)
-    stage = build_engines(out / MODEL_FILE, target, options, profiles, sparse=bool(intended), progress=progress)
-    limits = [*_limits(program, options.max_length), *stage.limits]
+    engines = build_engines(out / MODEL_FILE, target, options, profiles, sparse=bool(intended), progress=progress)
+    limits = [*_limits(program, options.max_length), *engines.limits]
     description = Description(
         kind=program.kind,
         precision=settings.precision_on(target),
@@ -65,15 +65,15 @@ def write_folder(
         )
         if intended
         else None,
-        engines=stage.records,
+        engines=engines.records,
         limits=tuple(limits),
     )
     files[DESCRIPTION_FILE] = _write_description(description, out)
-    files |= {record.file: record.sha256 for record in stage.records}
-    if stage.twin is not None:
-        twin = description.model_copy(update={"engines": (stage.twin,), "sparsity": None})
+    files |= {record.file: record.sha256 for record in engines.records}
+    if engines.twin is not None:
+        twin = description.model_copy(update={"engines": (engines.twin,), "sparsity": None})
         files[f"{TWIN}/{DESCRIPTION_FILE}"] = _write_description(twin, out / TWIN)
-        files[f"{TWIN}/{stage.twin.file}"] = stage.twin.sha256
+        files[f"{TWIN}/{engines.twin.file}"] = engines.twin.sha256
     skips: list[Diagnostic] = []
     if options.checkpoint:
         written, notes = _checkpoint(program, out / CHECKPOINT, progress)
@@ -84,16 +84,16 @@ def write_folder(
         skips += _without_kernels(target, pattern, [row for row in rows if row.node in intended])
         section = sparse_report(
             intended,
-            stage.built.messages if stage.built else (),
-            stage.built.inspector if stage.built else "",
+            engines.built.messages if engines.built else (),
+            engines.built.inspector if engines.built else "",
             [profile.name for profile in profiles],
             rows=rows,
             pattern=pattern,
-            unverified=stage.unverified,
+            unverified=engines.unverified,
         ).model_dump(mode="json")
     return Lowered(
         files=files,
-        form=_form(emission, stage),
+        form=_form(emission, engines),
         limits=limits,
         diagnostics=[*skips, *emission.diagnostics],
         sparsity=section,
@@ -106,8 +106,8 @@ def _write_description(description: Description, folder: Path) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _form(emission: Emission, stage: Stage) -> dict[str, object]:
-    return {**dict(sorted(emission.forms.items())), "engine": stage.form}
+def _form(emission: Emission, engines: EngineBuild) -> dict[str, object]:
+    return {**dict(sorted(emission.forms.items())), "engine": engines.form}
 
 
 def _sparse_gemms(program: Program, model: Path) -> tuple[str, dict[str, str], list[GemmRow]]:

@@ -12,7 +12,7 @@ from compile_sparse.compiler.extension.backend_contract import Probe
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.version_numbers import older
 
-__all__ = ["here", "installed_builders", "other_gpu", "probe_runtime", "stand_in_available"]
+__all__ = ["here", "installed_builders", "other_gpu", "probe_runtime", "reference_version"]
 
 _RUNTIME = "tensorrt"
 # One wheel per CUDA version provides the same module.
@@ -82,7 +82,7 @@ def other_gpu(gpu: Gpu | None, target: Target) -> str:
     return ""
 
 
-def stand_in_available() -> str:
+def reference_version() -> str:
     """Version of ONNX Runtime, which can run the emitted graph on a processor; empty when a package for that is missing."""
     if find_spec("onnx") is None or find_spec("onnxruntime") is None:
         return ""

@@ -21,7 +21,7 @@ from compile_sparse.compiler.recipes.recipe import PassRequest, Recipe
 from compile_sparse.compiler.targets.workload import Workload, parse_workload
 from compile_sparse.compiler.verify.gates import parse_gate
 
-__all__ = ["merge_options"]
+__all__ = ["Flags", "merge_options"]
 
 # Options that several passes have go to one family of them, in this order.
 _PRUNING: tuple[Phase, ...] = ("structural", "depth")
@@ -31,7 +31,7 @@ _QUANTIZING: tuple[Phase, ...] = ("quantization",)
 
 
 @dataclass(frozen=True)
-class _Flags:
+class Flags:
     """Shorthand for parts of a recipe, under the names that Python and the command line use. None: not given."""
 
     prune: Mapping[str, float] | None = None
@@ -80,7 +80,7 @@ def merge_options(recipe: Recipe | None = None, **options: Any) -> Recipe:
 
     Args:
         recipe: what is started from.
-        options: fields of ``_Flags``, and options of installed backends. None is as good as not given.
+        options: fields of ``Flags``, and options of installed backends. None is as good as not given.
 
     Raises:
         UsageError: CS1004 a fraction outside (0, 1) or a number of layers below 1, CS1006 an option without what it
@@ -115,9 +115,9 @@ def merge_options(recipe: Recipe | None = None, **options: Any) -> Recipe:
     return merged
 
 
-def _sorted(options: Mapping[str, Any]) -> tuple[_Flags, dict[str, Any]]:
+def _sorted(options: Mapping[str, Any]) -> tuple[Flags, dict[str, Any]]:
     """Flags of every recipe, and options of backends that were given."""
-    ours = {field.name for field in fields(_Flags)}
+    ours = {field.name for field in fields(Flags)}
     theirs = {name for model in declared_options().values() for name in model.model_fields}
     for name in options:
         if name not in ours | theirs:
@@ -130,11 +130,11 @@ def _sorted(options: Mapping[str, Any]) -> tuple[_Flags, dict[str, Any]]:
                 hint=f"Did you mean {near[0]!r}?" if near else "",
             )
     given = {name: value for name, value in options.items() if value is not None}
-    flags = _Flags(**{name: value for name, value in given.items() if name in ours})
+    flags = Flags(**{name: value for name, value in given.items() if name in ours})
     return flags, {name: value for name, value in given.items() if name not in ours}
 
 
-def _workload(base: Workload, flags: _Flags) -> Workload:
+def _workload(base: Workload, flags: Flags) -> Workload:
     wanted = base if flags.workload is None else parse_workload(flags.workload, base)
     for name in ("concurrency", "tensor_parallel"):
         if (value := getattr(flags, name)) is not None:
@@ -142,7 +142,7 @@ def _workload(base: Workload, flags: _Flags) -> Workload:
     return wanted
 
 
-def _merged_passes(requests: Sequence[PassRequest], flags: _Flags) -> tuple[PassRequest, ...]:
+def _merged_passes(requests: Sequence[PassRequest], flags: Flags) -> tuple[PassRequest, ...]:
     passes = _Passes(requests)
     for kind, fraction in (flags.prune or {}).items():
         passes.put(f"prune-{kind}", where=f"--prune {kind}", fraction=_fraction(fraction, f"--prune {kind}"))
@@ -245,7 +245,7 @@ def _layers(value: int) -> int:
     return value
 
 
-def _merge_data(data: dict[str, Any], flags: _Flags) -> None:
+def _merge_data(data: dict[str, Any], flags: Flags) -> None:
     if flags.calibration is not None:
         data["calibration"] = (data["calibration"] or {}) | {"file": str(flags.calibration)}
     if flags.calibration_samples is not None:

@@ -1,5 +1,5 @@
 """The command line with TensorRT targets, on machines without their GPUs: the graph is built by TensorRT-RTX and thrown away, and
-ONNX Runtime stands in for fidelity and quality. With a GPU of a target these tests measure engines instead.
+ONNX Runtime, the reference runtime, answers for fidelity and quality. With a GPU of a target these tests measure engines instead.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The measuring process: the stand-in for real, and the engine's session with a double of the engine.
+"""The measuring process: the reference runtime for real, and the engine's session with a double of the engine.
 
 The double is as TensorRT documents itself: it knows shapes and addresses only, refuses shapes outside its profile, and reads and
-writes memory at the addresses it was given. It computes with the stand-in. What it cannot show is anything of CUDA.
+writes memory at the addresses it was given. It computes with the reference runtime. What it cannot show is anything of CUDA.
 """
 
 from __future__ import annotations
@@ -192,7 +192,7 @@ def test_sequences_stay_within_the_cache(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def client(folder: Path) -> Iterator[Worker]:
-    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker", "stand-in"]
+    command = [sys.executable, "-P", "-m", "compile_sparse.backends.tensorrt.run.worker", "reference"]
     with Worker(command) as worker:
         worker.call(Load("compiled", str(folder), device="cuda", sequence=64, sequences=2))
         yield worker
@@ -279,9 +279,9 @@ def test_graphs_that_cannot_stand_in_are_answered(client: Worker, tmp_path: Path
 
 
 def test_command_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    for arguments in ([], ["gpu"], ["engine", "--fast"], ["stand-in", "more"]):
+    for arguments in ([], ["gpu"], ["engine", "--fast"], ["reference", "more"]):
         assert main(arguments) == 2
-    assert "stand-in" in capsys.readouterr().err
+    assert "reference" in capsys.readouterr().err
 
 
 def test_an_engine_worker_without_a_gpu_says_what_is_missing(folder: Path) -> None:
@@ -488,7 +488,7 @@ def test_what_is_installed_here() -> None:
     builders = processor.installed_builders()
     assert ("tensorrt_rtx" in builders) is (find_spec("tensorrt_rtx") is not None)
     assert "unknown" not in builders.values()
-    assert processor.stand_in_available().split(".")[0].isdigit()
+    assert processor.reference_version().split(".")[0].isdigit()
     found = processor.here()
     assert isinstance(found, Here)
     assert (found.compute_capability == "") is (find_gpu() is None)

@@ -1,7 +1,7 @@
 """Which compute capability a builder can build for, when it is not the GPU's own.
 
 TensorRT builds for the GPU it runs on. TensorRT-RTX builds for named capabilities without a GPU, and has names for fewer of
-them than there are GPUs: for the others the nearest one stands in. What such a build shows is that the graph is accepted and
+them than there are GPUs: the others are built for as the nearest one. What such a build shows is that the graph is accepted and
 that its number formats exist there; its engine does not run on the GPU meant.
 """
 
@@ -14,7 +14,7 @@ from compile_sparse.compiler.errors import Refusal
 __all__ = ["BuiltFor", "built_for"]
 
 _BY_NAME = {"8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
-# The stand-in has the formats of the GPU meant, as far as the builder knows any that has: FP8 for 9.0, FP4 for 10.0.
+# The substitute has the formats of the GPU meant, as far as the builder knows any that has: FP8 for 9.0, FP4 for 10.0.
 _STAND_INS = {"8.7": "8.6", "9.0": "8.9", "10.0": "12.0"}
 
 

@@ -1,6 +1,6 @@
-"""The measuring process of the TensorRT target: ``python -m compile_sparse.backends.tensorrt.run.worker engine|stand-in``.
+"""The measuring process of the TensorRT target: ``python -m compile_sparse.backends.tensorrt.run.worker engine|reference``.
 
-``engine`` runs the engines of a folder on the GPU here (unverified: never run). ``stand-in``, the reference runtime, runs the
+``engine`` runs the engines of a folder on the GPU here (unverified: never run). ``reference``, the reference runtime, runs the
 folder's ONNX graph on the processor with ONNX Runtime: what it computes is the graph's, how fast says nothing of the target, so
 that it measures no speed.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from compile_sparse.backends.tensorrt.description import read_description
 from compile_sparse.backends.tensorrt.engine.engines import check_engine, choose_engine
-from compile_sparse.backends.tensorrt.processor import here, stand_in_available
+from compile_sparse.backends.tensorrt.processor import here, reference_version
 from compile_sparse.backends.tensorrt.run.engine_session import EngineSession
 from compile_sparse.backends.tensorrt.run.reference_session import ReferenceRuntime
 from compile_sparse.backends.worker.decoder import as_batch
@@ -71,7 +71,7 @@ class ReferenceWorker(ModelWorker[ReferenceRuntime]):
 
     def runtime(self) -> Runtime:
         """ONNX Runtime, in words that nobody takes for TensorRT."""
-        return Runtime("onnxruntime, standing in for tensorrt", stand_in_available(), "cpu")
+        return Runtime("onnxruntime, standing in for tensorrt", reference_version(), "cpu")
 
     def open(self, folder: str, threads: int, device: str) -> ReferenceRuntime:
         return ReferenceRuntime(Path(folder), threads)
@@ -200,12 +200,12 @@ def _no_speed() -> RequestError:
 
 
 def main(arguments: list[str]) -> int:
-    """Serve as ``engine`` or ``stand-in``."""
-    if arguments == ["stand-in"]:
+    """Serve as ``engine`` or ``reference``."""
+    if arguments == ["reference"]:
         return serve(ReferenceWorker().handlers())
     if arguments[:1] == ["engine"] and set(arguments[1:]) <= {"--allow-foreign-engine"}:
         return serve(EngineWorker(allow_foreign=len(arguments) > 1).handlers())
-    sys.stderr.write("usage: worker engine [--allow-foreign-engine] | worker stand-in\n")
+    sys.stderr.write("usage: worker engine [--allow-foreign-engine] | worker reference\n")
     return 2
 
 

@@ -14,7 +14,7 @@ from pydantic import Field
 from compile_sparse import api
 from compile_sparse.backends.null import NullBackend
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.extension import backends as registry
+from compile_sparse.compiler.extension import entry_points as registry
 from compile_sparse.compiler.extension.backend_contract import Lowered
 from compile_sparse.compiler.extension.backend_options import BackendOptions, RunFacts
 from compile_sparse.compiler.extension.backends import options_for

@@ -14,7 +14,7 @@ import pytest
 
 from compile_sparse.backends.tensorrt.backend import TensorRtBackend
 from compile_sparse.backends.tensorrt.description import read_description
-from compile_sparse.backends.tensorrt.engine import engine_stage
+from compile_sparse.backends.tensorrt.engine import engine_build
 from compile_sparse.backends.tensorrt.engine.builder import BuildRequest, Built
 from compile_sparse.backends.tensorrt.layout import TWIN
 from compile_sparse.compiler.artifact.report import Change, Fidelity, Interval, ModelSection, Report
@@ -75,8 +75,8 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Requests:
         return _answer(request, [row.node for row in check_sparsity(request.onnx) if row.state == "2:4"])
 
     monkeypatch.setenv("COMPILE_SPARSE_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine_stage, "probe_runtime", lambda target: Probe(True, "tensorrt", "11.4.0", "cuda"))
-    monkeypatch.setattr(engine_stage, "build", build)
+    monkeypatch.setattr(engine_build, "probe_runtime", lambda target: Probe(True, "tensorrt", "11.4.0", "cuda"))
+    monkeypatch.setattr(engine_build, "build", build)
     return requests
 
 

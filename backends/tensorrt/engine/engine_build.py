@@ -30,14 +30,14 @@ from compile_sparse.compiler.files.durable import disk_errors
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["Stage", "build_engines"]
+__all__ = ["EngineBuild", "build_engines"]
 
 _MEMORY_SHARE = 3
 """A build keeps the weights, their copies in the engine's layout and the engine in memory at once."""
 
 
 @dataclass(frozen=True)
-class Stage:
+class EngineBuild:
     """What came of building.
 
     Attributes:
@@ -65,7 +65,7 @@ def build_engines(
     *,
     sparse: bool,
     progress: Progress,
-) -> Stage:
+) -> EngineBuild:
     """Build or check what ``options.engine`` asks for, from ``model`` (``model.onnx``); engines go beside it.
 
     Raises:
@@ -74,7 +74,7 @@ def build_engines(
     """
     probe = probe_runtime(target)
     if options.engine == "none":
-        return Stage(form="none", unverified="No engine was built (--engine none).")
+        return EngineBuild(form="none", unverified="No engine was built (--engine none).")
     if options.engine == "rtx-aot":
         return _ahead_of_time(model, target, profiles, sparse=sparse, progress=progress)
     if probe.available:
@@ -89,14 +89,14 @@ def build_engines(
             folder.mkdir()
             dense = build(replace(request, engine=folder / ENGINE, sparse=False), progress)
             twin = _record(ENGINE, dense, profiles)
-        return Stage((record,), built, form, twin=twin)
+        return EngineBuild((record,), built, form, twin=twin)
     why = f"{probe.why_not} Which kernels TensorRT would choose is not known."
     if "tensorrt_rtx" not in installed_builders():
         limit = (
             "The graph was not parsed by TensorRT: neither it nor TensorRT-RTX, which needs no GPU, is installed "
             f"(pip install 'compile-sparse[{EXTRAS['tensorrt_rtx']}]')."
         )
-        return Stage(form="graph only, not parsed", limits=(limit,), unverified=why)
+        return EngineBuild(form="graph only, not parsed", limits=(limit,), unverified=why)
     size = sum(path.stat().st_size for path in model.parent.glob("model.onnx*"))
     parse_only = _MEMORY_SHARE * size > psutil.virtual_memory().available
     request = _request(
@@ -108,12 +108,12 @@ def build_engines(
     if parse_only:
         limits.append("The graph was parsed but not built here: there is too little memory for its size.")
     form = f"{did} by TensorRT-RTX {built.version} for compute capability {built.compute_capability}"
-    return Stage(form=form, limits=tuple(limits), unverified=why)
+    return EngineBuild(form=form, limits=tuple(limits), unverified=why)
 
 
 def _ahead_of_time(
     model: Path, target: Target, profiles: Sequence[Profile], *, sparse: bool, progress: Progress
-) -> Stage:
+) -> EngineBuild:
     place = built_for(target.compute_capability)
     if place.substitute:
         raise Refusal(
@@ -135,7 +135,7 @@ def _ahead_of_time(
         model, target, profiles, sparse=sparse, engine=model.with_name(AHEAD_OF_TIME), builder="tensorrt_rtx"
     )
     built = build(request, progress)
-    return Stage(
+    return EngineBuild(
         (_record(AHEAD_OF_TIME, built, profiles),),
         form=f"TensorRT-RTX {built.version}, ahead of time for compute capability {built.compute_capability}",
         limits=(
