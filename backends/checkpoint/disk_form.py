@@ -24,7 +24,7 @@ from transformers.core_model_loading import (
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.weights import DerivedTensor, LastComputed, TensorSource
 
 __all__ = ["on_disk"]
 
@@ -49,21 +49,6 @@ class _Conversion:
             converter.add_tensor(self.target, name, pattern, values[name])
         found = converter.convert(self.target, model=model, config=model.config)
         return {name: value[0] if isinstance(value, list) else value for name, value in found.items()}
-
-
-class _Latest:
-    """Remembers the last conversion made: the pieces of one fused tensor are written one after the other."""
-
-    def __init__(self, model: PreTrainedModel, sources: Mapping[str, TensorSource]) -> None:
-        self._model, self._sources = model, sources
-        self._done: tuple[_Conversion | None, dict[str, torch.Tensor]] = (None, {})
-
-    def piece(self, conversion: _Conversion, name: str) -> torch.Tensor:
-        if self._done[0] is not conversion:
-            self._done = (None, {})
-            values = {part: self._sources[part].load() for part in conversion.parts.values()}
-            self._done = (conversion, conversion(self._model, values))
-        return self._done[1][name]
 
 
 def on_disk(model: PreTrainedModel, sources: Mapping[str, TensorSource]) -> dict[str, TensorSource]:
@@ -96,27 +81,34 @@ def on_disk(model: PreTrainedModel, sources: Mapping[str, TensorSource]) -> dict
             result[target] = sources[name]
         else:
             parts.setdefault(target, {})[pattern] = name
-    latest = _Latest(model, sources)
+    last: LastComputed[dict[str, torch.Tensor]] = LastComputed()
     for target, names in parts.items():
         conversion = _Conversion(target, by_pattern[next(iter(names))], names)
         shapes = {
             name: torch.empty(sources[name].shape, dtype=sources[name].dtype, device="meta") for name in names.values()
         }
         for name, value in _tried(conversion, model, shapes).items():
-            result[name] = DerivedTensor(tuple(value.shape), value.dtype, _Piece(latest, conversion, name))
+            result[name] = DerivedTensor(
+                tuple(value.shape), value.dtype, _Piece(conversion, name, model, sources, last)
+            )
     return result
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """One tensor of a conversion, computed on load."""
+    """One tensor of a conversion, computed on load. The pieces of one fused tensor are written one after the other."""
 
-    latest: _Latest
     conversion: _Conversion
     name: str
+    model: PreTrainedModel
+    sources: Mapping[str, TensorSource]
+    last: LastComputed[dict[str, torch.Tensor]]
 
     def __call__(self) -> torch.Tensor:
-        return self.latest.piece(self.conversion, self.name)
+        return self.last.get(self.conversion.target, self._converted)[self.name]
+
+    def _converted(self) -> dict[str, torch.Tensor]:
+        return self.conversion(self.model, {part: self.sources[part].load() for part in self.conversion.parts.values()})
 
 
 def _tried(conversion: _Conversion, model: PreTrainedModel, shapes: Mapping[str, Any]) -> dict[str, torch.Tensor]:

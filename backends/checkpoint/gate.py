@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from compile_sparse.backends.checkpoint.streamed import NeedsAbsent, run_streamed
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.gemms import multiplies
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, ResidentTensor, TensorSource, WeightStore
@@ -29,17 +30,7 @@ __all__ = ["Gate", "Verdict"]
 
 BATCH, TOKENS = 2, 24
 _HALF = (torch.float16, torch.bfloat16)
-_CONTRACTIONS = {
-    "linear",
-    "addmm",
-    "mm",
-    "bmm",
-    "matmul",
-    "baddbmm",
-    "scaled_dot_product_attention",
-    "convolution",
-    "conv2d",
-}
+_ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -108,7 +99,7 @@ class Gate:
         Rounding errors behave like a random walk (Higham and Mary, "A new approach to probabilistic rounding error analysis",
         2019); a factor 4 covers the tail.
         """
-        gemms = sum(op_name(node) in _CONTRACTIONS for node in self._program.graph.nodes)
+        gemms = sum(multiplies(node) or op_name(node) == _ATTENTION for node in self._program.graph.nodes)
         longest = max(
             (max(source.shape) for source in self._program.weights.values() if len(source.shape) > 1), default=1
         )

@@ -9,13 +9,15 @@ import torch
 from compile_sparse.backends.vllm.sparse24_layout import compress_24
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
+from compile_sparse.compiler.ir.weights import DerivedTensor, LastComputed, TensorSource
 
-__all__ = ["SPARSE_RUN", "SparseTensor", "compressible"]
+__all__ = ["SPARSE_RUN", "LastCompressed", "SparseTensor", "compressible"]
 
 PATTERN = "2:4"
 SPARSE_RUN = 8
 """Inputs whose positions fill a byte."""
+LastCompressed = LastComputed[tuple[torch.Tensor, torch.Tensor]]
+"""Values and indices of the weight that was compressed last."""
 
 
 @dataclass(frozen=True)
@@ -35,37 +37,23 @@ class SparseTensor:
     def load(self) -> torch.Tensor:
         return self.source.load()
 
-    def encoded(self, stem: str, stored: torch.dtype) -> dict[str, TensorSource]:
-        """``weight_values [N, K / 2]`` and ``weight_indices`` uint8 ``[N, K / 8]``."""
+    def encoded(self, stem: str, stored: torch.dtype, last: LastCompressed) -> dict[str, TensorSource]:
+        """``weight_values [N, K / 2]`` and ``weight_indices`` uint8 ``[N, K / 8]``.
+
+        Args:
+            stem: name of the layer.
+            stored: type of the values.
+            last: of the file that is written, in which the two are neighbours.
+        """
         rows, columns = self.shape
-        once = _Compression(self.source, stored)
+
+        def compressed() -> tuple[torch.Tensor, torch.Tensor]:
+            return last.get(stem, lambda: compress_24(self.source.load().to(stored)))
+
         return {
-            f"{stem}.weight_values": DerivedTensor((rows, columns // 2), stored, once.values),
-            f"{stem}.weight_indices": DerivedTensor((rows, columns // 8), torch.uint8, once.indices),
+            f"{stem}.weight_values": DerivedTensor((rows, columns // 2), stored, lambda: compressed()[0]),
+            f"{stem}.weight_indices": DerivedTensor((rows, columns // 8), torch.uint8, lambda: compressed()[1]),
         }
-
-
-class _Compression:
-    """Values and indices of one weight, computed together.
-
-    A file's writer asks for one right after the other: what was not asked for yet is kept, and gone once it was.
-    """
-
-    def __init__(self, source: TensorSource, stored: torch.dtype) -> None:
-        self._source, self._stored = source, stored
-        self._left: dict[str, torch.Tensor] = {}
-
-    def values(self) -> torch.Tensor:
-        return self._taken("values")
-
-    def indices(self) -> torch.Tensor:
-        return self._taken("indices")
-
-    def _taken(self, part: str) -> torch.Tensor:
-        if part not in self._left:
-            values, indices = compress_24(self._source.load().to(self._stored))
-            self._left = {"values": values, "indices": indices}
-        return self._left.pop(part)
 
 
 def compressible(program: Program) -> dict[str, SparseTensor]:

@@ -14,7 +14,7 @@ from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor,
 from compile_sparse.backends.checkpoint.tensors import Tensors
 from compile_sparse.backends.vllm.cache_scales import CACHE_SCHEME, cache_scales
 from compile_sparse.backends.vllm.factored import FactoredTensor, multiplied
-from compile_sparse.backends.vllm.sparse24 import SPARSE_RUN, SparseTensor, compressible
+from compile_sparse.backends.vllm.sparse24 import SPARSE_RUN, LastCompressed, SparseTensor, compressible
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import Scheme
@@ -128,6 +128,7 @@ class StorageWriter:
         self._quantized: list[str] = []
         self._ranks: dict[str, int] = {}
         self._sparse: list[str] = []
+        self._compressed = LastCompressed()
 
     def encode(self, name: str, source: TensorSource) -> Mapping[str, TensorSource]:
         """What stands for ``name`` in the file."""
@@ -140,7 +141,7 @@ class StorageWriter:
             return {f"{stem}.weight_a": stored_form(source.inner), f"{stem}.weight_b": stored_form(source.outer)}
         if isinstance(source, SparseTensor):
             self._sparse.append(name)
-            return source.encoded(stem, self._dtype)
+            return source.encoded(stem, self._dtype, self._compressed)
         return {name: source}
 
     def beside(self, tensors: Tensors) -> Mapping[str, TensorSource]:
