@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from transformers import PreTrainedModel
+from transformers.models.llama import modeling_llama
 
 from compile_sparse.compiler.capture import capture_model, huggingface
 from compile_sparse.compiler.capture.samples import Sample
@@ -46,6 +47,16 @@ def test_a_remembered_program_is_the_captured_one(name: str, tmp_path: Path, mon
     before = shapes(restored)
     assert fake_mode_of(restored) is not fake_mode_of(fresh)
     assert shapes(propagate_fake_tensors(restored)) == before
+
+
+def test_a_model_with_a_method_of_a_test_is_not_remembered(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its class and config are the original's."""
+    memory = Exports(tmp_path)
+    monkeypatch.setattr(huggingface, "_export", memory.export)
+    monkeypatch.setattr(modeling_llama.LlamaMLP, "forward", lambda self, x: self.down_proj(self.up_proj(x)))
+    capture_model(build_model("llama"))
+    assert memory.fresh == 0
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.fixture
