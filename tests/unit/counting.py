@@ -15,7 +15,7 @@ __all__ = ["count_calls"]
 def count_calls(program: Program) -> Counter[str]:
     """How often each call of ``program`` has run from now on; those that depend on weights alone are not counted.
 
-    The graph is changed: give it a clone.
+    The graph is changed, and its operators are no longer known by name: give it a clone, and look for linears before.
     """
     calls: Counter[str] = Counter()
     constant = weight_only(program)
@@ -31,6 +31,4 @@ def _counting(target: Callable[..., Any], name: str, calls: Counter[str]) -> Cal
         calls[name] += 1
         return target(*arguments, **named)
 
-    call.__name__ = getattr(target, "__name__", name)
-    call._schema = getattr(target, "_schema", None)  # type: ignore[attr-defined]  # the operator is still known by its name
     return call

@@ -213,8 +213,8 @@ def test_each_node_runs_once_per_batch(tiny_llama_program: Program) -> None:
     """Of either program; and of the dense one none, where nobody asks for its values."""
     for asks in (True, False):
         dense, student = tiny_llama_program.clone(), tiny_llama_program.clone()
-        dense_calls, calls = count_calls(dense), count_calls(student)
         walk = Walk(dense, student, TEXT)
+        dense_calls, calls = count_calls(dense), count_calls(student)
         assert len(walk.layers) == 2 * 7
         for visit in walk:
             list(visit.inputs())
