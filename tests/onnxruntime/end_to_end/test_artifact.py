@@ -106,7 +106,7 @@ def test_an_interrupted_run_leaves_no_artifact_and_resumes(
     lowered = (staged / "content" / "model" / "model.onnx.data").stat().st_mtime_ns
     with monkeypatch.context() as second:
         second.setattr(compilation, "capture", forbidden)
-        second.setattr(OnnxRuntimeBackend, "lower", forbidden)
+        second.setattr(OnnxRuntimeBackend, "write", forbidden)
         found = shell(*words)
     assert found.code == 0, found.out
     assert [section["name"] for section in found.data["passes"]] == ["quantize", "lower"]

@@ -126,17 +126,17 @@ def test_a_wrong_scale_makes_the_verdict_unverified(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str
 ) -> None:
     """The artifact loads and runs, only its logits are another model's. Speed must not be reported as a gain."""
-    honest = OnnxRuntimeBackend.lower
+    honest = OnnxRuntimeBackend.write
 
-    def swapped(backend: OnnxRuntimeBackend, program: Program, *arguments: Any) -> Lowered:
+    def swapped(backend: OnnxRuntimeBackend, program: Program, prepared: Program, *rest: Any, **more: Any) -> Lowered:
         name = "lm_head.weight.scale"
-        if name in program.weights:
-            wrong = ResidentTensor(program.weights.load(name).roll(1, 0))
-            program = replace(program, weights=program.weights.updated({name: wrong}))
-        return honest(backend, program, *arguments)
+        if name in prepared.weights:
+            wrong = ResidentTensor(prepared.weights.load(name).roll(1, 0))
+            prepared = replace(prepared, weights=prepared.weights.updated({name: wrong}))
+        return honest(backend, program, prepared, *rest, **more)
 
     words = (llama, "--target", "ort-cpu", "--quantize", scheme, *SMALL, "--gate", "fidelity_top1>=0.97")
-    monkeypatch.setattr(OnnxRuntimeBackend, "lower", swapped)
+    monkeypatch.setattr(OnnxRuntimeBackend, "write", swapped)
     found = shell(*words, "--out", tmp_path / "wrong")
     assert found.code == 3
     assert found.data["verdict"] == "unverified"
