@@ -60,5 +60,5 @@ def contents(program: Program, *, values: bool = True) -> str:
         source = program.weights[name]
         digest.update(f"{name} {source.shape} {source.dtype}".encode())
         if values:
-            digest.update(source.load().contiguous().view(torch.uint8).numpy().tobytes())
+            digest.update(source.load().flatten().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

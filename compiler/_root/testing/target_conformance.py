@@ -15,8 +15,8 @@ def check_target(target: Target) -> None:
     """Hold ``target`` to what users of the registry rely on.
 
     Its backend is installed; its precisions contain the baseline's; its schemes exist, say how they run, and none is refused as
-    well; a sparsity pattern that does not pay has a mechanism, a measurement and what to do instead, and one that pays a
-    mechanism; a claim about sizes names a pattern that pays; versions are numbers.
+    well; a sparsity pattern has one entry with its mechanism and, where it does not pay, a measurement and what to do instead;
+    versions are numbers.
 
     Raises:
         NonConforming: naming the rule.
@@ -45,8 +45,6 @@ def check_target(target: Target) -> None:
         if not entry.pays:
             require(bool(entry.measured), "A pattern that does not pay has a measurement with its setting", what)
             require(bool(entry.instead), "A pattern that does not pay says what to use instead", what)
-            sized = entry.min_in_features or entry.min_out_features or entry.formats
-            require(not sized, "Sizes and formats are claims about patterns that pay", what)
     names = [entry.pattern for entry in target.sparse_patterns]
     require(len(names) == len(set(names)), "A pattern has one entry", where)
     for package, version in target.minimum_versions.items():
