@@ -239,7 +239,7 @@ def _lazy(
 ) -> dict[str, FactorSources]:
     """Plain decompositions, made when their factors are read."""
     memory: LastComputed[Factors] = LastComputed()
-    sources = {}
+    sources: dict[str, FactorSources] = {}
     for each in candidates:
         rank, linear = ranks[each.name], each.linear
         source = program.weights[linear.tensor]

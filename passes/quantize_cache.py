@@ -61,11 +61,11 @@ class QuantizeCache(Pass):
         ranges = None if context.plan_only else largest_magnitudes(edited, entries.values(), context)
         bindings = dict(edited.bindings)
         added: dict[str, TensorSource] = {}
-        for output, value in entries.items():
-            source: TensorSource = AbsentTensor((1,), torch.float32, output)
+        for name, value in entries.items():
+            source: TensorSource = AbsentTensor((1,), torch.float32, name)
             if ranges is not None:
                 source = ResidentTensor(torch.tensor([(ranges[value.name] or 1.0) / FP8_MAX], dtype=torch.float32))
-            added[f"{output}.scale"] = source
+            added[f"{name}.scale"] = source
         for node, output in zip(edited.output_nodes, edited.outputs, strict=True):
             if output.name not in entries:
                 continue
@@ -108,8 +108,8 @@ def _new_entries(program: Program) -> tuple[dict[str, fx.Node], list[Diagnostic]
     for node, output in zip(program.output_nodes, program.outputs, strict=True):
         if output.role not in ("present_key", "present_value"):
             continue
-        parts = node.args[0] if op_name(node) == "cat" else ()
-        if isinstance(parts, (list, tuple)) and len(parts) == 2 and getattr(parts[0], "name", "") in past:
+        parts = node.all_input_nodes if op_name(node) == "cat" else []
+        if len(parts) == 2 and parts[0].name in past:
             found[output.name] = parts[1]
         else:
             diagnostics.append(

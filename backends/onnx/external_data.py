@@ -58,7 +58,7 @@ class ExternalData(Sink):
         alignment = _PAGE_BYTES if values.nbytes >= _PAGE_BYTES else _SMALL_ALIGNMENT_BYTES
         self._write(memoryview(bytes(-self._position % alignment)))
         offset = self._position
-        raw = memoryview(np.ascontiguousarray(values).reshape(-1)).cast("B") if values.nbytes else memoryview(b"")
+        raw = np.ascontiguousarray(values).reshape(-1).data.cast("B") if values.nbytes else memoryview(b"")
         for start in range(0, len(raw), _CHUNK_BYTES):
             self._write(raw[start : start + _CHUNK_BYTES])
         return offset, len(raw)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from compile_sparse.backends.onnx.dialect import Emitted
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.emitters.norms import gain_of, layer_norm
 from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
@@ -38,7 +39,7 @@ def _residual_rms_norm(emission: Emission, node: fx.Node) -> list[str]:
 
 
 @emits("aten::layer_norm")
-def _layer_norm(emission: Emission, node: fx.Node) -> str:
+def _layer_norm(emission: Emission, node: fx.Node) -> Emitted:
     return _with_residual(emission, node) or layer_norm(emission, node)
 
 

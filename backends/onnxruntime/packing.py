@@ -25,9 +25,8 @@ def pack_blocks(codes: np.ndarray, bits: int, block: int) -> np.ndarray:
     padded = np.full((out_features, shape[1] * block), middle, np.uint8)
     # The sum fits in 8 bits, so wrapping arithmetic gives the exact code.
     padded[:, :in_features] = np.ascontiguousarray(codes).view(np.uint8) + np.uint8(middle)
-    if bits == 4:
-        padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
-    return padded.reshape(shape)
+    packed = padded if bits == 8 else padded[:, 0::2] | (padded[:, 1::2] << np.uint8(4))
+    return packed.reshape(shape)
 
 
 def pad_scales(scales: np.ndarray, out_features: int, groups: int) -> np.ndarray:

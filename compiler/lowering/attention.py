@@ -22,7 +22,15 @@ from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.extension.pass_contract import PassResult
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, insert_call, is_op, module_of, same_dimension
+from compile_sparse.compiler.ir.nodes import (
+    arguments,
+    dimensions,
+    insert_call,
+    is_op,
+    module_of,
+    node_argument,
+    same_dimension,
+)
 from compile_sparse.compiler.ir.program import Binding, Program
 from compile_sparse.compiler.lowering.causality import CausalityProver, CausalMask
 from compile_sparse.compiler.lowering.rotary import RotaryTables, match_rotation
@@ -193,7 +201,7 @@ class _Raiser:
         self.count += 1
         for cache, new in ((keys, new_keys), (values, new_values)):
             # What only repeats the cache dies with the attention; it comes earlier in the graph and must not see the new node.
-            cache.node.replace_all_uses_with(new, delete_user_cb=lambda user, c=cache: user not in c.repeat)
+            cache.node.replace_all_uses_with(new, delete_user_cb=lambda user: user not in cache.repeat)  # noqa: B023 (called here)
         return None
 
     @staticmethod
@@ -229,11 +237,11 @@ def _repeats_heads(repeat: list[fx.Node], cache: fx.Node) -> bool:
 def _flattened(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``[B, heads, S, D]`` as ``[B, S, heads * D]``, undoing the model's own transpose and reshape when they are there."""
     swapped = is_op(node, "aten::transpose") and tuple(node.args[1:3]) in ((1, 2), (2, 1))
-    swapped = swapped or (is_op(node, "aten::permute") and list(node.args[1]) == [0, 2, 1, 3])
-    rows = node.args[0] if swapped else insert_call(graph, _ATEN.transpose.int, (node, 1, 2))
-    shape = dimensions(rows)  # type: ignore[arg-type]
+    swapped = swapped or (is_op(node, "aten::permute") and arguments(node)["dims"] == [0, 2, 1, 3])
+    rows = node_argument(node) if swapped else insert_call(graph, _ATEN.transpose.int, (node, 1, 2))
+    shape = dimensions(rows)
     if is_op(rows, "aten::reshape"):
-        flat = rows.args[0]  # type: ignore[union-attr]
+        flat = node_argument(rows)
         source = dimensions(flat)
         if (
             len(source) == 3

@@ -50,10 +50,14 @@ def _match(node: fx.Node) -> fx.Node | None:
     for half, gate in operand_pairs(node):
         x = _scaled(half, "aten::mul", 0.5)
         tanh = _scaled(gate, "aten::add", 1.0)
-        if x is None or not is_op(tanh, "aten::tanh"):
+        if x is None or tanh is None or not is_op(tanh, "aten::tanh"):
             continue
         argument = _scaled(tanh.args[0], "aten::mul", math.sqrt(2.0 / math.pi))
-        if is_op(argument, "aten::add") and any(a is x and _is_cubic(b, x) for a, b in operand_pairs(argument)):
+        if (
+            argument is not None
+            and is_op(argument, "aten::add")
+            and any(a is x and _is_cubic(b, x) for a, b in operand_pairs(argument))
+        ):
             return x
     return None
 
@@ -70,4 +74,4 @@ def _scaled(node: Any, name: str, constant: float) -> fx.Node | None:
 
 def _is_cubic(node: Any, x: fx.Node) -> bool:
     cube = _scaled(node, "aten::mul", 0.044715)
-    return is_op(cube, "aten::pow") and cube.args[0] is x and cube.args[1] == 3
+    return cube is not None and is_op(cube, "aten::pow") and cube.args == (x, 3)

@@ -10,6 +10,7 @@ from torch import fx
 
 from compile_sparse.compiler.ir.edit import add_weight, eliminate_dead_code, fake_mode_of, op_name
 from compile_sparse.compiler.ir.linears import find_linears
+from compile_sparse.compiler.ir.nodes import operator_of
 from compile_sparse.compiler.ir.program import Binding, Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, LastComputed, TensorSource
 from compile_sparse.passes.factoring.factors import Factors
@@ -71,7 +72,7 @@ def replace_by_factors(program: Program, factors: Mapping[str, FactorSources]) -
             added[tensor] = source if linear.axis == 1 else _transposed(source)
             weights.append(add_weight(edited, bindings, f"{linear.weight.name}_{part}", Binding(tensor), added[tensor]))
         node, inner, outer = linear.node, *weights
-        gemm = aten.mm.default if op_name(node) == "addmm" else node.target
+        gemm = aten.mm.default if op_name(node) == "addmm" else operator_of(node)
         with edited.graph.inserting_before(node):
             first = edited.graph.create_node("call_function", gemm, (linear.input, inner), name=f"{node.name}_inner")
         with fake_mode_of(edited):
@@ -80,7 +81,7 @@ def replace_by_factors(program: Program, factors: Mapping[str, FactorSources]) -
     return eliminate_dead_code(replace(edited, bindings=bindings, weights=edited.weights.updated(added)))
 
 
-def _swapped(argument: object, by: Mapping[fx.Node, fx.Node]) -> object:
+def _swapped(argument: fx.node.Argument, by: Mapping[fx.Node, fx.Node]) -> fx.node.Argument:
     return by.get(argument, argument) if isinstance(argument, fx.Node) else argument
 
 

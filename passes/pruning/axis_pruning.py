@@ -93,7 +93,7 @@ class AxisPruning(Pass):
         sizes = kept_sizes(choices, fraction=self.fraction, global_ranking=global_ranking)
         if global_ranking and not any(sizes[p.group.leaf] < p.group.size for p in prunables):
             raise self._too_little(prunables)
-        keep = {
+        keep: KeepTables = {
             choice.prunable.group.anchor: keep_table(choice, sizes[choice.prunable.group.leaf])
             for choice in choices
             if sizes[choice.prunable.group.leaf] < choice.prunable.group.size

@@ -12,9 +12,11 @@ from compile_sparse.compiler.axes.algebra import Axis, coords, find
 from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.axes.selection import Keep
+from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.linears import Linear, find_linears
+from compile_sparse.passes.criteria.positions import axis_of
 from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable
 from compile_sparse.passes.pruning.obs import Consumer, Removal, removal_order
@@ -82,7 +84,8 @@ def rank_by_score(
             scores are divided by the group's mean, which compares positions with their own layer's.
     """
     groups = [prunable.group for prunable in prunables]
-    scores = CRITERIA[criterion].score(analysis, groups, context.calibration, context.progress)
+    calibration = context.calibration or CalibrationStream(())
+    scores = CRITERIA[criterion].score(analysis, groups, calibration, context.progress)
     choices = []
     for prunable in prunables:
         score = scores[prunable.group.leaf]
@@ -118,7 +121,7 @@ def rank_by_obs(
     )
     waiting, grams, choices = list(prunables), dict[str, Gram](), list[Choice]()
     with context.progress.task("choose what to remove", total=len(prunables)) as task:
-        for name, gram in each_gram(analysis.program, names, context.calibration, context.progress):
+        for name, gram in each_gram(analysis.program, names, _text(context), context.progress):
             grams[name] = gram
             ready = [p for p in waiting if all(r.input.name in grams for r in readers[p.group.leaf])]
             for prunable in ready:
@@ -143,7 +146,7 @@ def _obs(
     inputs: dict[str, Consumer] = {}
     quota, size = None, group.size
     for reader in readers:
-        columns = dict(coords(analysis.labels[reader.weight.name][reader.axis]))
+        columns = dict(coords(axis_of(analysis, reader.weight.name, reader.axis)))
         units = columns[group.leaf]
         if outer is not None:
             rows = columns[outer.leaf]
@@ -180,11 +183,18 @@ def _energies(analysis: Analysis, readers: Sequence[Linear], context: PassContex
         return observe
 
     executor, observers = Executor(program), {name: observer(name) for name in sums}
-    with context.progress.task("measure the residual stream", total=len(context.calibration)) as task:
-        for inputs in context.calibration.feeds(program):
+    text = _text(context)
+    with context.progress.task("measure the residual stream", total=len(text)) as task:
+        for inputs in text.feeds(program):
             executor.run(inputs, observe=observers)
             task.advance()
     return {node: sums[place] for node, place in places.items()}
+
+
+def _text(context: PassContext) -> CalibrationStream:
+    """The text that greedy OBS needs: the pass has refused to run it without."""
+    assert context.calibration is not None
+    return context.calibration
 
 
 def kept_sizes(choices: Sequence[Choice], *, fraction: float, global_ranking: bool) -> dict[Axis, int]:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_sparse.backends.onnx.dialect import Emitted
 from compile_sparse.backends.onnx.element_types import kind_of, raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
 from compile_sparse.compiler.ir.nodes import arguments, dimensions
@@ -21,7 +22,7 @@ def each(values: Any, dims: int) -> list[int]:
 
 
 @emits("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution")
-def _convolution(emission: Emission, node: fx.Node) -> str:
+def _convolution(emission: Emission, node: fx.Node) -> Emitted:
     given = arguments(node)
     if given.get("transposed"):
         return _transposed(emission, node)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from compile_sparse.backends.onnx.dialect import Emitted
 from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
 from compile_sparse.compiler.ir.nodes import arguments
 
@@ -55,7 +56,7 @@ def _softmax(emission: Emission, node: fx.Node) -> str:
 
 
 @emits("aten::linalg_vector_norm")
-def _vector_norm(emission: Emission, node: fx.Node) -> str:
+def _vector_norm(emission: Emission, node: fx.Node) -> Emitted:
     if arguments(node)["ord"] != 2:
         raise Unsupported("a vector norm other than the Euclidean")
     return _reduction("ReduceL2")(emission, node)
@@ -77,6 +78,5 @@ def _extreme(emission: Emission, node: fx.Node) -> str:
 def _topk(emission: Emission, node: fx.Node) -> list[str]:
     given = arguments(node)
     inputs = [emission.value(given["self"]), emission.graph.constant([given["k"]])]
-    options = {"largest": int(given["largest"]), "sorted": int(given["sorted"])}
-    axis = emission.axis(given["self"], given["dim"])
-    return emission.graph.call_many("TopK", inputs, 2, hint=node.name, axis=axis, **options)
+    axis, largest, ordered = emission.axis(given["self"], given["dim"]), int(given["largest"]), int(given["sorted"])
+    return emission.graph.call_many("TopK", inputs, 2, hint=node.name, axis=axis, largest=largest, sorted=ordered)
