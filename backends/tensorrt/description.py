@@ -54,7 +54,7 @@ class Profile(_Section):
 
 
 class Intended(_Section):
-    """One product whose weight was pruned for a sparse kernel."""
+    """One GEMM whose weight was pruned for a sparse kernel."""
 
     node: str = Field(description="name of the ONNX node")
     tensor: str = Field(description="name of the weight")

@@ -74,14 +74,14 @@ def write_folder(
         twin = description.model_copy(update={"engines": (engines.twin,), "sparsity": None})
         files[f"{TWIN}/{DESCRIPTION_FILE}"] = _write_description(twin, out / TWIN)
         files[f"{TWIN}/{engines.twin.file}"] = engines.twin.sha256
-    skips: list[Diagnostic] = []
+    diagnostics: list[Diagnostic] = []
     if options.checkpoint:
         written, notes = _checkpoint(program, out / CHECKPOINT, progress)
         files |= written
-        skips += notes
+        diagnostics += notes
     section = None
     if intended:
-        skips += _without_kernels(target, pattern, [row for row in rows if row.node in intended])
+        diagnostics += _without_kernels(target, pattern, [row for row in rows if row.node in intended])
         section = sparse_report(
             intended,
             engines.built.messages if engines.built else (),
@@ -95,7 +95,7 @@ def write_folder(
         files=files,
         form=_form(emission, engines),
         limits=limits,
-        diagnostics=[*skips, *emission.diagnostics],
+        diagnostics=[*diagnostics, *emission.diagnostics],
         sparsity=section,
     )
 
@@ -135,7 +135,7 @@ def _sparse_gemms(program: Program, model: Path) -> tuple[str, dict[str, str], l
         reached = [row for row in rows if row.tensor in (name, f"{name}.transposed", f"{name}.inner_first")]
         intended |= {row.node: row.tensor for row in reached}
         if not reached:  # as bad as a weight without zeros: it is named, and fails
-            intended[f"(the product of {name})"] = name
+            intended[f"(the GEMM of {name})"] = name
     require_pattern(rows, intended, pattern=pattern)
     return pattern, intended, rows
 

@@ -127,12 +127,12 @@ def probe(
     force: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Measure what fewer bits and 2:4 zeros buy on each product of ``model``, with torch on the GPU at hand.
+    """Measure what fewer bits and 2:4 zeros buy on each GEMM of ``model``, with torch on the GPU at hand.
 
     Args:
         model: a Hugging Face folder, or a hub id where a hub is reachable; its weights are not read.
         target: whose GPU it must be.
-        workload: ``prompt=128,batch=1,rounds=5``: rows of the products, and how often they are measured.
+        workload: ``prompt=128,batch=1,rounds=5``: rows of the GEMMs, and how often they are measured.
         concurrency: numbers of requests that decode at once.
         out: JSON file to write.
         any_gpu: measure another GPU than the target's; the result says so.

@@ -16,9 +16,7 @@ __all__ = ["probe_command"]
 @click.option(
     "--model", metavar="MODEL", required=True, help="Whose linear layers are measured; weights are not needed."
 )
-@click.option(
-    "--workload", metavar="KEY=N,...", help="Rows of the products and rounds, e.g. prompt=512,batch=8,rounds=7."
-)
+@click.option("--workload", metavar="KEY=N,...", help="Rows of the GEMMs and rounds, e.g. prompt=512,batch=8,rounds=7.")
 @click.option("--concurrency", metavar="N,...", help="Requests that decode at once, e.g. 1,8,32: each is measured.")
 @click.option("--out", metavar="FILE", help="Write the table as JSON, with device, versions and date.")
 @click.option("--any-gpu", is_flag=True, help="Measure a GPU that is not the target's.")
@@ -35,7 +33,7 @@ def probe_command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Measure int8, fp8 and 2:4 on each product of MODEL's linear layers, with torch on TARGET's GPU.
+    """Measure int8, fp8 and 2:4 on each GEMM of MODEL's linear layers, with torch on TARGET's GPU.
 
     Prints a table, and the lines that a target file would have. Not run on a GPU by us yet (unverified).
     """

@@ -41,9 +41,9 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
     if gain := plan.get("gain"):
         parts.append(_gain(gain))
     if runtime := plan.get("runtime"):
-        parts.append(_skips("what the runtime cannot do, or does slowly", runtime))
+        parts.append(_diagnostics("what the runtime cannot do, or does slowly", runtime))
     if refusals := plan.get("refusals"):
-        parts.append(_skips("refused", refusals))
+        parts.append(_diagnostics("refused", refusals))
     return Group(*parts)
 
 
@@ -147,16 +147,16 @@ def _passes(passes: Sequence[Mapping[str, Any]]) -> RenderableType:
     for entry in passes:
         cells = (entry["name"], _options(entry.get("requested")), _options(entry.get("achieved")))
         table.add_row(*(escape(str(cell)) for cell in cells), str(len(entry.get("skips") or ())))
-    skips = [skip for entry in passes for skip in entry.get("skips") or ()]
+    diagnostics = [each for entry in passes for each in entry.get("skips") or ()]
     notes = [Text(f"{entry['name']}: {note}") for entry in passes for note in entry.get("notes") or ()]
-    return Group(table, *notes, *([_skips("left alone", skips)] if skips else []))
+    return Group(table, *notes, *([_diagnostics("left alone", diagnostics)] if diagnostics else []))
 
 
-def _skips(title: str, skips: Sequence[Mapping[str, Any]], *, most: int = 12) -> RenderableType:
+def _diagnostics(title: str, diagnostics: Sequence[Mapping[str, Any]], *, most: int = 12) -> RenderableType:
     table = _table(title, "code", "where", "why", "hint")
-    for skip in skips[:most]:
-        table.add_row(*(escape(str(skip.get(key, ""))) for key in ("code", "where", "why", "hint")))
-    more = len(skips) - most
+    for each in diagnostics[:most]:
+        table.add_row(*(escape(str(each.get(key, ""))) for key in ("code", "where", "why", "hint")))
+    more = len(diagnostics) - most
     return Group(table, Text(f"... and {more:,} more; --json lists all.")) if more > 0 else table
 
 

@@ -1,4 +1,4 @@
-"""The GPU that is measured: what it is, and how a product is run and timed on it. All code that needs CUDA is here."""
+"""The GPU that is measured: what it is, and how a GEMM is run and timed on it. All code that needs CUDA is here."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ MOST_COPIES = 64
 
 
 class Device(Protocol):
-    """Where products run.
+    """Where GEMMs run.
 
     Attributes:
         where: torch's name of it.

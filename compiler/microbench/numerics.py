@@ -1,10 +1,10 @@
-"""Check that a form computes the product before it is timed: a kernel that does less is no gain."""
+"""Check that a form computes the GEMM before it is timed: a kernel that does less is no gain."""
 
 from __future__ import annotations
 
 import torch
 
-from compile_sparse.compiler.microbench.products import Prepared
+from compile_sparse.compiler.microbench.gemm_forms import Prepared
 
 __all__ = ["relative_error"]
 
@@ -14,7 +14,7 @@ ROWS, COLUMNS = 64, 256
 def relative_error(prepared: Prepared) -> float:
     """``|got - wanted| / |wanted|`` in the Frobenius norm, over up to 64 rows and 256 columns spread over the result.
 
-    ``wanted`` is the product of the same factors in 64-bit floating point, so coding errors of the factors do not count. Every
+    ``wanted`` is the GEMM of the same factors in 64-bit floating point, so quantization errors of the factors do not count. Every
     call is checked; the worst counts. Not a number, or a wrong shape, is infinite.
     """
     rows = _spread(prepared.left.shape[0], ROWS, prepared.left.device)

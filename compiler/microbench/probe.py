@@ -1,4 +1,4 @@
-"""Probe: time every form of every product of a model on the GPU at hand, as a table that a target file can learn from."""
+"""Probe: time every form of every GEMM of a model on the GPU at hand, as a table that a target file can learn from."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import Any
 from compile_sparse.compiler.capture import ModelFolder, capture
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.microbench.device import Device, mismatch, open_cuda
+from compile_sparse.compiler.microbench.gemm_forms import Form, Prepared, forms_for
 from compile_sparse.compiler.microbench.numerics import relative_error
-from compile_sparse.compiler.microbench.products import Form, Prepared, forms_for
 from compile_sparse.compiler.microbench.shapes import ProductShape, product_shapes
 from compile_sparse.compiler.microbench.suggestion import suggest
 from compile_sparse.compiler.microbench.timing import Runner, alternate
@@ -74,7 +74,7 @@ def probe_model(
     progress: Progress,
     forms: Sequence[Form] | None = None,
 ) -> dict[str, Any]:
-    """Measure every product of the model in ``folder``. Its weights are not read; random ones stand for them.
+    """Measure every GEMM of the model in ``folder``. Its weights are not read; random ones stand for them.
 
     Args:
         folder: an opened model folder.
@@ -91,7 +91,7 @@ def probe_model(
     shapes, left_out = product_shapes(capture(folder, require_weights=False, progress=progress), workload)
     forms = list(forms) if forms is not None else forms_for(target.baseline_precision)
     rows: list[dict[str, Any]] = []
-    with progress.task("products", total=len(shapes)) as task:
+    with progress.task("GEMMs", total=len(shapes)) as task:
         for shape in shapes:
             rows += measure_shape(shape, forms, device, rounds=workload.rounds)
             device.release()
@@ -121,7 +121,7 @@ def measure_shape(
 ) -> list[dict[str, Any]]:
     """One row per form. A form that cannot be measured is a row with ``why_not``, never an exception.
 
-    All forms alternate in the same rounds. ``us``: median microseconds per product; ``over_dense``: speed-up over the first form,
+    All forms alternate in the same rounds. ``us``: median microseconds per GEMM; ``over_dense``: speed-up over the first form,
     ``over_twin``: of a 2:4 form over the dense one of its format, each ``{"value", "ci95"}`` over rounds, above 1 when faster;
     ``timing``: ``graph`` (the GPU's time) or ``launches`` (what Python takes is in it, for every form of the shape).
     """
@@ -168,7 +168,7 @@ def _empty(shape: ProductShape, form: Form) -> dict[str, Any]:
 
 
 def _checked(form: Form, shape: ProductShape, device: Device, row: dict[str, Any]) -> Prepared | None:
-    """The prepared form if it computes the product; otherwise the row says why not."""
+    """The prepared form if it computes the GEMM; otherwise the row says why not."""
     try:
         prepared = form.prepare(shape, device)
         error = relative_error(prepared)
@@ -176,7 +176,7 @@ def _checked(form: Form, shape: ProductShape, device: Device, row: dict[str, Any
         row["why_not"] = f"It failed here: {_first_line(problem)}"
         return None
     if not error <= form.bound:
-        row["why_not"] = f"Its result differs from the product by {error:.2g}, more than {form.bound:.2g}; not timed."
+        row["why_not"] = f"Its result differs from the GEMM by {error:.2g}, more than {form.bound:.2g}; not timed."
         return None
     row["error"] = error
     return prepared

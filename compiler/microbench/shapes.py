@@ -1,4 +1,4 @@
-"""The matrix products of a model: sizes of its linear layers, and how many rows a workload multiplies with them."""
+"""The GEMMs of a model: sizes of its linear layers, and how many rows a workload multiplies with them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ProductShape:
         inner: K, the contraction.
         outer: N, output features.
         regime: one token per request (decode), whole prompts (prompt), or samples of a model without a cache (forward).
-        layers: products of this size.
+        layers: GEMMs of this size.
         example: stored name of one of their weights.
     """
 
@@ -49,18 +49,18 @@ class ProductShape:
 
 
 def product_shapes(program: Program, workload: Workload) -> tuple[list[ProductShape], list[Diagnostic]]:
-    """Every distinct product of the linear layers, the most frequent first, and what is not among them. Reads no weights.
+    """Every distinct GEMM of the linear layers, the most frequent first, and what is not among them. Reads no weights.
 
     A decoder is asked for one token of each of ``workload.levels`` requests, and for ``workload.prompt`` tokens of the first
     of these numbers of requests; another model for ``workload.batch`` samples of ``workload.prompt`` tokens.
     """
-    linears, skips = find_linears(program)
+    linears, diagnostics = find_linears(program)
     found: dict[tuple[int, int, int], ProductShape] = {}
     for linear in linears:
         for regime, batch, tokens in _regimes(program, workload):
             rows = _rows(program, linear, batch, tokens)
             if rows is None:
-                skips.append(
+                diagnostics.append(
                     Diagnostic(
                         linear.tensor, "CS5420", "How many rows it multiplies is not known from batch and prompt."
                     )
@@ -73,7 +73,7 @@ def product_shapes(program: Program, workload: Workload) -> tuple[list[ProductSh
             elif before.regime == regime:
                 found[outer, inner, rows] = ProductShape(rows, inner, outer, regime, before.layers + 1, before.example)
     ordered = sorted(found.values(), key=lambda shape: (-shape.layers, shape.outer, shape.inner, shape.rows))
-    return ordered, [*skips, *_other_products(program)]
+    return ordered, [*diagnostics, *_other_products(program)]
 
 
 def _regimes(program: Program, workload: Workload) -> Iterator[tuple[Regime, int, int]]:
@@ -115,7 +115,7 @@ def _number(size: Size, values: dict[sympy.Symbol, int]) -> int | None:
 
 
 def _other_products(program: Program) -> list[Diagnostic]:
-    """Products with a stored weight that are no linear layers, counted by operator."""
+    """GEMMs with a stored weight that are no linear layers, counted by operator."""
     counts: dict[str, int] = {}
     for node in program.graph.nodes:
         if not multiplies(node) or qualified_name(node) in LAYERS:
@@ -125,7 +125,7 @@ def _other_products(program: Program) -> list[Diagnostic]:
             counts[name] = counts.get(name, 0) + 1
     return [
         Diagnostic(
-            name, "CS5421", f"{count} products of this operator have stored weights; only linear layers are probed."
+            name, "CS5421", f"{count} GEMMs of this operator have stored weights; only linear layers are probed."
         )
         for name, count in counts.items()
     ]

@@ -35,10 +35,10 @@ def suggest(rows: Sequence[Mapping[str, Any]], before: SparsePattern | None, set
     found: dict[str, Any] = {
         "pattern": "2:4",
         "pays": bool(regions),
-        "why": "sparse kernels of cuSPARSELt were faster than the dense ones, on this model's products"
+        "why": "sparse kernels of cuSPARSELt were faster than the dense ones, on this model's GEMMs"
         if regions
-        else "no sparse kernel of cuSPARSELt was faster than the dense one, on this model's products",
-        "measured": f"{_ranges(gains)}; products alone, through torch, not TensorRT; {setting}",
+        else "no sparse kernel of cuSPARSELt was faster than the dense one, on this model's GEMMs",
+        "measured": f"{_ranges(gains)}; GEMMs alone, through torch, not TensorRT; {setting}",
     }
     if before is not None:
         kept = ("in_features_multiple", "out_features_multiple", "int8_outputs")

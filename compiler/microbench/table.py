@@ -50,7 +50,7 @@ def _lacking(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
 
 
 def _rows(rows: Sequence[Mapping[str, Any]]) -> Table:
-    table = Table(title="products of the linear layers", title_justify="left", title_style="bold")
+    table = Table(title="GEMMs of the linear layers", title_justify="left", title_style="bold")
     for column in ("layers", "N x K", "rows", "form", "us", "over dense", "over its dense twin", "remark"):
         table.add_column(column, overflow="fold", justify="right" if column in ("layers", "rows", "us") else "left")
     before = None

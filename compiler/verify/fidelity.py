@@ -60,8 +60,8 @@ def check_fidelity(
         progress: where it is reported.
         dense: compare with the dense program on the artifact's windows, where the reference has that.
         noise: mean log-probability difference of the dense model in the same runtime and on the same windows. With it the
-            model's own is held to ``NOISE_FACTOR`` times that, plus ``INDEPENDENT_ROUNDINGS`` times what coded activations do to
-            the program.
+            model's own is held to ``NOISE_FACTOR`` times that, plus ``INDEPENDENT_ROUNDINGS`` times what quantized activations do
+            to the program.
     """
     if (folder / DECODER_FILE).is_file():
         reference = json.loads((folder / DECODER_FILE).read_text(encoding="utf-8"))
@@ -90,8 +90,8 @@ def _decoder(
     equal = _column(expected, "top1") == _column(found, "top1")
     bound = None
     if noise is not None:
-        coded = float(reference.get("activation_error") or 0.0)
-        bound = max(NOISE_FACTOR * noise, LEAST_BOUND_NATS) + INDEPENDENT_ROUNDINGS * coded
+        quantized = float(reference.get("activation_error") or 0.0)
+        bound = max(NOISE_FACTOR * noise, LEAST_BOUND_NATS) + INDEPENDENT_ROUNDINGS * quantized
     return Fidelity(
         tokens=int(difference.size),
         ties=int((~real).sum()),

@@ -92,7 +92,7 @@ def write_reference(
         progress: where windows are reported.
         windows: how many (decoders).
         dense: the dense program; with it (decoders) the file tells its answers on the same windows too, which shows how noisy
-            the runtime's own arithmetic is, and how much coding activations changes the program's.
+            the runtime's own arithmetic is, and how much quantizing activations changes the program's.
     """
     executor = Executor(program)
     if program.kind == "decoder":
@@ -105,7 +105,7 @@ def write_reference(
                 data["dense_traces"] = _traces(dense, Executor(dense), tokens, task)
         plain = with_float_activations(program) if dense is not None else program
         if plain is not program:
-            with progress.task("effect of coded activations", total=steps) as task:
+            with progress.task("effect of quantized activations", total=steps) as task:
                 others = _traces(plain, Executor(plain), tokens, task)
             data["activation_error"] = _mean_difference(traces, others)
         (folder / DECODER_FILE).write_text(json.dumps(data), encoding="utf-8")

@@ -141,12 +141,12 @@ def test_intended_layers_must_be_in_the_pattern(tmp_path):
     with pytest.raises(Refusal, match="CS4501") as caught:
         require_pattern(rows, {"a": "good", "b": "bad", "c": "good", "gone": "good", "d": "other"})
     error = caught.value
-    assert error.what.startswith("4 of 5 products that were made 2:4")
+    assert error.what.startswith("4 of 5 GEMMs that were made 2:4")
     assert error.where == "b"
     for part in (
         "b: dense. 256 of 256 groups",
         "c: no constant. Reshape 'r' stands before it",
-        "gone: the file has no such product",
+        "gone: the file has no such GEMM",
         "d: its weight is 'good', not 'other'",
     ):
         assert part in error.why
@@ -165,5 +165,5 @@ def test_two_products_of_one_name_must_both_hold(tmp_path):
 def test_many_faults_are_counted_not_listed(tmp_path):
     with pytest.raises(Refusal, match="30 of 30") as caught:
         require_pattern([], {f"layer.{i}": "" for i in range(30)})
-    assert caught.value.why.count("no such product") == 8
+    assert caught.value.why.count("no such GEMM") == 8
     assert "and 22 more" in caught.value.why

@@ -233,7 +233,7 @@ def test_four_numbers():
     report = sparse_report(_INTENDED, [_log("11_synthetic")], "", ["samples"], rows=_ROWS)
     section = report.profiles["samples"]
     assert (report.intended, section.eligible, section.chosen, section.kernels) == (4, 4, 3, None)
-    assert (section.logged_eligible, section.logged_chosen) == (4, 2)  # q and k share a layer; one is no product
+    assert (section.logged_eligible, section.logged_chosen) == (4, 2)  # q and k share a layer; one is no GEMM
     assert {layer.node: layer.chosen for layer in section.layers} == {
         _UP + "1": False,
         _UP + "10": True,

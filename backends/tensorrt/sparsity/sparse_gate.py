@@ -1,7 +1,7 @@
-"""Whether the products of a finished ONNX file have their N:M zeros where TensorRT's sparse kernels need them.
+"""Whether the GEMMs of a finished ONNX file have their N:M zeros where TensorRT's sparse kernels need them.
 
 TensorRT looks for at most N values that are not zero in every M consecutive ones **along the contraction axis** of a constant
-that feeds a MatMul, Gemm or Conv. Between constant and product it looks through the operators below and no others: a Reshape,
+that feeds a MatMul, Gemm or Conv. Between constant and GEMM it looks through the operators below and no others: a Reshape,
 Concat, Slice or Mul hides the constant (the same rules as Polygraphy's sparsity checker). What earlier passes meant is not
 asked here: this reads the file that is handed over. Einsum and ConvTranspose are not covered.
 """
@@ -28,7 +28,7 @@ _MOST_NAMED = 8
 
 @dataclass(frozen=True)
 class GemmRow:
-    """One product of the graph.
+    """One GEMM of the graph.
 
     Attributes:
         node: its name, or its output's when it has none.
@@ -39,7 +39,7 @@ class GemmRow:
         k: elements that are contracted (a Conv's input channels per group).
         n: outputs.
         axis: of the stored constant that is contracted.
-        path: operators between constant and product, the constant's side first.
+        path: operators between constant and GEMM, the constant's side first.
         state: ``2:4`` (the pattern that was asked about), ``dense``, ``K % 4`` when K is not a multiple, or ``no constant``.
         why: what made it dense, or where the search for a constant ended; a sentence or empty.
         remarks: what may still keep it from a sparse kernel, or slow it, as sentences.
@@ -68,7 +68,7 @@ def check_sparsity(onnx_path: Path, *, n: int = 2, m: int = 4) -> list[GemmRow]:
         m: consecutive values in a group, 2 to 255.
 
     Returns:
-        One row per product, in file order.
+        One row per GEMM, in file order.
 
     Raises:
         Refusal: CS4502 when a weight's data is missing, short or outside the folder.
@@ -225,7 +225,7 @@ def _remarks(found: _Found, k: int, n: int, dtype: str) -> tuple[str, ...]:
     if n % 8:
         remarks.append(f"N = {n:,} is not a multiple of 8.")
     if "Transpose" in found.path:
-        remarks.append("A Transpose stands between weight and product; TensorRT keeps it as a layer.")
+        remarks.append("A Transpose stands between weight and GEMM; TensorRT keeps it as a layer.")
     if dtype in ("INT4", "UINT4", "FLOAT4E2M1"):
         remarks.append("No sparse kernel for 4-bit weights is known.")
     return tuple(remarks)
@@ -238,7 +238,7 @@ def require_pattern(rows: Sequence[GemmRow], intended: Mapping[str, str], *, pat
 
     Args:
         rows: of ``check_sparsity``, with the same pattern.
-        intended: name of the product's node -> name of its constant; an empty name accepts any.
+        intended: name of the GEMM's node -> name of its constant; an empty name accepts any.
         pattern: ``N:M``.
 
     Raises:
@@ -249,17 +249,17 @@ def require_pattern(rows: Sequence[GemmRow], intended: Mapping[str, str], *, pat
         by_node.setdefault(row.node, []).append(row)
     wrong = []
     for node, tensor in intended.items():
-        faults = [_fault(row, tensor, pattern) for row in by_node.get(node, ())] or ["the file has no such product"]
+        faults = [_fault(row, tensor, pattern) for row in by_node.get(node, ())] or ["the file has no such GEMM"]
         wrong += [f"{node}: {fault}" for fault in faults if fault][:1]
     if not wrong:
         return
     more = f"; and {len(wrong) - _MOST_NAMED:,} more" if len(wrong) > _MOST_NAMED else ""
     raise Refusal(
         "CS4501",
-        f"{len(wrong):,} of {len(intended):,} products that were made {pattern} are not {pattern} in the ONNX file.",
+        f"{len(wrong):,} of {len(intended):,} GEMMs that were made {pattern} are not {pattern} in the ONNX file.",
         where=wrong[0].split(": ", 1)[0],
         why="; ".join(wrong[:_MOST_NAMED]) + more,
-        hint="TensorRT finds the zeros along K of a constant that feeds the product directly, or through Q/DQ, Cast or "
+        hint="TensorRT finds the zeros along K of a constant that feeds the GEMM directly, or through Q/DQ, Cast or "
         "Transpose. A pass that moves weights after the zeros were made must keep them.",
     )
 

@@ -36,7 +36,7 @@ def graph_sparsity(rows: Sequence[GemmRow], intended: Mapping[str, str], pattern
 
     Args:
         rows: of ``check_sparsity``.
-        intended: name of a product's node -> name of its weight.
+        intended: name of a GEMM's node -> name of its weight.
         pattern: that the rows were checked for.
     """
     layers = tuple(
@@ -60,10 +60,10 @@ def sparse_report(
     pattern: str = "2:4",
     unverified: str = "",
 ) -> Sparsity:
-    """What became of the products that were made sparse.
+    """What became of the GEMMs that were made sparse.
 
     Args:
-        intended: name of a product's node -> name of its weight.
+        intended: name of a GEMM's node -> name of its weight.
         messages: the builder's log, see ``sparse_log.selections``.
         inspector_json: the engine inspector's answer, or empty.
         profiles: names of the optimization profiles, in the engine's order.
@@ -126,7 +126,7 @@ def _count(answers: Iterable[bool | None]) -> int:
 
 
 def _kernels(layers: Sequence[SparseProfileLayer]) -> int | None:
-    """Products known to run a sparse kernel; None when nothing is known of any."""
+    """GEMMs known to run a sparse kernel; None when nothing is known of any."""
     if layers and all(layer.kernel is None for layer in layers):
         return None
     return _count(layer.kernel for layer in layers)

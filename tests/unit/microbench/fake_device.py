@@ -1,4 +1,4 @@
-"""A device without a GPU: products run on the CPU, and a clock that a test may script."""
+"""A device without a GPU: GEMMs run on the CPU, and a clock that a test may script."""
 
 from __future__ import annotations
 

@@ -16,8 +16,8 @@ from compile_sparse.compiler.cli.main import run
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.microbench import probe as probe_module
 from compile_sparse.compiler.microbench.device import CudaDevice, mismatch
+from compile_sparse.compiler.microbench.gemm_forms import Cast, Integer, Prepared, Sparse
 from compile_sparse.compiler.microbench.probe import device_for, measure_shape
-from compile_sparse.compiler.microbench.products import Cast, Integer, Prepared, Sparse
 from compile_sparse.compiler.microbench.shapes import ProductShape
 from compile_sparse.compiler.microbench.suggestion import suggest
 from compile_sparse.compiler.microbench.table import probe_table, suggestion_yaml
@@ -98,7 +98,7 @@ def test_a_kernel_that_computes_something_else_is_not_timed():
     rows = measure_shape(
         SHAPE, [Made("fp16"), Made("fast", factor=1.02), Made("ok", factor=1.001)], scripted(1e-6, 1e-6), rounds=3
     )
-    assert "differs from the product by 0.02" in rows[1]["why_not"]
+    assert "differs from the GEMM by 0.02" in rows[1]["why_not"]
     assert rows[1]["us"] is None
     assert rows[2]["us"] is not None
 
@@ -233,7 +233,7 @@ def test_the_table_shows_what_was_found():
         "target": "trt-h100",
         "same_gpu": True,
         "rows": rows,
-        "left_out": [{"where": "conv2d", "why": "2 products."}],
+        "left_out": [{"where": "conv2d", "why": "2 GEMMs."}],
         "limits": ["A limit."],
         "suggestion": suggestion,
     }

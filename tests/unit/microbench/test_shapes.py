@@ -1,4 +1,4 @@
-"""The products of a model: every distinct size once, with the rows that a workload gives it."""
+"""The GEMMs of a model: every distinct size once, with the rows that a workload gives it."""
 
 from __future__ import annotations
 

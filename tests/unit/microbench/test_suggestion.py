@@ -25,7 +25,7 @@ def test_the_smallest_sizes_from_which_all_pay():
     assert (found["pays"], found["min_out_features"], found["min_in_features"]) == (True, 4096, 4096)
     assert found["formats"] == ["fp16"]
     assert found["measured"] == (
-        "fp16 2:4 0.80x to 1.50x of dense fp16 on 5 sizes; products alone, through torch, not TensorRT; GPU, today"
+        "fp16 2:4 0.80x to 1.50x of dense fp16 on 5 sizes; GEMMs alone, through torch, not TensorRT; GPU, today"
     )
 
 

@@ -1,4 +1,4 @@
-"""The forms of a product: dense, fewer bits, 2:4, each prepared for one shape and one device.
+"""The forms of a GEMM: dense, fewer bits, 2:4, each prepared for one shape and one device.
 
 A form is a small object of the protocol ``Form``; another one, such as one built for a single GEMM, is one more
 object in the list that ``probe_model`` takes.
@@ -28,10 +28,10 @@ _KEPT = ((1, 1, 0, 0), (1, 0, 1, 0), (1, 0, 0, 1), (0, 1, 1, 0), (0, 1, 0, 1), (
 
 @dataclass(frozen=True)
 class Prepared:
-    """A product that is ready to run.
+    """A GEMM that is ready to run.
 
     Attributes:
-        calls: the product with one weight each; all weights have the same values.
+        calls: the GEMM with one weight each; all weights have the same values.
         left: activations, ``[rows, K]``, as they are multiplied.
         right: the weight's values, ``[N, K]``, zeros included.
         transposed: a call gives ``[N, rows]``.
@@ -46,7 +46,7 @@ class Prepared:
 
 
 class Form(Protocol):
-    """A way to compute a product.
+    """A way to compute a GEMM.
 
     Attributes:
         name: in tables.
@@ -106,7 +106,7 @@ class _Torch:
         first = _SINCE[self.format]
         if device.capability < first:
             return (
-                f"Compute capability {_dotted(device.capability)} has no {self.format} products "
+                f"Compute capability {_dotted(device.capability)} has no {self.format} GEMMs "
                 f"({_dotted(first)} is the first)."
             )
         return ""
@@ -134,7 +134,7 @@ class _Torch:
 
 
 class Cast(_Torch):
-    """A dense product in a floating-point format: cuBLAS, for fp8 through ``torch._scaled_mm`` with one scale per factor."""
+    """A dense GEMM in a floating-point format: cuBLAS, for fp8 through ``torch._scaled_mm`` with one scale per factor."""
 
     def unavailable(self, device: Device) -> str:
         """See ``Form``."""
@@ -157,7 +157,7 @@ class Cast(_Torch):
 
 
 class Integer(_Torch):
-    """A dense product of 8-bit integers with 32-bit results: cuBLAS through ``torch._int_mm``."""
+    """A dense GEMM of 8-bit integers with 32-bit results: cuBLAS through ``torch._int_mm``."""
 
     LEAST_ROWS = 32
 
@@ -177,7 +177,7 @@ class Integer(_Torch):
 
 
 class Sparse(_Torch):
-    """A product with a 2:4 weight: cuSPARSELt, with the algorithm that its own search finds fastest.
+    """A GEMM with a 2:4 weight: cuSPARSELt, with the algorithm that its own search finds fastest.
 
     The results have the type of the dense form's (int8: 32 bits), so that the two write as much.
     """
@@ -219,7 +219,7 @@ def two_of_four(weight: torch.Tensor) -> torch.Tensor:
     outer, inner = weight.shape
     kept = torch.tensor(_KEPT, dtype=torch.bool, device=weight.device)
     choice = torch.randint(len(_KEPT), (outer, inner // 4), device=weight.device)
-    # fp8 has no products with masks; its zero is the byte 0, as in every format here.
+    # fp8 has no GEMMs with masks; its zero is the byte 0, as in every format here.
     codes = weight.view(torch.uint8) if weight.dtype == torch.float8_e4m3fn else weight
     return (codes * kept[choice].view(outer, inner)).view(weight.dtype)
 

@@ -1,4 +1,4 @@
-"""The forms of a product: each computes it, on the CPU where torch has it there, and says where it cannot."""
+"""The forms of a GEMM: each computes it, on the CPU where torch has it there, and says where it cannot."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from compile_sparse.compiler.microbench.gemm_forms import Cast, Integer, Prepared, Sparse, forms_for, two_of_four
 from compile_sparse.compiler.microbench.numerics import relative_error
-from compile_sparse.compiler.microbench.products import Cast, Integer, Prepared, Sparse, forms_for, two_of_four
 from compile_sparse.compiler.microbench.shapes import ProductShape
 from tests.unit.microbench.fake_device import CpuDevice
 
@@ -50,7 +50,7 @@ def test_dense_forms_compute_the_product(form):
     prepared = form.prepare(SHAPE, device)
     assert len(prepared.calls) == 2
     assert relative_error(prepared) <= form.bound
-    # The bound tells a product from one that leaves a single step of the contraction out.
+    # The bound tells a GEMM from one that leaves a single step of the contraction out.
     short = replace(prepared, left=torch.cat([prepared.left[:, 1:], prepared.left[:, :1]], 1))
     assert not relative_error(short) <= form.bound
 
