@@ -28,6 +28,8 @@ from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
 from tests.support.served_models import WIDE
+from tests.tensorrt.decoders import BATCH, LENGTH, decoder_folder
+from tests.tensorrt.graphs import DECODER
 
 if find_spec("onnx") is None or find_spec("onnxruntime") is None or find_spec("tensorrt_rtx") is None:
     collect_ignore_glob = ["test_*.py"]
@@ -94,3 +96,18 @@ def folder_of(program_of: ProgramOf, tmp_path_factory: pytest.TempPathFactory) -
         return Folder(out, TensorRtBackend().lower(program, target, out, SilentProgress(), settings), program)
 
     return lower
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder_folder(tmp_path_factory.mktemp("decoder"), decomposable=True)
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return decoder_folder(tmp_path_factory.mktemp("exact"), precision="float32")
+
+
+@pytest.fixture(scope="module")
+def tokens() -> np.ndarray[Any, Any]:
+    return np.random.default_rng(1).integers(0, DECODER["vocabulary"], (BATCH, LENGTH + 1))
