@@ -26,6 +26,7 @@ from compile_sparse.compiler.ir.storage import cast_weights
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import context as any_context
 
 __all__ = ["IDS", "Answer", "calibration", "context", "emit", "gpu", "llama", "quantized", "read_back", "tied_llama"]
 
@@ -100,7 +101,7 @@ def calibration() -> CalibrationStream:
 
 def context(target: Target | None = None) -> PassContext:
     """What quantize is given."""
-    return PassContext(target or gpu(), SilentProgress(), calibration=calibration())
+    return any_context(calibration(), goal=target or gpu())
 
 
 def quantized(program: Program, scheme: str, target: Target | None = None, **options: Any) -> Program:

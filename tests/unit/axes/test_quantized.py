@@ -17,9 +17,9 @@ from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.testing.models import example_inputs
 from compile_sparse.testing.oracles import compare
+from tests.support.contexts import context
 from tests.toys import toy_program
 from tests.unit.axes.test_models import random_keep
-from tests.unit.passes.running import context
 
 
 @pytest.fixture(scope="session")
@@ -40,7 +40,7 @@ def roomy_llama() -> Program:
 
 
 def quantized(program: Program, scheme: str) -> Program:
-    return Quantize(scheme=scheme).run(program, context(tuple(SCHEMES), plan_only=True)).program
+    return Quantize(scheme=scheme).run(program, context(schemes=tuple(SCHEMES), plan_only=True)).program
 
 
 def kinds(analysis: Analysis) -> list[str]:

@@ -13,8 +13,9 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import bytes_by_tensor, cast_weights, stored_bytes, stored_form, torch_dtype
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, DowncastTensor, ResidentTensor, WeightStore
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import context, target
 from tests.toys import toy_program
-from tests.unit.passes.running import Linear, context, target
+from tests.unit.passes.running import Linear
 
 VALUES = torch.randn(6, 64, generator=torch.Generator().manual_seed(0))
 

@@ -15,8 +15,8 @@ from compile_sparse.compiler.ir.program import Binding, Input, Output, Program, 
 from compile_sparse.compiler.ir.verifier import InvalidProgram, verify_program
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import context
 from tests.toys import toy_program
-from tests.unit.passes.running import context
 
 aten = torch.ops.aten
 
@@ -210,7 +210,7 @@ class _Halves(torch.nn.Module):
 def test_scales_of_blocks_and_of_fp4_are_checked_too(
     whole: Program, scheme: str, wrong: torch.Tensor, part: str
 ) -> None:
-    given = context((scheme,), plan_only=True)
+    given = context(schemes=(scheme,), plan_only=True)
     program = Quantize(scheme=scheme).run(whole, given).program  # type: ignore[arg-type]
     verify_program(program)
     placeholder = next(node for node, binding in program.bindings.items() if binding.tensor == "up.weight.scale")

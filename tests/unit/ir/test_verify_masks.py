@@ -17,11 +17,11 @@ from compile_sparse.compiler.ir.verifier import InvalidProgram, verify_program
 from compile_sparse.compiler.ir.verify_masks import verify_masks
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, WeightStore
 from compile_sparse.compiler.pipeline.runner import run_passes
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import context as any_context
 from tests.toys import toy_program
-from tests.unit.passes.running import AddMM, Fed, Linear, target
+from tests.unit.passes.running import AddMM, Fed, Linear
 
 ROWS, DEPTH = 8, 32
 PATTERNS = ["2:4", "0.5", "block=2x4:0.5"]
@@ -29,7 +29,7 @@ PATTERNS = ["2:4", "0.5", "block=2x4:0.5"]
 
 def context() -> PassContext:
     inputs = torch.randn(3, DEPTH, generator=torch.Generator().manual_seed(1))
-    return PassContext(target(tuple(SCHEMES)), SilentProgress(), calibration=Fed((), inputs=(inputs,)))
+    return any_context(Fed((), inputs=(inputs,)), schemes=tuple(SCHEMES))
 
 
 def masked(form: type[Linear] | type[AddMM] = Linear, pattern: str = "2:4") -> Program:

@@ -12,13 +12,12 @@ from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import ResidentTensor
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import LowRankGemms
 from compile_sparse.passes.factoring.candidates import find_candidates
 from compile_sparse.passes.factoring.factors import factor
 from compile_sparse.passes.factoring.rewriting import FactorSources
 from compile_sparse.testing.models import example_inputs
-from tests.unit.passes.running import target
+from tests.support.contexts import context
 
 EVERY = ("llama", "qwen2", "gpt2", "opt", "bert", "vit")
 
@@ -26,8 +25,7 @@ EVERY = ("llama", "qwen2", "gpt2", "opt", "bert", "vit")
 def low_rank_context(
     *, text: bool = False, alignment: int = 1, products: LowRankGemms | None = None, **options
 ) -> PassContext:
-    contract = target().model_copy(update={"alignment": alignment, "low_rank": products})
-    return PassContext(contract, SilentProgress(), calibration=stream() if text else None, **options)
+    return context(stream() if text else None, changes={"alignment": alignment, "low_rank": products}, **options)
 
 
 def stream() -> CalibrationStream:

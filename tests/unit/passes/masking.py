@@ -10,8 +10,9 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.mask import Sparsify
+from tests.support.contexts import context, target
 from tests.toys import toy_program
-from tests.unit.passes.running import AddMM, Fed, Linear, context, target
+from tests.unit.passes.running import AddMM, Fed, Linear
 
 ROWS = 16
 DEPTH = 48

@@ -8,32 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["SCHEMES", "AddMM", "Fed", "Linear", "context", "target"]
-
-SCHEMES = ("w8a8", "w8a16", "w4a16", "w4a16-g32")
-
-
-def target(schemes: tuple[str, ...] = SCHEMES) -> Target:
-    """A target that accepts ``schemes`` and says nothing about sparse patterns."""
-    return Target(
-        name="test-cpu",
-        backend="null",
-        device="cpu",
-        summary="A target for tests.",
-        baseline_precision="fp32",
-        alignment=1,
-        schemes=dict.fromkeys(schemes, "somehow"),
-    )
-
-
-def context(schemes: tuple[str, ...] = SCHEMES, *, plan_only: bool = False) -> PassContext:
-    """What a pass is given."""
-    return PassContext(target(schemes), SilentProgress(), plan_only=plan_only)
+__all__ = ["AddMM", "Fed", "Linear"]
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,12 @@ from compile_sparse.compiler.ir.ops.quantization import FP4_VALUES
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme
 from compile_sparse.compiler.ir.verifier import verify_program
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import context as any_context
+from tests.support.contexts import target
 from tests.toys import toy_program
-from tests.unit.passes.running import AddMM, Fed, Linear, target
+from tests.unit.passes.running import AddMM, Fed, Linear
 
 ROWS = 136
 DEPTH = 264  # a multiple of 8 only: last groups of 16, 32 and 128 are short, and so are last blocks
@@ -38,7 +39,7 @@ def serving(**changes: Any) -> Target:
 
 
 def context(calibration: CalibrationStream | None = None, *, plan_only: bool = False, **changes: Any) -> PassContext:
-    return PassContext(serving(**changes), SilentProgress(), calibration=calibration, plan_only=plan_only)
+    return any_context(calibration, goal=serving(**changes), plan_only=plan_only)
 
 
 def weight() -> torch.Tensor:

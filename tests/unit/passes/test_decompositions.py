@@ -12,8 +12,8 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.factoring.candidates import find_candidates
 from compile_sparse.passes.factoring.decompositions import decompositions
+from tests.support.contexts import context
 from tests.unit.counting import count_calls
-from tests.unit.passes.running import context
 
 GENERATOR = torch.Generator().manual_seed(5)
 TEXT = CalibrationStream(

@@ -18,6 +18,7 @@ from compile_sparse.passes.factoring.candidates import find_candidates
 from compile_sparse.passes.factoring.factors import Factors, factor
 from compile_sparse.passes.factoring.rewriting import lazy_factors, replace_by_factors
 from compile_sparse.passes.low_rank import LowRank
+from tests.support.contexts import context as toy_context
 from tests.toys import toy_program
 from tests.unit.passes.low_rank_cases import (
     EVERY,
@@ -31,7 +32,6 @@ from tests.unit.passes.low_rank_cases import (
     stream,
 )
 from tests.unit.passes.running import AddMM, Linear
-from tests.unit.passes.running import context as toy_context
 
 
 @pytest.mark.parametrize("name", EVERY)

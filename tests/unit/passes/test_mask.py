@@ -15,9 +15,10 @@ from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.compiler.targets.target import find_target
 from compile_sparse.passes.mask import Sparsify
+from tests.support.contexts import context, target
 from tests.toys import toy_program
 from tests.unit.passes.masking import DEPTH, FORMS, ROWS, Form, masked, rows, weight
-from tests.unit.passes.running import Linear, context, target
+from tests.unit.passes.running import Linear
 
 
 @pytest.mark.parametrize("form", FORMS)

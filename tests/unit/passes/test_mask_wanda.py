@@ -19,9 +19,10 @@ from compile_sparse.compiler.ir.verify_masks import verify_masks
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.mask import Sparsify
+from tests.support.contexts import context, target
 from tests.toys import ConvNet, toy_program
 from tests.unit.passes.masking import DEPTH, FORMS, ROWS, Form, fed, masked, rows, weight
-from tests.unit.passes.running import Linear, context, target
+from tests.unit.passes.running import Linear
 
 # -- criteria that look at text
 

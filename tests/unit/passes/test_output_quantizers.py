@@ -21,8 +21,9 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import target
 from tests.toys import toy_program
-from tests.unit.passes.running import Fed, target
+from tests.unit.passes.running import Fed
 
 WINDOWS = CalibrationStream(tuple(tuple((7 * i + 3 * j) % 90 + 3 for j in range(16)) for i in range(3)))
 FED = torch.randn(6, 16, generator=torch.Generator().manual_seed(4))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given
@@ -12,33 +14,22 @@ from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.criteria.activation import activation_scores
 from compile_sparse.passes.criteria.magnitude import magnitude_scores
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.pruning.groups import nearest_size
 from compile_sparse.testing.models import example_inputs
 from compile_sparse.testing.oracles import compare
+from tests.support.contexts import context as any_context
 from tests.toys import toy_program
 
 WINDOWS = CalibrationStream(((5, 9, 12, 40, 3, 8), (7, 7, 20, 33, 90, 4), (11, 60, 2)))
 
 
-def context(alignment: int = 8, calibration: CalibrationStream | None = None, plan_only: bool = False) -> PassContext:
-    target = Target(
-        name="test-cpu",
-        backend="null",
-        device="cpu",
-        summary="A target for tests.",
-        baseline_precision="fp32",
-        alignment=alignment,
-        schemes={},
-    )
-    return PassContext(target, SilentProgress(), calibration=calibration, plan_only=plan_only)
+context = partial(any_context, schemes=(), changes={"alignment": 8})
 
 
 def test_requested_and_achieved(tiny_llama_program: Program) -> None:
@@ -62,7 +53,7 @@ def test_requested_and_achieved(tiny_llama_program: Program) -> None:
 
 def test_input_program_is_untouched_and_result_runs(tiny_llama_program: Program) -> None:
     before = str(tiny_llama_program.graph)
-    result = PruneChannels(fraction=0.5).run(tiny_llama_program, context(alignment=1))
+    result = PruneChannels(fraction=0.5).run(tiny_llama_program, context(changes={"alignment": 1}))
     assert str(tiny_llama_program.graph) == before
     inputs = example_inputs(tiny_llama_program, 2, 4)
     assert Executor(result.program).run(inputs)["logits"].shape == (2, 4, 96)
@@ -137,7 +128,7 @@ def test_planning_reads_no_weights(tiny_llama_program: Program) -> None:
 
 def test_no_aligned_width_is_refused_with_the_arithmetic(tiny_llama_program: Program) -> None:
     with pytest.raises(ModelError) as caught:
-        PruneChannels(fraction=0.25).run(tiny_llama_program, context(alignment=128))
+        PruneChannels(fraction=0.25).run(tiny_llama_program, context(changes={"alignment": 128}))
     assert caught.value.code == "CS2105"
     assert "no multiple of 128 is below 88" in caught.value.why
 
@@ -196,7 +187,9 @@ class Shuffled(torch.nn.Module):
 
 
 def test_a_grid_of_channels_loses_one_side_only() -> None:
-    result = PruneChannels(fraction=0.5).run(toy_program(Shuffled(), [torch.zeros(2, 8)]), context(alignment=1))
+    result = PruneChannels(fraction=0.5).run(
+        toy_program(Shuffled(), [torch.zeros(2, 8)]), context(changes={"alignment": 1})
+    )
     assert result.achieved["channels"] == {"before": 8, "after": 4, "sizes": [4]}
     assert [skip.code for skip in result.diagnostics if "grid" in skip.why] == ["CS2109"]
 

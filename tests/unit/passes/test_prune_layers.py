@@ -14,7 +14,6 @@ from pydantic import ValidationError
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, WeightStore
 from compile_sparse.compiler.pipeline.runner import run_passes
@@ -26,14 +25,13 @@ from compile_sparse.passes.criteria.block_influence import block_influence
 from compile_sparse.passes.criteria.depth_ablation import MAX_WINDOWS, greedy_ablation
 from compile_sparse.passes.prune_layers import PruneLayers
 from tests.deep import DEPTH, deep_program
+from tests.support.contexts import context as any_context
 from tests.toys import toy_program
-from tests.unit.passes.running import target
 
 WINDOWS = CalibrationStream(((5, 9, 12, 40, 3, 8), (7, 7, 20, 33, 90, 4), (11, 60, 2)))
 
 
-def context(calibration: CalibrationStream | None = WINDOWS, *, plan_only: bool = False) -> PassContext:
-    return PassContext(target(), SilentProgress(), calibration=calibration, plan_only=plan_only)
+context = partial(any_context, calibration=WINDOWS)
 
 
 def scaled(program: Program, branches: Sequence[Branch], factor: float) -> Program:
@@ -75,7 +73,7 @@ def cross_entropy(program: Program) -> float:
 def test_a_block_that_does_nothing_goes_first(criterion: str, layer: int) -> None:
     program = idle(layer)
     step = PruneLayers(fraction=0.25, criterion=criterion)  # type: ignore[arg-type]
-    result = step.run(program, context(own_text(program)))
+    result = step.run(program, context(calibration=own_text(program)))
     assert result.modified
     assert result.achieved["removed"] == [layer]
     assert result.achieved["units"] == {"before": DEPTH, "after": DEPTH - 1}
@@ -92,7 +90,7 @@ def test_a_block_that_does_nothing_goes_first(criterion: str, layer: int) -> Non
 def test_branches_of_one_kind(unit: str, kind: str, criterion: str) -> None:
     program = idle(1, (kind,))
     step = PruneLayers(fraction=0.25, unit=unit, criterion=criterion)  # type: ignore[arg-type]
-    result = step.run(program, context(own_text(program)))
+    result = step.run(program, context(calibration=own_text(program)))
     assert result.achieved["removed"] == [1]
     left = [(b.kind, b.caches) for b in find_branches(result.program)]
     assert sum(k == kind for k, _ in left) == DEPTH - 1
@@ -161,12 +159,12 @@ def test_a_post_norm_block_ends_behind_its_norm() -> None:
 
 
 def test_deepest_needs_no_text_and_keeps_the_last() -> None:
-    result = PruneLayers(fraction=0.5, criterion="deepest").run(deep_program("llama"), context(None))
+    result = PruneLayers(fraction=0.5, criterion="deepest").run(deep_program("llama"), context(calibration=None))
     assert result.achieved["removed"] == [1, 2]
 
 
 def test_without_text_the_deepest_go_and_it_says_so() -> None:
-    result = PruneLayers(fraction=0.5).run(deep_program("llama"), context(None))
+    result = PruneLayers(fraction=0.5).run(deep_program("llama"), context(calibration=None))
     assert result.achieved["removed"] == [1, 2]
     assert "no calibration text" in result.notes[-1]
 
@@ -184,7 +182,7 @@ def test_planning_reads_no_weights_and_gives_the_same_sizes() -> None:
 
 @pytest.mark.parametrize(("fraction", "removed"), [(0.13, 1), (0.3, 1), (0.375, 2), (0.6, 2), (0.7, 3)])
 def test_the_nearest_whole_number_goes(fraction: float, removed: int) -> None:
-    result = PruneLayers(fraction=fraction, criterion="deepest").run(deep_program("llama"), context(None))
+    result = PruneLayers(fraction=fraction, criterion="deepest").run(deep_program("llama"), context(calibration=None))
     assert len(result.achieved["removed"]) == removed
     assert result.requested["fraction"] == fraction
     assert result.achieved["fraction"] == removed / DEPTH
@@ -200,7 +198,7 @@ def test_the_nearest_whole_number_goes(fraction: float, removed: int) -> None:
 )
 def test_none_and_all_are_refused_with_the_arithmetic(fraction: float, code: str, arithmetic: str) -> None:
     with pytest.raises(ModelError) as caught:
-        PruneLayers(fraction=fraction, criterion="deepest").run(deep_program("llama"), context(None))
+        PruneLayers(fraction=fraction, criterion="deepest").run(deep_program("llama"), context(calibration=None))
     assert (caught.value.code, caught.value.exit_code) == (code, 4)
     assert arithmetic in caught.value.why
 
@@ -208,14 +206,14 @@ def test_none_and_all_are_refused_with_the_arithmetic(fraction: float, code: str
 def test_a_model_without_residual_branches_is_refused() -> None:
     program = toy_program(torch.nn.Linear(8, 8), [torch.zeros(2, 8)])
     with pytest.raises(ModelError) as caught:
-        PruneLayers(fraction=0.5, criterion="deepest").run(program, context(None))
+        PruneLayers(fraction=0.5, criterion="deepest").run(program, context(calibration=None))
     assert caught.value.code == "CS2114"
 
 
 @pytest.mark.parametrize("criterion", ["ablation", "block-influence"])
 def test_data_criteria_without_text_are_a_usage_error(criterion: str) -> None:
     with pytest.raises(UsageError) as caught:
-        PruneLayers(fraction=0.5, criterion=criterion).run(deep_program("llama"), context(None))  # type: ignore[arg-type]
+        PruneLayers(fraction=0.5, criterion=criterion).run(deep_program("llama"), context(calibration=None))  # type: ignore[arg-type]
     assert caught.value.code == "CS1121"
     assert "deepest" in caught.value.hint
 

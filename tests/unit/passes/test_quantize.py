@@ -18,8 +18,9 @@ from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.testing.models import example_inputs
+from tests.support.contexts import SCHEMES, context
 from tests.toys import toy_program
-from tests.unit.passes.running import SCHEMES, AddMM, Linear, context
+from tests.unit.passes.running import AddMM, Linear
 
 ROWS, DEPTH = 12, 200  # 200 is no multiple of 128 or 32: the last group is short
 GROUP = {"w8a8": 0, "w8a16": 128, "w4a16": 128, "w4a16-g32": 32}
@@ -221,7 +222,7 @@ def test_a_quantized_llama_stays_close_to_the_dense_one(tiny_llama_program: Prog
 def test_a_scheme_without_a_kernel_is_refused() -> None:
     program = toy_program(Linear(weight()), [torch.zeros(3, DEPTH)])
     with pytest.raises(Refusal) as caught:
-        Quantize(scheme="w4a16").run(program, context(("w8a8", "w8a16")))
+        Quantize(scheme="w4a16").run(program, context(schemes=("w8a8", "w8a16")))
     assert caught.value.code == "CS4102"
     assert caught.value.why == "It executes w8a8, w8a16."
 

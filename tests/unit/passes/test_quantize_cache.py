@@ -11,17 +11,14 @@ from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.quantize_cache import QuantizeCache
-from tests.unit.passes.running import target
 
 WINDOWS = tuple(tuple((7 * i + 3 * j) % 90 + 3 for j in range(16)) for i in range(4))
 
 
 def context(*, text: bool = True, formats: tuple[str, ...] = ("fp8",), plan_only: bool = False) -> PassContext:
-    goal = target().model_copy(update={"cache_formats": dict.fromkeys(formats, "somehow")})
-    calibration = CalibrationStream(WINDOWS) if text else None
-    return PassContext(goal, SilentProgress(), calibration=calibration, plan_only=plan_only)
+    changes = {"cache_formats": dict.fromkeys(formats, "somehow")}
+    return any_context(CalibrationStream(WINDOWS) if text else None, changes=changes, plan_only=plan_only)
 
 
 def outputs(program: Program) -> dict[str, torch.Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -26,8 +27,10 @@ from compile_sparse.passes.quantization.round_to_nearest import RoundToNearest
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.passes.statistics.gram import Gram, input_grams
 from tests.installing import install
+from tests.support.contexts import context as any_context
+from tests.support.contexts import target
 from tests.toys import toy_program
-from tests.unit.passes.running import AddMM, Fed, Linear, target
+from tests.unit.passes.running import AddMM, Fed, Linear
 
 ALL = target(tuple(SCHEMES))
 TEXT = CalibrationStream(tuple(tuple(range(3 + n, 90, 2 + n % 3)) for n in range(8)))
@@ -48,8 +51,7 @@ def gptq(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, "compile_sparse.quantizers", {"gptq": example()})
 
 
-def context(calibration: CalibrationStream | None = TEXT, *, plan_only: bool = False) -> PassContext:
-    return PassContext(ALL, SilentProgress(), calibration=calibration, plan_only=plan_only)
+context = partial(any_context, calibration=TEXT, goal=ALL)
 
 
 def quantized(program: Program, given: PassContext, **options: Any) -> Program:
@@ -100,8 +102,8 @@ def test_a_sparsity_pattern_stays(scheme: str, form: type[Linear] | type[AddMM])
     generator = torch.Generator().manual_seed(0)
     text = Fed((), inputs=(torch.randn(40, 64, generator=generator),))
     dense = toy_program(form(torch.randn(24, 64, generator=generator)), [torch.zeros(3, 64)])
-    sparse = Sparsify(pattern="2:4").run(dense, context(text)).program
-    made = quantized(sparse, context(text), scheme=scheme, quantizer="gptq")
+    sparse = Sparsify(pattern="2:4").run(dense, context(calibration=text)).program
+    made = quantized(sparse, context(calibration=text), scheme=scheme, quantizer="gptq")
     verify_masks(made, before=sparse)
     assert not restored(made, "weight")[sparse.weights.load("weight") == 0].any()
 
@@ -146,7 +148,9 @@ class Twice(torch.nn.Module):
 
 def test_a_shared_weight_is_quantized_once_for_all_its_inputs(recording: type[Recording]) -> None:
     module, x = Twice(), torch.randn(30, 8, generator=torch.Generator().manual_seed(1))
-    quantized(toy_program(module, [x]), context(Fed((), inputs=(x,))), scheme="w8a16", quantizer="recording")
+    quantized(
+        toy_program(module, [x]), context(calibration=Fed((), inputs=(x,))), scheme="w8a16", quantizer="recording"
+    )
     ((rows, statistics, zeros),) = recording.given
     second = (x @ module.weight.detach().t()).relu()
     both = torch.cat([x, second]).double()
@@ -167,7 +171,7 @@ def test_statistics_do_not_change_what_round_to_nearest_makes(
 
 def test_planning_computes_nothing(recording: type[Recording], tiny_llama_program: Program) -> None:
     results = [
-        Quantize(scheme="nvfp4", quantizer=name).run(tiny_llama_program, context(None, plan_only=True))
+        Quantize(scheme="nvfp4", quantizer=name).run(tiny_llama_program, context(calibration=None, plan_only=True))
         for name in ("rtn", "recording")
     ]
     assert not recording.given
@@ -178,7 +182,7 @@ def test_planning_computes_nothing(recording: type[Recording], tiny_llama_progra
 
 def test_without_text_it_is_refused(tiny_llama_program: Program) -> None:
     with pytest.raises(UsageError) as caught:
-        Quantize(scheme="w4a16", quantizer="gptq").run(tiny_llama_program, context(None))
+        Quantize(scheme="w4a16", quantizer="gptq").run(tiny_llama_program, context(calibration=None))
     assert (caught.value.code, caught.value.where) == ("CS1121", "--quantizer")
 
 
@@ -206,8 +210,8 @@ def test_what_breaks_the_contract_is_named(
 
     install(monkeypatch, "compile_sparse.quantizers", {"wrong": Wrong})
     dense = toy_program(Linear(torch.randn(4, 8, generator=torch.Generator().manual_seed(0))), [torch.zeros(3, 8)])
-    program = Sparsify(pattern="2:4").run(dense, context(None)).program if wrong is filled else dense
-    made = Quantize(scheme="w8a16", quantizer="wrong").run(program, context(None)).program
+    program = Sparsify(pattern="2:4").run(dense, context(calibration=None)).program if wrong is filled else dense
+    made = Quantize(scheme="w8a16", quantizer="wrong").run(program, context(calibration=None)).program
     with pytest.raises(EnvironmentFailure) as caught:
         made.weights.load("weight.codes")
     assert caught.value.code == "CS5013" and caught.value.where == "weight"

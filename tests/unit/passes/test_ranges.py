@@ -13,12 +13,12 @@ from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
+from tests.support.contexts import context as any_context
 from tests.toys import toy_program
-from tests.unit.passes.running import Fed, Linear, target
+from tests.unit.passes.running import Fed, Linear
 
 DEPTH = 64
 BIN = 2.0**-8
@@ -54,7 +54,7 @@ def program() -> Program:
 
 def context(batches: list[torch.Tensor] | None, goal: Target | None = None, plan_only: bool = False) -> PassContext:
     text = None if batches is None else Fed((), inputs=tuple(batches))
-    return PassContext(goal or target(tuple(SCHEMES)), SilentProgress(), calibration=text, plan_only=plan_only)
+    return any_context(text, goal=goal, schemes=tuple(SCHEMES), plan_only=plan_only)
 
 
 @pytest.mark.parametrize("percent", [50, 90, 99, 99.9, 99.99, 100])

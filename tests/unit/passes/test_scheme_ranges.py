@@ -18,8 +18,9 @@ from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.ir.weights import AbsentTensor, WeightStore
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import target
 from tests.toys import toy_program
-from tests.unit.passes.running import Fed, Linear, target
+from tests.unit.passes.running import Fed, Linear
 from tests.unit.passes.scheme_cases import (
     DEPTH,
     EPS,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -12,12 +13,10 @@ from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import SilentProgress
-from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.criteria.ablation import ablation_scores
 from compile_sparse.passes.criteria.depth_ablation import loss_measure
 from compile_sparse.passes.prune_channels import PruneChannels
@@ -27,22 +26,13 @@ from compile_sparse.passes.prune_width import PruneWidth
 from compile_sparse.passes.pruning.groups import eligible_groups, prunable_groups
 from compile_sparse.passes.quantize import Quantize
 from compile_sparse.testing.oracles import relative_error, tolerance
+from tests.support.contexts import context as any_context
 
 GENERATOR = torch.Generator().manual_seed(2)
 WINDOWS = CalibrationStream(tuple(tuple(torch.randint(3, 96, (16,), generator=GENERATOR).tolist()) for _ in range(16)))
 
 
-def context(alignment: int = 8, calibration: CalibrationStream | None = None, **options: Any) -> PassContext:
-    target = Target(
-        name="test-cpu",
-        backend="null",
-        device="cpu",
-        summary="A target for tests.",
-        baseline_precision="fp32",
-        alignment=alignment,
-        schemes={"w4a16-g32": "somehow"},
-    )
-    return PassContext(target, SilentProgress(), calibration=calibration, **options)
+context = partial(any_context, schemes=("w4a16-g32",), changes={"alignment": 8})
 
 
 def logits(program: Program) -> torch.Tensor:
@@ -141,11 +131,11 @@ def test_a_group_that_is_far_from_what_was_asked_for_is_not_forced(tiny_llama_pr
 
 def test_heads_go_in_steps_that_keep_the_contraction_aligned(tiny_llama_program: Program) -> None:
     """A key-value group is 16 inputs of the output projection: with an alignment of 32 groups go in pairs."""
-    result = PruneHeads(fraction=0.25).run(tiny_llama_program, context(alignment=32))
+    result = PruneHeads(fraction=0.25).run(tiny_llama_program, context(changes={"alignment": 32}))
     assert result.achieved["heads"]["sizes"] == [2]
     assert any("3 of 4 positions were asked for" in note for note in result.notes)
     with pytest.raises(ModelError) as caught:
-        PruneHeads(fraction=0.25).run(tiny_llama_program, context(alignment=64))
+        PruneHeads(fraction=0.25).run(tiny_llama_program, context(changes={"alignment": 64}))
     assert caught.value.code == "CS2105"
     assert caught.value.exit_code == 4
     assert "4 positions (16 elements each)" in caught.value.why

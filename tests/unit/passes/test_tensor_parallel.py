@@ -10,17 +10,16 @@ from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.prune_heads import PruneHeads
-from tests.unit.passes.running import target
+from tests.support.contexts import context as any_context
 
 HEAD = 8  # elements; the tiny Llama has 8 query heads, 4 key heads and 88 channels
 
 
 def context(gpus: int, alignment: int = 1, **options: Any) -> PassContext:
-    goal = target().model_copy(update={"alignment": alignment, "device": "cuda"})
-    return PassContext(goal, SilentProgress(), settings=RunSettings(tensor_parallel=gpus), **options)
+    changes = {"alignment": alignment, "device": "cuda"}
+    return any_context(changes=changes, settings=RunSettings(tensor_parallel=gpus), **options)
 
 
 def channels(program: Program) -> set[int]:

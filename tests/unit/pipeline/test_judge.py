@@ -16,8 +16,9 @@ from compile_sparse.compiler.recipes.recipe import recipe_from_yaml
 from compile_sparse.compiler.verify.fidelity import fidelity_bound
 from compile_sparse.compiler.verify.measure import Measured
 from tests.installing import install
+from tests.support.contexts import context
 from tests.toys import toy_program
-from tests.unit.passes.running import Linear, context
+from tests.unit.passes.running import Linear
 
 AGREEMENT = 0.98
 """Below what a floating-point model must reach, above what a quantized one must."""

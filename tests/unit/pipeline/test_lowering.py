@@ -19,8 +19,9 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram
 from compile_sparse.compiler.lowering import MixedPrecision
 from compile_sparse.compiler.pipeline.lowering import lower_program
-from compile_sparse.compiler.progress import Progress, SilentProgress
+from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.targets.target import Target, find_target
+from tests.support.contexts import context as any_context
 from tests.toys import toy_program
 
 
@@ -98,7 +99,7 @@ def program() -> Program:
 
 @pytest.fixture
 def context() -> PassContext:
-    return PassContext(target=find_target("null"), progress=SilentProgress())
+    return any_context(goal=find_target("null"))
 
 
 def test_a_step_that_breaks_the_program_is_named(program: Program, context: PassContext, tmp_path: Path) -> None:

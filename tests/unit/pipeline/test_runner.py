@@ -16,8 +16,9 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import InvalidProgram
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.pipeline.runner import observed, run_passes, structural_digest
+from tests.support.contexts import context
 from tests.toys import toy_program
-from tests.unit.passes.running import Linear, context
+from tests.unit.passes.running import Linear
 
 
 def step(change: Callable[[Program], Program], modified: bool, called: str = "step") -> Pass:

@@ -19,11 +19,11 @@ from compile_sparse.compiler.ir.storage import stored_bytes
 from compile_sparse.compiler.planning.axis_shares import group_rows
 from compile_sparse.compiler.planning.speedup_bound import speedup_bound
 from compile_sparse.compiler.planning.token_cost import token_cost
-from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.prune_channels import PruneChannels
 from compile_sparse.passes.quantize import Quantize
+from tests.support.contexts import context as any_context
 from tests.toys import toy_program
 
 # The tiny models of tests.models: two layers, hidden 64, 8 heads of 8 (Llama: 4 key-value heads), MLP 88, vocabulary 96.
@@ -35,7 +35,7 @@ GPT2_LAYER = HIDDEN * 3 * HIDDEN + HIDDEN * HIDDEN + 2 * HIDDEN * MLP
 
 
 def context(target: Target | None = None) -> PassContext:
-    return PassContext(target or find_target("null"), SilentProgress(), plan_only=True)
+    return any_context(goal=target or find_target("null"), plan_only=True)
 
 
 def rows(program: Program) -> dict[tuple[str, int, str, bool], dict[str, Any]]:
