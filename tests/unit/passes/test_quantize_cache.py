@@ -12,6 +12,7 @@ from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.passes.quantize_cache import QuantizeCache
+from tests.support.contexts import context as any_context
 
 WINDOWS = tuple(tuple((7 * i + 3 * j) % 90 + 3 for j in range(16)) for i in range(4))
 
