@@ -282,6 +282,6 @@ def _scale_type(scheme: Scheme, context: PassContext) -> torch.dtype:
 
 def _without_logits(program: Program, linears: Sequence[Linear]) -> tuple[list[Linear], list[Diagnostic]]:
     heads = [linear for linear in linears if is_lm_head(program, linear.node)]
-    why = "It is the lm_head; the target's runtime keeps that GEMM in floating point."
+    why = "It gives the logits (the lm_head of a decoder); the target's runtime keeps that GEMM in floating point."
     diagnostics = [Diagnostic(linear.tensor, "CS2205", why) for linear in heads]
     return [linear for linear in linears if linear not in heads], diagnostics
