@@ -234,7 +234,7 @@ class Quantize(Pass):
     def _require_meaning(self, scheme: Scheme) -> None:
         """Refuse options that would have no effect."""
         if self.reduce_range and not scheme.activations.startswith("int8"):
-            why = "It keeps products of 8-bit weights and 8-bit activations from overflowing; this scheme has none."
+            why = "It keeps GEMMs of 8-bit weights and 8-bit activations from overflowing; this scheme has none."
             raise self._meaningless("reduce_range", why, "Leave it out, or choose w8a8.")
         if self.calibrator == "percentile" and not scheme.static:
             why = "It is a way to fix ranges of activations ahead; this scheme fixes none."

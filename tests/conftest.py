@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-# Test helpers (tests.models, tests.toys) are imported by name from any folder, whatever pytest's import mode.
+# Test helpers (tests.support, tests.toys) are imported by name from any folder, whatever pytest's import mode.
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from compile_sparse.compiler.capture import capture_model, huggingface

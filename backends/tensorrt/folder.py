@@ -160,7 +160,7 @@ def _without_kernels(target: Target, pattern: str, rows: Sequence[GemmRow]) -> l
             "CS2371",
             f"{len(nodes):,} GEMMs are {pattern} in {name}; {target.name} is known to have sparse kernels for "
             f"{' and '.join(rule.formats)} only, so expect these to run dense.",
-            "Choose w8a8-static or fp16, or see with 'compile-sparse probe' what the GPU does.",
+            "Choose w8a8-static or fp16, or see with 'compile-sparse microbench' what the GPU does.",
         )
         for name, nodes in found.items()
     ]

@@ -140,7 +140,7 @@ def probe(
         progress: where long work reports.
 
     Returns:
-        See ``probing.probe.probe_model``.
+        See ``microbench.probe.probe_model``.
 
     Raises:
         UsageError: CS1044 no NVIDIA GPU, CS1045 the file exists, and those of models and workloads.

@@ -12,9 +12,9 @@ import click
 
 from compile_sparse import __version__
 from compile_sparse.compiler.cli.backend_flags import CompilingCommand, VerifyingCommand
-from compile_sparse.compiler.cli.default_group import DefaultGroup
+from compile_sparse.compiler.cli.default_group import DefaultGroup, hidden_alias
+from compile_sparse.compiler.cli.microbench_command import microbench_command
 from compile_sparse.compiler.cli.options import debug_option, json_option, measurement_options, recipe_options
-from compile_sparse.compiler.cli.probe_command import probe_command
 from compile_sparse.compiler.cli.rendering import print_json, print_table
 from compile_sparse.compiler.cli.runtime_commands import runtime_command
 from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
@@ -44,7 +44,8 @@ def cli() -> None:
 
 
 cli.add_command(runtime_command)
-cli.add_command(probe_command)
+cli.add_command(microbench_command)
+cli.add_command(hidden_alias(microbench_command), "probe")  # what it was called
 
 
 @cli.command("compile", cls=CompilingCommand)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import os
 
 import click
 
-__all__ = ["DefaultGroup"]
+__all__ = ["DefaultGroup", "hidden_alias"]
 
 
 class DefaultGroup(click.Group):
@@ -30,3 +31,10 @@ class DefaultGroup(click.Group):
         near = difflib.get_close_matches(args[0], self.commands, n=1, cutoff=0.7)
         if near and "--target" not in " ".join(args) and not os.path.exists(args[0]):
             raise click.UsageError(f"There is no command {args[0]!r}. Did you mean {near[0]!r}?", ctx)
+
+
+def hidden_alias(command: click.Command) -> click.Command:
+    """The same command for another name, which help does not list."""
+    alias = copy.copy(command)
+    alias.hidden = True
+    return alias

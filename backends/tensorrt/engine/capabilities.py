@@ -15,7 +15,7 @@ __all__ = ["BuiltFor", "built_for"]
 
 _BY_NAME = {"8.0": "SM80", "8.6": "SM86", "8.9": "SM89", "12.0": "SM120"}
 # The substitute has the formats of the GPU meant, as far as the builder knows any that has: FP8 for 9.0, FP4 for 10.0.
-_STAND_INS = {"8.7": "8.6", "9.0": "8.9", "10.0": "12.0"}
+_SUBSTITUTES = {"8.7": "8.6", "9.0": "8.9", "10.0": "12.0"}
 
 
 @dataclass(frozen=True)
@@ -39,9 +39,9 @@ def built_for(compute_capability: str) -> BuiltFor:
     Raises:
         Refusal: CS4410 when it has nothing like it.
     """
-    found = _STAND_INS.get(compute_capability, compute_capability)
+    found = _SUBSTITUTES.get(compute_capability, compute_capability)
     if found not in _BY_NAME:
-        known = sorted({*_BY_NAME, *_STAND_INS}, key=lambda text: [int(part) for part in text.split(".")])
+        known = sorted({*_BY_NAME, *_SUBSTITUTES}, key=lambda text: [int(part) for part in text.split(".")])
         raise Refusal(
             "CS4410",
             f"TensorRT-RTX cannot build for compute capability {compute_capability}.",

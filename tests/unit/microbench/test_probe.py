@@ -189,10 +189,11 @@ def test_weights_are_taken_in_turn_until_no_cache_holds_them():
     assert mismatch(find_target("trt-h100"), gpu)
 
 
-def test_the_command_without_a_gpu(capsys, folder):
+@pytest.mark.parametrize("command", ["microbench", "probe"])
+def test_the_command_without_a_gpu(capsys, folder, command):
     if torch.cuda.is_available():
         pytest.skip("this machine has a GPU")
-    assert run(["probe", "trt-h100", "--model", str(folder), "--json"]) == 5
+    assert run([command, "trt-h100", "--model", str(folder), "--json"]) == 5
     out, err = capsys.readouterr()
     assert json.loads(out)["error"]["code"] == "CS5401"
     assert "torch built for CUDA" in err

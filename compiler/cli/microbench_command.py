@@ -1,4 +1,4 @@
-"""``compile-sparse probe``: what fewer bits and 2:4 zeros buy on the GPU at hand."""
+"""``compile-sparse microbench``: what fewer bits and 2:4 zeros buy on the GPU at hand."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from compile_sparse.compiler.cli.options import debug_option, json_option
 from compile_sparse.compiler.cli.rendering import print_json, print_table
 from compile_sparse.compiler.cli.terminal_progress import TerminalProgress
 
-__all__ = ["probe_command"]
+__all__ = ["microbench_command"]
 
 
-@click.command("probe")
+@click.command("microbench")
 @click.argument("target")
 @click.option(
     "--model", metavar="MODEL", required=True, help="Whose linear layers are measured; weights are not needed."
@@ -23,7 +23,7 @@ __all__ = ["probe_command"]
 @click.option("--force", is_flag=True, help="Replace an existing FILE.")
 @json_option
 @debug_option
-def probe_command(
+def microbench_command(
     target: str,
     model: str,
     workload: str | None,
