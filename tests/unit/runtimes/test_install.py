@@ -118,12 +118,13 @@ with runtime_install._lock(folder / "toy.lock", "toy", SilentProgress()):
 
     class Waiting(Recorder):
         def advance(self, steps=1):
-            other.stdin.write("\n")
-            other.stdin.flush()
+            if not other.stdin.closed:  # the second time the other one is gone
+                other.stdin.write("\n")
+                other.stdin.close()
 
     progress = Waiting()
     try:
         assert install_runtime("toy", progress=progress) == RECORD
     finally:
-        other.communicate(timeout=60)
+        other.wait(timeout=60)
     assert progress.labels == ["toy: waiting for another installation"]
