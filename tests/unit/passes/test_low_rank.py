@@ -121,7 +121,7 @@ def test_logits_ties_and_patterns_are_left_alone(captured):
     result = LowRank(fraction=0.3).run(program, low_rank_context())
     reasons = {skip.where: skip.why for skip in result.diagnostics}
     assert "lm_head" in reasons["lm_head.weight"]
-    assert "zeros" in reasons[masked]
+    assert "sparsity pattern" in reasons[masked]
     assert masked in result.program.weights
     assert all(skip.code == "CS2501" for skip in result.diagnostics)
 
