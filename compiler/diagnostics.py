@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from compile_sparse.compiler.errors import CompileSparseError, Refusal
+
 __all__ = ["Diagnostic", "Severity"]
 
 Severity = Literal["note", "warning", "error"]
@@ -31,6 +33,15 @@ class Diagnostic:
     why: str
     hint: str = ""
     severity: Severity = "warning"
+
+    @classmethod
+    def of(cls, error: CompileSparseError) -> Diagnostic:
+        """What ``error`` says, for a plan that goes on to say more."""
+        return cls(error.where, error.code, f"{error.what} {error.why}".strip(), error.hint, severity="error")
+
+    def refusal(self, what: str) -> Refusal:
+        """The error of whoever was asked to go on all the same; ``what`` is one sentence saying what failed."""
+        return Refusal(self.code, what, where=self.where, why=self.why, hint=self.hint)
 
     def as_dict(self) -> dict[str, str]:
         """Plain data for reports."""

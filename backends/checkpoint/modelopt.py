@@ -54,9 +54,7 @@ def write_unified(program: Program, out: Path, progress: Progress) -> tuple[dict
     except Refusal as error:
         for path in out.iterdir():  # a scale may turn out to be unfit after other tensors are written
             path.unlink()
-        return {}, [
-            Diagnostic(error.where, error.code, f"{error.what} {error.why}".strip(), error.hint, severity="error")
-        ]
+        return {}, [Diagnostic.of(error)]
 
 
 def _written(program: Program, out: Path, progress: Progress) -> tuple[dict[str, str], list[Diagnostic]]:

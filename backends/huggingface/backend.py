@@ -47,7 +47,7 @@ class HuggingFaceBackend:
         try:
             plan_checkpoint(program)
         except Refusal as error:
-            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
+            return [Diagnostic.of(error)]
         return []
 
     def lower(

@@ -37,7 +37,7 @@ class TritonDeployment:
             from compile_sparse.backends.triton.serve_tensorrt import aliased
 
             error = aliased()
-            return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
+            return [Diagnostic.of(error)]
         if target.backend == "tensorrt" and (why := _no_engine(target, settings)):
             return [
                 Diagnostic(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
+from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
 from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.version_numbers import older
@@ -82,13 +82,7 @@ class VllmBackend:
         from compile_sparse.backends.vllm.processor import slow
 
         for diagnostic in _unknown(program):
-            raise Refusal(
-                diagnostic.code,
-                "vLLM does not know this model.",
-                where=diagnostic.where,
-                why=diagnostic.why,
-                hint=diagnostic.hint,
-            )
+            raise diagnostic.refusal("vLLM does not know this model.")
         written = write(program, target, out, progress, settings)
         stored = written.form
         form: dict[str, Any] = {"config": dict(written.changes) or "as the source"}

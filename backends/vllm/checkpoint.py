@@ -71,7 +71,7 @@ def plan(program: Program, target: Target, settings: RunSettings = DEFAULT_SETTI
         solution = plan_checkpoint(form.view, per_layer=True)
         _architecture(form.view.config, solution)
     except Refusal as error:
-        return [Diagnostic(error.where, error.code, f"{error.what} {error.why}", error.hint, severity="error")]
+        return [Diagnostic.of(error)]
     return found
 
 
@@ -87,13 +87,7 @@ def write(
     notes = violations(form.view, form.quantized, target, settings.tensor_parallel)
     for diagnostic in notes:
         if diagnostic.severity == "error":
-            raise Refusal(
-                diagnostic.code,
-                "vLLM cannot run this.",
-                where=diagnostic.where,
-                why=diagnostic.why,
-                hint=diagnostic.hint,
-            )
+            raise diagnostic.refusal("vLLM cannot run this.")
     form.require_one_method(settings.tensor_parallel)
     stored = torch_dtype(settings.precision_on(target))
     writer = StorageWriter(form, stored)

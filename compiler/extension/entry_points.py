@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from compile_sparse.compiler.errors import CompileSparseError, EnvironmentFailure
 
-__all__ = ["find_entry", "installed", "load_entry"]
+__all__ = ["find_entry", "incomplete", "installed", "load_entry"]
 
 
 def installed(group: str) -> dict[str, EntryPoint]:
@@ -59,3 +59,23 @@ def load_entry(entry: EntryPoint, what: str, code: str) -> Any:
             why=f"{type(error).__name__}: {error}",
             hint="Reinstall the package that provides it.",
         ) from error
+
+
+def incomplete(name: str, found: object, base: type, attributes: Sequence[str]) -> str:
+    """What keeps ``found`` from being a complete class registered as ``name``, a sentence; else empty.
+
+    Args:
+        name: of the entry point.
+        found: what it gave.
+        base: the contract, an abstract class; the entry is a subclass of it.
+        attributes: that the subclass has to define, beside ``name`` and what is abstract.
+    """
+    if not (isinstance(found, type) and issubclass(found, base)):
+        return f"It is no subclass of {base.__module__}.{base.__name__}."
+    lacking = [each for each in ("name", *attributes) if not hasattr(found, each)]
+    lacking += sorted(getattr(found, "__abstractmethods__", ()))
+    if lacking:
+        return f"Its class lacks {', '.join(map(repr, lacking))}."
+    if found.name != name:  # type: ignore[attr-defined]
+        return f"Its class is called {found.name!r}; both names must be the same."  # type: ignore[attr-defined]
+    return ""

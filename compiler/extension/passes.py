@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
+from typing import cast
 
 from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
-from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
+from compile_sparse.compiler.extension.entry_points import find_entry, incomplete, load_entry
 from compile_sparse.compiler.extension.pass_contract import PHASES, Pass
 
 __all__ = ["load_pass", "what_lacks"]
@@ -39,16 +39,11 @@ def load_pass(name: str, *, where: str = "") -> type[Pass]:
 
 def what_lacks(name: str, found: object) -> str:
     """What keeps ``found`` from being the class of pass ``name``, a sentence; else empty."""
-    if not (isinstance(found, type) and issubclass(found, Pass)):
-        return f"It is no subclass of {Pass.__module__}.{Pass.__name__}."
-    lacking = [each for each in ("name", "phase", "changes_numerics") if not hasattr(found, each)]
-    lacking += sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
-    if lacking:
-        return f"Its class lacks {', '.join(map(repr, lacking))}."
-    if found.phase not in PHASES:
-        return f"Its phase is {found.phase!r}; phases are {', '.join(PHASES)}."
-    if not isinstance(found.changes_numerics, bool):
-        return f"Its changes_numerics is {found.changes_numerics!r}, neither True nor False."
-    if found.name != name:
-        return f"Its class is called {found.name!r}; both names must be the same."
+    if problem := incomplete(name, found, Pass, ("phase", "changes_numerics")):
+        return problem
+    made = cast(type[Pass], found)
+    if made.phase not in PHASES:
+        return f"Its phase is {made.phase!r}; phases are {', '.join(PHASES)}."
+    if not isinstance(made.changes_numerics, bool):
+        return f"Its changes_numerics is {made.changes_numerics!r}, neither True nor False."
     return ""

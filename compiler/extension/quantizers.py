@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import inspect
-
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
-from compile_sparse.compiler.extension.entry_points import find_entry, load_entry
+from compile_sparse.compiler.extension.entry_points import find_entry, incomplete, load_entry
 from compile_sparse.compiler.extension.quantizer_contract import Quantizer
 
 __all__ = ["find_quantizer", "what_lacks"]
@@ -40,12 +38,4 @@ def find_quantizer(name: str) -> Quantizer:
 
 def what_lacks(name: str, found: object) -> str:
     """What keeps ``found`` from being the class of quantizer ``name``, a sentence; else empty."""
-    if not (isinstance(found, type) and issubclass(found, Quantizer)):
-        return f"It is no subclass of {Quantizer.__module__}.{Quantizer.__name__}."
-    lacking = [each for each in ("name", "needs_statistics") if not hasattr(found, each)]
-    lacking += sorted(found.__abstractmethods__) if inspect.isabstract(found) else []
-    if lacking:
-        return f"Its class lacks {', '.join(map(repr, lacking))}."
-    if found.name != name:
-        return f"Its class is called {found.name!r}; both names must be the same."
-    return ""
+    return incomplete(name, found, Quantizer, ("needs_statistics",))

@@ -127,14 +127,8 @@ class Job:
             Refusal: the first reason.
         """
         for deployment in self.deployments:
-            for skip in deployment.refusals(kind, self.target, self.settings):
-                raise Refusal(
-                    skip.code,
-                    f"This model cannot be written for {deployment.name}.",
-                    where=skip.where,
-                    why=skip.why,
-                    hint=skip.hint,
-                )
+            for diagnostic in deployment.refusals(kind, self.target, self.settings):
+                raise diagnostic.refusal(f"This model cannot be written for {deployment.name}.")
 
     def refuse_useless(self) -> None:
         """Stop here when something was asked for that the target cannot exploit.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from compile_sparse.compiler.axes.analysis import analyse, changeable_roles
@@ -41,10 +42,8 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         try:
             program, done = run_passes(program, [step], context)
         except (Refusal, ModelError) as error:
-            refused = Diagnostic(
-                error.where or step.name, error.code, f"{error.what} {error.why}", error.hint, severity="error"
-            )
-            refusals.append(refused.as_dict())
+            refused = Diagnostic.of(error)
+            refusals.append(replace(refused, where=refused.where or step.name).as_dict())
             continue
         sections += [section.model_dump(mode="json") for section in done]
     dtype = torch_dtype(job.precision)

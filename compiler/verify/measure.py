@@ -135,13 +135,16 @@ def measure(
             ExitStack() as stack,
         ):
             workers = {name: stack.enter_context(Worker(command)) for name in folders}
-            options: dict[str, Any] = {
-                "threads": request.threads,
-                "vocabulary": request.vocabulary,
-                "device": target.device,
-            }
             waiting = {
-                name: pool.submit(measure_memory, workers[name], folder, workload, **options)
+                name: pool.submit(
+                    measure_memory,
+                    workers[name],
+                    folder,
+                    workload,
+                    threads=request.threads,
+                    vocabulary=request.vocabulary,
+                    device=target.device,
+                )
                 for name, folder in folders.items()
             }
             for name, found in waiting.items():

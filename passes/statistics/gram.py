@@ -13,7 +13,7 @@ from compile_sparse.compiler.execution.layerwise import LayerwiseExecutor
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress, Task
 
-__all__ = ["Gram", "each_gram", "input_grams"]
+__all__ = ["Gram", "each_gram"]
 
 
 @dataclass(frozen=True)
@@ -44,13 +44,6 @@ class Gram:
     def covariance(self) -> torch.Tensor:
         """``E[(x - E x)(x - E x)^T]``, ``[K, K]``."""
         return self.moment - torch.outer(self.mean, self.mean)
-
-
-def input_grams(
-    program: Program, nodes: Iterable[str], calibration: CalibrationStream, progress: Progress
-) -> dict[str, Gram]:
-    """Every Gram at once, by node name: ``8 K^2`` bytes each. See ``each_gram`` for a stream of them."""
-    return dict(each_gram(program, nodes, calibration, progress))
 
 
 def each_gram(

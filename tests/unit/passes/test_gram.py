@@ -14,7 +14,7 @@ from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.statistics import gram as module
-from compile_sparse.passes.statistics.gram import each_gram, input_grams
+from compile_sparse.passes.statistics.gram import each_gram
 from tests.deep import DEPTH, deep_program
 from tests.unit.counting import count_calls
 
@@ -39,7 +39,7 @@ def test_sums_equal_brute_force(captured, name):
     for feed in stream.feeds(program):
         executor.run(feed, observe={n: lambda v, n=n: rows[n].append(v.flatten(0, -2).double()) for n in names})
 
-    found = input_grams(program, names, stream, SilentProgress())
+    found = dict(each_gram(program, names, stream, SilentProgress()))
 
     assert list(found) == names  # graph order
     for each, gram in found.items():
@@ -56,7 +56,7 @@ def test_sums_equal_brute_force(captured, name):
 def test_layers_that_read_one_value_share_one_gram(tiny_llama_program):
     linears, _ = find_linears(tiny_llama_program)
     names = [linear.input.name for linear in linears]
-    found = input_grams(tiny_llama_program, names, _stream(), SilentProgress())
+    found = dict(each_gram(tiny_llama_program, names, _stream(), SilentProgress()))
     # Two layers of query, key and value; output; gate and up; down; and the logits.
     assert len(names) == 2 * 7 + 1
     assert len(found) == 2 * 4 + 1
@@ -113,11 +113,11 @@ def test_progress_counts_nodes_and_batches(tiny_llama_program):
             told.append((label, total))
             yield SimpleNamespace(advance=lambda steps=1: told.append(steps))
 
-    input_grams(tiny_llama_program, names, stream, Told())
+    dict(each_gram(tiny_llama_program, names, stream, Told()))
     assert told[0] == ("observe inputs", len(names) * len(stream))
     assert told[1:] == [1] * (len(names) * len(stream))
 
 
 def test_an_unknown_node_is_named(tiny_llama_program):
     with pytest.raises(KeyError, match="nowhere"):
-        input_grams(tiny_llama_program, ["nowhere"], _stream(), SilentProgress())
+        dict(each_gram(tiny_llama_program, ["nowhere"], _stream(), SilentProgress()))

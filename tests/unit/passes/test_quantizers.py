@@ -25,7 +25,7 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantization.round_to_nearest import RoundToNearest
 from compile_sparse.passes.quantize import Quantize
-from compile_sparse.passes.statistics.gram import Gram, input_grams
+from compile_sparse.passes.statistics.gram import Gram, each_gram
 from tests.installing import install
 from tests.support.contexts import context as any_context
 from tests.support.contexts import target
@@ -85,7 +85,7 @@ def output_errors(program: Program, quantized: Program, grams: dict[str, Gram]) 
 def test_gptq_lowers_the_error_of_outputs(tiny_llama_program: Program, scheme: str) -> None:
     """Of every layer, and by a third in all."""
     names = [linear.input.name for linear in find_linears(tiny_llama_program)[0]]
-    grams = input_grams(tiny_llama_program, names, TEXT, SilentProgress())
+    grams = dict(each_gram(tiny_llama_program, names, TEXT, SilentProgress()))
     plain, compensated = (
         output_errors(
             tiny_llama_program, quantized(tiny_llama_program, context(), scheme=scheme, quantizer=name), grams
