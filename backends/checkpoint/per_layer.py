@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from itertools import islice, product
 from typing import Any
 
@@ -20,9 +19,15 @@ from compile_sparse.backends.checkpoint.architecture import Architecture, Invali
 from compile_sparse.backends.checkpoint.candidates import Change, candidates
 from compile_sparse.backends.checkpoint.gate import Gate
 from compile_sparse.backends.checkpoint.search import Shapes, matching
-from compile_sparse.backends.checkpoint.solver import Attempt, Solution, cache_of, global_solutions, starts
+from compile_sparse.backends.checkpoint.solver import (
+    Attempt,
+    Solution,
+    cache_of,
+    first_accepted,
+    global_solutions,
+    starts,
+)
 from compile_sparse.backends.checkpoint.tensors import Tensors, resizes
-from compile_sparse.compiler.capture.skeleton import new_fake_mode
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["per_layer_shape_solutions", "solve_per_layer"]
@@ -72,17 +77,12 @@ def solve_per_layer(
     layers, gate = _Layers(tensors), Gate(program)
     if not layers.single:
         return None
-    for solution in islice(_shape_solutions(program, architecture, tensors, layers, attempt), MAX_JUDGED):
-        mode = new_fake_mode()
-        try:
-            skeleton = _skeleton(architecture, solution, layers.prefix, mode)
-        except Invalid:
-            continue
-        verdict = gate.judge(skeleton, tensors.sources, zero=tensors.left_out)
-        if verdict.accepted:
-            return replace(solution, verdict=verdict)
-        attempt.rejected.append((solution, verdict))
-    return None
+    return first_accepted(
+        islice(_shape_solutions(program, architecture, tensors, layers, attempt), MAX_JUDGED),
+        lambda solution, mode: _skeleton(architecture, solution, layers.prefix, mode),
+        lambda skeleton: gate.judge(skeleton, tensors.sources, zero=tensors.left_out),
+        attempt,
+    )
 
 
 def per_layer_shape_solutions(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any
+
+from torch._subclasses.fake_tensor import FakeTensorMode
+from transformers import PreTrainedModel
 
 from compile_sparse.backends.checkpoint.architecture import Architecture, Invalid, Path, assigned, changed
 from compile_sparse.backends.checkpoint.candidates import Cache, Change, candidates, sliced_lists
@@ -15,7 +18,16 @@ from compile_sparse.backends.checkpoint.tensors import Tensors, resizes
 from compile_sparse.compiler.capture.skeleton import new_fake_mode
 from compile_sparse.compiler.ir.program import Program
 
-__all__ = ["Attempt", "Solution", "cache_of", "global_solutions", "shape_solutions", "solve", "starts"]
+__all__ = [
+    "Attempt",
+    "Solution",
+    "cache_of",
+    "first_accepted",
+    "global_solutions",
+    "shape_solutions",
+    "solve",
+    "starts",
+]
 
 
 MAX_JUDGED = 6
@@ -55,13 +67,34 @@ class Attempt:
 def solve(program: Program, architecture: Architecture, tensors: Tensors, attempt: Attempt) -> Solution | None:
     """The first config, fewest changes first, that has every shape and passes the gate; None when there is none."""
     gate = Gate(program)
-    for solution in islice(shape_solutions(program, architecture, tensors, attempt), MAX_JUDGED):
-        mode = new_fake_mode()
+    return first_accepted(
+        islice(shape_solutions(program, architecture, tensors, attempt), MAX_JUDGED),
+        lambda solution, mode: architecture.skeleton(architecture.parsed(solution.config), mode),
+        lambda skeleton: gate.judge(skeleton, tensors.sources),
+        attempt,
+    )
+
+
+def first_accepted(
+    solutions: Iterable[Solution],
+    skeleton: Callable[[Solution, FakeTensorMode], PreTrainedModel],
+    judge: Callable[[PreTrainedModel], Verdict],
+    attempt: Attempt,
+) -> Solution | None:
+    """The first of ``solutions`` whose class can be built and passes the gate, with its verdict; those that fail are recorded.
+
+    Args:
+        solutions: in order of preference.
+        skeleton: the class under a solution, without values; ``Invalid`` where it rejects the config.
+        judge: the gate.
+        attempt: what was tried.
+    """
+    for solution in solutions:
         try:
-            skeleton = architecture.skeleton(architecture.parsed(solution.config), mode)
+            made = skeleton(solution, new_fake_mode())
         except Invalid:
             continue
-        verdict = gate.judge(skeleton, tensors.sources)
+        verdict = judge(made)
         if verdict.accepted:
             return replace(solution, verdict=verdict)
         attempt.rejected.append((solution, verdict))

@@ -7,7 +7,7 @@ from torch import fx
 from compile_sparse.backends.onnx.element_types import element_type
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 from compile_sparse.compiler.lowering import AttentionShape
 
 __all__ = ["GROUPED", "refuse_attention"]
@@ -30,7 +30,7 @@ def refuse_attention(shape: AttentionShape) -> str:
 
 @emits("compile_sparse::cached_attention")
 def _cached_attention(emission: Emission, node: fx.Node) -> list[str]:
-    given = arguments(node)
+    given = schema_arguments(node)
     inputs = [emission.value(given[k]) for k in ("query", "key", "value", "past_key", "past_value")]
     inputs += _lengths(emission, given["attention_mask"])
     rotary = given["cos"] is not None

@@ -8,14 +8,15 @@ from compile_sparse.backends.onnx.dialect import Emitted
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.emitters.norms import gain_of, layer_norm
 from compile_sparse.backends.onnxruntime.dialect import MICROSOFT, emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op, same_dimension
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, is_op, same_dimension
 
 __all__: list[str] = []
 
 
 @emits("compile_sparse::rms_norm")
 def _rms_norm(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     emission.count("SimplifiedLayerNormalization")
     inputs = [emission.value(given["x"]), emission.value(given["weight"])]
     return emission.graph.call(
@@ -25,7 +26,7 @@ def _rms_norm(emission: Emission, node: fx.Node) -> str:
 
 @emits("compile_sparse::residual_rms_norm")
 def _residual_rms_norm(emission: Emission, node: fx.Node) -> list[str]:
-    given = arguments(node)
+    given = schema_arguments(node)
     emission.count("SkipSimplifiedLayerNormalization")
     names = emission.graph.call_many(
         "SkipSimplifiedLayerNormalization",
@@ -48,7 +49,7 @@ def _with_residual(emission: Emission, node: fx.Node) -> str | None:
 
     Only a sum that no earlier node read may be taken over, because its new producer stands here.
     """
-    given = arguments(node)
+    given = schema_arguments(node)
     total = given["input"]
     if len(given["normalized_shape"]) != 1 or given["bias"] is None or not _is_plain_sum(total):
         return None
@@ -74,7 +75,7 @@ def _with_residual(emission: Emission, node: fx.Node) -> str | None:
 
 def _is_plain_sum(node: fx.Node) -> bool:
     """Same shape on both sides, and three dimensions, which is what the kernel documents."""
-    if not is_op(node, "aten::add") or arguments(node)["alpha"] != 1:
+    if not is_op(node, "aten::add") or schema_arguments(node)["alpha"] != 1:
         return False
     left, right = node.args[:2]
     if not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):

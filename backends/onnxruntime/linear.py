@@ -24,7 +24,8 @@ from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_gemm
 from compile_sparse.backends.onnxruntime.dialect import DIALECT, MICROSOFT
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape, pad_scales
 from compile_sparse.compiler.diagnostics import Diagnostic
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, is_op
 
 __all__: list[str] = []
 
@@ -62,7 +63,7 @@ def _gemm(emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: 
 def _quantized(
     emission: Emission, node: fx.Node, x: fx.Node, weight: fx.Node, bias: fx.Node | None, axis: int
 ) -> str | None:
-    given = arguments(weight)
+    given = schema_arguments(weight)
     codes = _Codes(given["q"], given["scale"], given["axis"], given["group_size"], int(given["bits"]))
     dynamic = is_op(x, "compile_sparse::dequantize_activation")
     reason = ""
@@ -121,7 +122,7 @@ def _blocked_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, 
 
 
 def _integer_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, bias: fx.Node | None) -> str:
-    given = arguments(x)
+    given = schema_arguments(x)
     activation, scale, zero_point = (emission.value(given[k]) for k in ("codes", "scale", "zero_point"))
 
     def in_features_first(values: torch.Tensor) -> np.ndarray:

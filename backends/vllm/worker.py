@@ -17,7 +17,7 @@ import numpy as np
 
 from compile_sparse.backends.vllm.engine import WINDOWS_AT_ONCE, Engine
 from compile_sparse.backends.vllm.machine import cpu_dtype, gpu_name, instruction_set, version
-from compile_sparse.backends.worker.base import Worker, in_turns
+from compile_sparse.backends.worker.base import Worker, time_rounds
 from compile_sparse.backends.worker.errors import RequestError
 from compile_sparse.backends.worker.machine import resident_bytes
 from compile_sparse.backends.worker.serve import serve
@@ -126,17 +126,15 @@ class VllmWorker(Worker[Engine]):
         """Prompts are new every round."""
         engines = {name: self.model(name) for name in request.names}
         draws = np.random.default_rng(request.seed)
-        times: dict[str, list[Round]] = {name: [] for name in request.names}
-        total, done = (request.warmup + request.rounds) * len(request.names), 0
-        for counts, order in in_turns(request.names, request.warmup, request.rounds):
-            tokens = draws.integers(0, request.vocab, (request.batch, request.prompt_tokens)).tolist()
-            for name in order:
-                measured = _generate(engines[name], tokens, request.output_tokens)
-                if counts:
-                    times[name].append(measured)
-                done += 1
-                report(done, total)
-        return Rounds(times)
+
+        def tokens() -> list[list[int]]:
+            drawn: list[list[int]] = draws.integers(0, request.vocab, (request.batch, request.prompt_tokens)).tolist()
+            return drawn
+
+        def generate(name: str, prompts: list[list[int]]) -> Round:
+            return _generate(engines[name], prompts, request.output_tokens)
+
+        return time_rounds(request, tokens, generate, report)
 
     def memory(self, request: Memory, report: Report) -> PeakMemory:
         engine = _loaded(

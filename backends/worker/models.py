@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from compile_sparse.backends.worker.base import Worker, in_turns
+from compile_sparse.backends.worker.base import Worker, in_turns, time_rounds
 from compile_sparse.backends.worker.decoder import as_batch, score_window, time_generation, trace_batch
 from compile_sparse.backends.worker.machine import resident_bytes
 from compile_sparse.backends.worker.model import Array, Model, Tokens
@@ -105,16 +105,11 @@ class ModelWorker(Worker[M]):
         models = {name: self.model(name) for name in request.names}
         shape = (request.batch, request.prompt_tokens + request.output_tokens)
         tokens = np.random.default_rng(request.seed).integers(0, request.vocab, shape)
-        times: dict[str, list[Round]] = {name: [] for name in request.names}
-        total, done = (request.warmup + request.rounds) * len(request.names), 0
-        for counts, order in in_turns(request.names, request.warmup, request.rounds):
-            for name in order:
-                measured = self.generate(models[name], tokens, request.prompt_tokens)
-                if counts:
-                    times[name].append(measured)
-                done += 1
-                report(done, total)
-        return Rounds(times)
+
+        def generate(name: str, tokens: Tokens) -> Round:
+            return self.generate(models[name], tokens, request.prompt_tokens)
+
+        return time_rounds(request, lambda: tokens, generate, report)
 
     def memory(self, request: Memory, report: Report) -> PeakMemory:
         model = self.open(request.folder, request.threads, request.device)

@@ -8,10 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_sparse.compiler.ir.edit import schema_arguments
-
 __all__ = [
-    "arguments",
     "dimensions",
     "fake_tensor",
     "insert_call",
@@ -36,11 +33,6 @@ def qualified_name(node: Any) -> str:
 def is_op(node: Any, *names: str) -> bool:
     """True when ``node`` calls one of the qualified ``names``."""
     return qualified_name(node) in names
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """Arguments by schema name."""
-    return schema_arguments(node)
 
 
 def node_argument(node: fx.Node, place: int = 0) -> fx.Node:

@@ -22,15 +22,8 @@ from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.extension.pass_contract import PassResult
-from compile_sparse.compiler.ir.nodes import (
-    arguments,
-    dimensions,
-    insert_call,
-    is_op,
-    module_of,
-    node_argument,
-    same_dimension,
-)
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, insert_call, is_op, module_of, node_argument, same_dimension
 from compile_sparse.compiler.ir.program import Binding, Program
 from compile_sparse.compiler.lowering.causality import CausalityProver, CausalMask
 from compile_sparse.compiler.lowering.rotary import RotaryTables, match_rotation
@@ -106,7 +99,7 @@ class _Raiser:
 
     def visit(self, sdpa: fx.Node) -> None:
         """Raise one attention or say why not."""
-        given = arguments(sdpa)
+        given = schema_arguments(sdpa)
         keys, values = self._cache(given["key"]), self._cache(given["value"])
         if keys is None or values is None:
             return self._leave(sdpa, "CS2302", "Keys and values are not the cached ones followed by the new ones.")
@@ -130,7 +123,7 @@ class _Raiser:
         while is_op(node, "aten::reshape", "aten::expand", "aten::unsqueeze", "aten::clone", "aten::repeat_interleave"):
             repeat.append(node)
             node = node.args[0]
-        if not is_op(node, "aten::cat") or arguments(node)["dim"] not in (2, -2) or len(node.args[0]) != 2:
+        if not is_op(node, "aten::cat") or schema_arguments(node)["dim"] not in (2, -2) or len(node.args[0]) != 2:
             return None
         past, new = node.args[0]
         if past.name not in self.past or (repeat and not _repeats_heads(repeat, node)):
@@ -217,10 +210,10 @@ def _repeats_heads(repeat: list[fx.Node], cache: fx.Node) -> bool:
     names = [node.target._schema.name.split("::")[1] for node in repeat]  # type: ignore[union-attr]
     shape, result = dimensions(cache), dimensions(repeat[0])
     if names == ["repeat_interleave"]:
-        dim = arguments(repeat[0]).get("dim")
+        dim = schema_arguments(repeat[0]).get("dim")
         return dim == 1 and result[1] % shape[1] == 0
     names = [name for name in names if name != "clone"]
-    if names != ["reshape", "expand", "unsqueeze"] or arguments(repeat[-1])["dim"] not in (2, -3):
+    if names != ["reshape", "expand", "unsqueeze"] or schema_arguments(repeat[-1])["dim"] not in (2, -3):
         return False
     expand = next(node for node in repeat if is_op(node, "aten::expand"))
     wide = dimensions(expand)
@@ -237,7 +230,7 @@ def _repeats_heads(repeat: list[fx.Node], cache: fx.Node) -> bool:
 def _flattened(graph: fx.Graph, node: fx.Node) -> fx.Node:
     """``[B, heads, S, D]`` as ``[B, S, heads * D]``, undoing the model's own transpose and reshape when they are there."""
     swapped = is_op(node, "aten::transpose") and tuple(node.args[1:3]) in ((1, 2), (2, 1))
-    swapped = swapped or (is_op(node, "aten::permute") and arguments(node)["dims"] == [0, 2, 1, 3])
+    swapped = swapped or (is_op(node, "aten::permute") and schema_arguments(node)["dims"] == [0, 2, 1, 3])
     rows = node_argument(node) if swapped else insert_call(graph, _ATEN.transpose.int, (node, 1, 2))
     shape = dimensions(rows)
     if is_op(rows, "aten::reshape"):

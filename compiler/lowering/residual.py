@@ -16,7 +16,8 @@ import torch
 from torch import fx
 
 from compile_sparse.compiler.extension.pass_contract import PassResult
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, insert_call, is_op, module_of, same_dimension
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, insert_call, is_op, module_of, same_dimension
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.lowering.steps import raised
 
@@ -40,7 +41,7 @@ class RaiseResidualNorm:
 
 
 def _fuse(graph: fx.Graph, norm: fx.Node) -> None:
-    given = arguments(norm)
+    given = schema_arguments(norm)
     total, weight, eps = given["x"], given["weight"], given["eps"]
     value, normed = total.meta["val"], norm.meta["val"]
     # At the sum, not at the norm: other readers of the sum may come before the norm.
@@ -59,7 +60,7 @@ def _fuse(graph: fx.Graph, norm: fx.Node) -> None:
 def _is_plain_sum(node: Any) -> bool:
     if not is_op(node, "aten::add"):
         return False
-    given = arguments(node)
+    given = schema_arguments(node)
     left, right = given["self"], given["other"]
     if given["alpha"] != 1 or not (isinstance(left, fx.Node) and isinstance(right, fx.Node)):
         return False

@@ -17,7 +17,8 @@ from torch import fx
 
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.extension.pass_contract import PassResult
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, insert_call, is_op, module_of, operand_pairs
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, insert_call, is_op, module_of, operand_pairs
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.lowering.steps import raised
 
@@ -69,7 +70,7 @@ def _match_whole(node: fx.Node) -> tuple[fx.Node, fx.Node, float, fx.Node | None
     """``torch.nn.RMSNorm`` keeps one ATen operator."""
     if not is_op(node, "aten::rms_norm"):
         return None
-    given = arguments(node)
+    given = schema_arguments(node)
     if len(given["normalized_shape"]) != 1 or given["weight"] is None or given["eps"] is None:
         return None
     return given["input"], given["weight"], float(given["eps"]), None
@@ -88,7 +89,7 @@ def _epsilon(x: Any, root: Any) -> float | None:
     mean, eps = root.args[0].args[:2]
     if not (is_op(mean, "aten::mean") and isinstance(eps, float)):
         return None
-    given = arguments(mean)
+    given = schema_arguments(mean)
     last = len(dimensions(x)) - 1
     if list(given["dim"] or ()) not in ([-1], [last]) or not given["keepdim"]:
         return None

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import fx
 
-from compile_sparse.compiler.ir.edit import add_weight
+from compile_sparse.compiler.ir.edit import add_weight, schema_arguments
 from compile_sparse.compiler.ir.model_facts import context_length
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op, operand_pairs
+from compile_sparse.compiler.ir.nodes import dimensions, is_op, operand_pairs
 from compile_sparse.compiler.ir.program import Binding, Program
 from compile_sparse.compiler.ir.weights import ResidentTensor
 from compile_sparse.compiler.lowering.evaluation import Point, evaluate, sample_inputs, valid_queries
@@ -42,7 +42,7 @@ class Rotation:
 
 def match_rotation(node: Any) -> Rotation | None:
     """The rotation computed by ``node``, or None."""
-    if not is_op(node, "aten::add") or arguments(node)["alpha"] != 1:
+    if not is_op(node, "aten::add") or schema_arguments(node)["alpha"] != 1:
         return None
     for plain, turned in operand_pairs(node):
         if not (is_op(plain, "aten::mul") and is_op(turned, "aten::mul")):
@@ -128,7 +128,7 @@ def _before_heads(angle: fx.Node) -> fx.Node:
 
 
 def _is_rotated_half(node: Any, x: fx.Node) -> bool:
-    if not is_op(node, "aten::cat") or arguments(node)["dim"] not in (-1, len(dimensions(x)) - 1):
+    if not is_op(node, "aten::cat") or schema_arguments(node)["dim"] not in (-1, len(dimensions(x)) - 1):
         return False
     parts = node.args[0]
     width = dimensions(x)[-1]
@@ -141,7 +141,7 @@ def _is_rotated_half(node: Any, x: fx.Node) -> bool:
 def _is_slice(node: Any, x: fx.Node, start: int, end: int) -> bool:
     if not is_op(node, "aten::slice"):
         return False
-    given = arguments(node)
+    given = schema_arguments(node)
     last = len(dimensions(x)) - 1
     if given["self"] is not x or given["dim"] not in (-1, last) or given["step"] != 1:
         return False

@@ -149,6 +149,8 @@ class Walk:
         linears = find_linears(student)[0] if layers is None else layers
         self._objectives = {layer.node: objective_of(layer, order) for layer in linears}
         places = {node.name for node in dense.graph.nodes}
+        self._logits = {n for n, o in zip(student.output_nodes, student.outputs, strict=True) if o.role == "logits"}
+        self._tied = set(student.aliases.values())
         self.layers = tuple(layer for layer in linears if self._may_change(layer) and self._names(layer)[0] in places)
         awaited = [name for layer in self.layers for name in self._names(layer)]
         self._dense = DenseValues(dense, calibration, awaited)
@@ -175,10 +177,8 @@ class Walk:
         return LayerVisit(layer, self._objectives[layer.node], rows, load(bias) if bias else None, self)
 
     def _may_change(self, layer: Linear) -> bool:
-        student = self.student
-        logits = {n for n, o in zip(student.output_nodes, student.outputs, strict=True) if o.role == "logits"}
-        tied = layer.tensor in student.aliases.values() or len(layer.weight.users) > 1
-        return not tied and layer.node not in logits and self._objectives[layer.node].value not in logits
+        tied = layer.tensor in self._tied or len(layer.weight.users) > 1
+        return not tied and self._logits.isdisjoint((layer.node, self._objectives[layer.node].value))
 
     def _dense_name(self, node: fx.Node) -> str:
         return self._stands_for.get(node.name, node.name)

@@ -27,6 +27,7 @@ from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantize import Quantize
+from compile_sparse.testing import calibration_for as random_calibration
 from tests.support.served_models import WIDE
 from tests.tensorrt.decoders import BATCH, LENGTH, decoder_folder
 from tests.tensorrt.graphs import DECODER
@@ -55,12 +56,7 @@ def settings_for(target: Target, **building: Any) -> RunSettings:
 
 def calibration_for(program: Program) -> CalibrationStream:
     """A little random text, or random images."""
-    draws = np.random.default_rng(0)
-    images = [entry for entry in program.inputs if entry.role == "pixel_values"]
-    if images:
-        shape = program.node(images[0].placeholder).meta["val"].shape[1:]
-        return CalibrationStream((), arrays={images[0].name: draws.standard_normal((16, *map(int, shape)), np.float32)})
-    return CalibrationStream(tuple(tuple(map(int, draws.integers(3, WIDE.vocabulary, 32))) for _ in range(8)))
+    return random_calibration(program, samples=16 if program.kind == "vision" else 8, length=32)
 
 
 def passed(

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 
 __all__: list[str] = []
 
@@ -39,7 +39,7 @@ def _silu(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::gelu")
 def _gelu(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     return emission.graph.call(
         "Gelu", [emission.value(given["self"])], hint=node.name, approximate=given["approximate"] or "none"
     )
@@ -52,7 +52,7 @@ def _relu6(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::hardtanh")
 def _hardtanh(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     return _clip(emission, node, given["min_val"], given["max_val"])
 
 
@@ -64,14 +64,14 @@ def _clip(emission: Emission, node: fx.Node, low: Any, high: Any) -> str:
 
 @emits("aten::leaky_relu")
 def _leaky_relu(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     slope = float(given["negative_slope"])
     return emission.graph.call("LeakyRelu", [emission.value(given["self"])], hint=node.name, alpha=slope)
 
 
 @emits("aten::elu")
 def _elu(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     if given["scale"] != 1 or given["input_scale"] != 1:
         raise Unsupported("a scaled ELU")
     return emission.graph.call("Elu", [emission.value(given["self"])], hint=node.name, alpha=float(given["alpha"]))
@@ -86,7 +86,7 @@ def _hardsigmoid(emission: Emission, node: fx.Node) -> str:
 @emits("aten::softplus")
 def _softplus(emission: Emission, node: fx.Node) -> str:
     """Above torch's threshold of 20 its identity and the formula differ by less than float32 resolves."""
-    given = arguments(node)
+    given = schema_arguments(node)
     if given["beta"] != 1 or given["threshold"] < 20:
         raise Unsupported("softplus with a beta or a low threshold")
     return emission.graph.call("Softplus", [emission.value(given["self"])], hint=node.name)
@@ -94,7 +94,7 @@ def _softplus(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::prelu")
 def _prelu(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     slope, rank = emission.value(given["weight"]), emission.rank(given["self"])
     if rank > 2:  # a slope per channel stands at dimension 1
         slope = emission.graph.call("Unsqueeze", [slope, emission.graph.constant(list(range(1, rank - 1)))])
@@ -103,7 +103,7 @@ def _prelu(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::glu")
 def _glu(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = given["self"]
     axis = emission.axis(source, given["dim"])
     first, second = emission.graph.call_many("Split", [emission.value(source)], 2, axis=axis, num_outputs=2)

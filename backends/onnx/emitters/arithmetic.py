@@ -10,7 +10,7 @@ from torch import fx
 
 from compile_sparse.backends.onnx.element_types import element_type
 from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 
 __all__: list[str] = []
 
@@ -33,7 +33,7 @@ def _promoted(emission: Emission, left: Any, right: Any) -> torch.dtype:
 
 def _binary(op: str) -> Emitter:
     def emit(emission: Emission, node: fx.Node) -> str:
-        given = arguments(node)
+        given = schema_arguments(node)
         dtype = emission.dtype(node)
         if given.get("rounding_mode"):
             raise Unsupported(f"rounding mode {given['rounding_mode']}")
@@ -51,7 +51,7 @@ def _binary(op: str) -> Emitter:
 
 def _comparison(op: str, negate: bool = False) -> Emitter:
     def emit(emission: Emission, node: fx.Node) -> str:
-        given = arguments(node)
+        given = schema_arguments(node)
         dtype = _promoted(emission, given["self"], given["other"])
         operands = [emission.tensor(given[name], dtype) for name in ("self", "other")]
         result = emission.graph.call(op, operands, hint=node.name)
@@ -62,7 +62,7 @@ def _comparison(op: str, negate: bool = False) -> Emitter:
 
 def _logical(op: str, *, bools_only: bool) -> Emitter:
     def emit(emission: Emission, node: fx.Node) -> str:
-        given = arguments(node)
+        given = schema_arguments(node)
         if bools_only and emission.dtype(node) != torch.bool:
             raise Unsupported("bitwise logic on integers")
         operands = [emission.tensor(given[k], torch.bool) for k in ("self", "other") if k in given]
@@ -140,7 +140,7 @@ _register(
 
 @emits("aten::rsub")
 def _rsub(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     if given["alpha"] != 1:
         raise Unsupported("rsub with alpha")
     return emission.graph.call(
@@ -166,7 +166,7 @@ def _pow(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::clamp", "aten::clamp_min", "aten::clamp_max")
 def _clamp(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     limits = ["" if given.get(k) is None else emission.tensor(given[k], dtype) for k in ("min", "max")]
     return emission.graph.call("Clip", [emission.tensor(given["self"], dtype), *limits], hint=node.name)
 
@@ -183,7 +183,7 @@ def _same(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::where")
 def _where(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     operands = [emission.tensor(given["condition"], torch.bool)]
     operands += [emission.tensor(given[k], dtype) for k in ("self", "other")]
     return emission.graph.call("Where", operands, hint=node.name)
@@ -191,7 +191,7 @@ def _where(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::masked_fill")
 def _masked_fill(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     operands = [
         emission.value(given["mask"]),
         emission.tensor(given["value"], dtype),
@@ -206,7 +206,7 @@ def _dequantize_weight(emission: Emission, node: fx.Node) -> str:
 
     The scales are spread while writing, because a graph would have to build the same thing at every load.
     """
-    given = arguments(node)
+    given = schema_arguments(node)
     if given["zero_point"] is not None or given["q"].meta["val"].dtype != torch.int8:
         raise Unsupported("weight codes with zero points, or in 8-bit floating point")
     q, scale, axis, group = (given[name] for name in ("q", "scale", "axis", "group_size"))

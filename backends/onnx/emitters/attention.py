@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 
 __all__ = ["STANDARD_ATTENTION", "attention_call"]
 
@@ -20,7 +20,7 @@ def attention_call(emission: Emission, node: fx.Node) -> tuple[list[str], dict[s
     Raises:
         Unsupported: it has dropout.
     """
-    given = arguments(node)
+    given = schema_arguments(node)
     if given["dropout_p"]:
         raise Unsupported("attention with dropout")
     inputs = [emission.value(given[k]) for k in ("query", "key", "value")]

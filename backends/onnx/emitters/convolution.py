@@ -10,7 +10,8 @@ from torch import fx
 from compile_sparse.backends.onnx.dialect import Emitted
 from compile_sparse.backends.onnx.element_types import kind_of, raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions
 
 __all__ = ["each"]
 
@@ -23,7 +24,7 @@ def each(values: Any, dims: int) -> list[int]:
 
 @emits("aten::conv1d", "aten::conv2d", "aten::conv3d", "aten::convolution")
 def _convolution(emission: Emission, node: fx.Node) -> Emitted:
-    given = arguments(node)
+    given = schema_arguments(node)
     if given.get("transposed"):
         return _transposed(emission, node)
     dims = emission.rank(given["weight"]) - 2
@@ -53,7 +54,7 @@ def _pads(padding: Any, kernel: tuple[Any, ...], dilation: list[int]) -> list[in
 
 @emits("aten::conv_transpose1d", "aten::conv_transpose2d", "aten::conv_transpose3d")
 def _transposed(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     dims = emission.rank(given["weight"]) - 2
     _require_batch(emission, given["input"], dims)
     return emission.graph.call(
@@ -79,7 +80,7 @@ def _require_batch(emission: Emission, source: fx.Node, dims: int) -> None:
 
 @emits("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")
 def _batch_norm(emission: Emission, node: fx.Node) -> Any:
-    given = arguments(node)
+    given = schema_arguments(node)
     if given.get("training") or given["running_mean"] is None:
         raise Unsupported("batch norm with the statistics of the batch")
     name = _stored_statistics(emission, node, given)
@@ -94,7 +95,7 @@ def _stored_statistics(emission: Emission, node: fx.Node, given: dict[str, Any])
 
 @emits("aten::instance_norm")
 def _instance_norm(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     if not given["use_input_stats"]:
         return _stored_statistics(emission, node, given)
     inputs = [emission.value(given["input"]), *_scale_and_shift(emission, given, _channels(given))]
@@ -104,7 +105,7 @@ def _instance_norm(emission: Emission, node: fx.Node) -> str:
 @emits("aten::group_norm")
 def _group_norm(emission: Emission, node: fx.Node) -> str:
     """Instance norm over groups as if they were channels, then a scale and shift per channel."""
-    given = arguments(node)
+    given = schema_arguments(node)
     source, groups, graph = given["input"], given["num_groups"], emission.graph
     folded = graph.call("Reshape", [emission.value(source), graph.constant([0, groups, -1])])
     plain = [_filled(emission, groups, value, emission.dtype(source)) for value in (1.0, 0.0)]

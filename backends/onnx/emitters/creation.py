@@ -7,14 +7,14 @@ from typing import Any
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 
 __all__: list[str] = []
 
 
 @emits("aten::arange")
 def _arange(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     bounds = [given.get("start") or 0, given["end"], given.get("step") or 1]
     return emission.graph.call("Range", [emission.tensor(bound, dtype) for bound in bounds], hint=node.name)
 
@@ -31,18 +31,18 @@ def _shape(emission: Emission, sizes: Any) -> str | None:
 
 @emits("aten::full", "aten::new_full")
 def _full(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     return _filled(emission, node, given["fill_value"], _shape(emission, given["size"]))
 
 
 @emits("aten::ones", "aten::new_ones")
 def _ones(emission: Emission, node: fx.Node) -> str:
-    return _filled(emission, node, 1, _shape(emission, arguments(node)["size"]))
+    return _filled(emission, node, 1, _shape(emission, schema_arguments(node)["size"]))
 
 
 @emits("aten::zeros", "aten::new_zeros")
 def _zeros(emission: Emission, node: fx.Node) -> str:
-    return _filled(emission, node, 0, _shape(emission, arguments(node)["size"]))
+    return _filled(emission, node, 0, _shape(emission, schema_arguments(node)["size"]))
 
 
 @emits("aten::scalar_tensor")
@@ -52,7 +52,7 @@ def _scalar(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::ones_like", "aten::zeros_like", "aten::full_like")
 def _like(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     name = node.target._schema.name  # type: ignore[union-attr]
     number = given["fill_value"] if "fill_value" in given else int(name == "aten::ones_like")
     source = given["self"]
@@ -63,14 +63,14 @@ def _like(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::cumsum")
 def _cumsum(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = emission.tensor(given["self"], emission.dtype(node))
     return emission.graph.call("CumSum", [source, emission.graph.constant(given["dim"])], hint=node.name)
 
 
 @emits("aten::embedding")
 def _embedding(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     return emission.graph.call(
         "Gather", [emission.value(given["weight"]), emission.value(given["indices"])], hint=node.name
     )
@@ -78,14 +78,14 @@ def _embedding(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::index_select")
 def _index_select(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     inputs = [emission.value(given["self"]), emission.value(given["index"])]
     return emission.graph.call("Gather", inputs, hint=node.name, axis=emission.axis(given["self"], given["dim"]))
 
 
 @emits("aten::gather")
 def _gather(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     inputs = [emission.value(given["self"]), emission.value(given["index"])]
     return emission.graph.call(
         "GatherElements", inputs, hint=node.name, axis=emission.axis(given["self"], given["dim"])

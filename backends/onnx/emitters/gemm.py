@@ -14,7 +14,8 @@ from torch import fx
 from compile_sparse.backends.onnx.dialect import STANDARD, Dialect
 from compile_sparse.backends.onnx.element_types import raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, is_op
 
 __all__ = ["EmitGemm", "emits_gemms", "float_gemm"]
 
@@ -27,12 +28,12 @@ def emits_gemms(dialect: Dialect, emit: EmitGemm) -> None:
 
     @dialect.emits("aten::linear")
     def _linear(emission: Emission, node: fx.Node) -> str:
-        given = arguments(node)
+        given = schema_arguments(node)
         return emit(emission, node, given["input"], given["weight"], given["bias"], 1)
 
     @dialect.emits("aten::addmm")
     def _addmm(emission: Emission, node: fx.Node) -> str:
-        given = arguments(node)
+        given = schema_arguments(node)
         if given["beta"] != 1 or given["alpha"] != 1:
             raise Unsupported("addmm with factors")
         return emit(emission, node, given["mat1"], given["mat2"], given["self"], 0)
@@ -44,7 +45,7 @@ def emits_gemms(dialect: Dialect, emit: EmitGemm) -> None:
 
 @emits("aten::einsum")
 def _einsum(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     operands = [emission.tensor(tensor, emission.dtype(node)) for tensor in given["tensors"]]
     return emission.graph.call("Einsum", operands, hint=node.name, equation=given["equation"])
 

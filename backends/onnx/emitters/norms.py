@@ -7,7 +7,7 @@ from torch import fx
 
 from compile_sparse.backends.onnx.element_types import kind_of, raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 
 __all__ = ["gain_of", "layer_norm"]
 
@@ -15,7 +15,7 @@ __all__ = ["gain_of", "layer_norm"]
 @emits("aten::layer_norm")
 def layer_norm(emission: Emission, node: fx.Node) -> str:
     """``LayerNormalization`` over the last dimensions."""
-    given = arguments(node)
+    given = schema_arguments(node)
     shape = list(given["normalized_shape"])
     if not all(isinstance(size, int) for size in shape):
         raise Unsupported("normalising a dynamic dimension")
@@ -36,19 +36,19 @@ def gain_of(emission: Emission, weight: fx.Node | None, shape: list[int], dtype:
 
 @emits("compile_sparse::rms_norm")
 def _rms_norm(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     return _normalized(emission, node, emission.value(given["x"]))
 
 
 @emits("compile_sparse::residual_rms_norm")
 def _residual_rms_norm(emission: Emission, node: fx.Node) -> list[str]:
-    given = arguments(node)
+    given = schema_arguments(node)
     total = emission.graph.call("Add", [emission.value(given["x"]), emission.value(given["residual"])], hint=node.name)
     return [_normalized(emission, node, total), total]
 
 
 def _normalized(emission: Emission, node: fx.Node, x: str) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     emission.count("RMSNormalization")
     inputs = [x, emission.value(given["weight"])]
     return emission.graph.call("RMSNormalization", inputs, hint=node.name, axis=-1, epsilon=given["eps"])

@@ -8,7 +8,8 @@ from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
 from compile_sparse.backends.onnx.emitters.convolution import each
-from compile_sparse.compiler.ir.nodes import arguments, dimensions
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions
 
 __all__: list[str] = []
 
@@ -27,7 +28,7 @@ def _first_output(node: fx.Node) -> Any:
 
 
 def _checked(emission: Emission, node: fx.Node, dims: int) -> dict[str, Any]:
-    given = arguments(node)
+    given = schema_arguments(node)
     if emission.rank(given["self"]) != dims + 2:
         raise Unsupported("its input has no batch dimension")
     return given
@@ -113,7 +114,7 @@ for _dims in (1, 2, 3):
 
 def _resample(dims: int, **options: Any) -> Emitter:
     def emit(emission: Emission, node: fx.Node) -> str:
-        given = arguments(node)
+        given = schema_arguments(node)
         source = given["input"] if "input" in given else given["self"]
         before, after = _space(source, dims), _space(node, dims)
         factors = given.get("scale_factors") or [given.get(f"scales_{part}") for part in ("d", "h", "w")[-dims:]]
@@ -142,7 +143,7 @@ emits("aten::upsample_bicubic2d")(_resample(2, **{**_LINEAR, "mode": "cubic"}, c
 
 @emits("aten::pixel_shuffle")
 def _pixel_shuffle(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     if emission.rank(node) != 4:
         raise Unsupported("pixel shuffle of other than images")
     factor = given["upscale_factor"]

@@ -8,7 +8,8 @@ from typing import Any
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, same_dimension
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, same_dimension
 
 __all__: list[str] = []
 
@@ -45,7 +46,7 @@ def _reshape(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::flatten")
 def _flatten(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = given["self"]
     first, last = (emission.axis(source, given[name]) for name in ("start_dim", "end_dim"))
     rest = dimensions(source)[last + 1 :]
@@ -56,7 +57,7 @@ def _flatten(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::unflatten")
 def _unflatten(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = given["self"]
     dim = emission.axis(source, given["dim"])
     rest = dimensions(source)[dim + 1 :]
@@ -81,7 +82,7 @@ def _expand(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::repeat")
 def _repeat(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source, repeats = emission.value(given["self"]), list(given["repeats"])
     lead = len(repeats) - emission.rank(given["self"])
     if lead:
@@ -98,7 +99,7 @@ def _unsqueeze(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::squeeze")
 def _squeeze(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source, dim = given["self"], given.get("dim")
     wanted = range(emission.rank(source)) if dim is None else [dim] if isinstance(dim, int) else dim
     sizes = dimensions(source)
@@ -128,7 +129,7 @@ def _permute(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::slice")
 def _slice(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = given["self"]
     bounds = [given["start"] or 0, _TO_THE_END if given["end"] is None else given["end"]]
     inputs = [emission.value(source), *(emission.integers([bound]) for bound in bounds)]
@@ -138,7 +139,7 @@ def _slice(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::select")
 def _select(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     source, index = given["self"], given["index"]
     picked = emission.graph.constant(index) if isinstance(index, int) else emission.tensor(index)
     return emission.graph.call(
@@ -148,7 +149,7 @@ def _select(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::split", "aten::split_with_sizes", "aten::chunk")
 def _split(emission: Emission, node: fx.Node) -> list[str]:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = given["self"]
     axis = emission.axis(source, given["dim"])
     sizes = [dimensions_of[axis] for dimensions_of in (tuple(part.shape) for part in node.meta["val"])]
@@ -160,14 +161,14 @@ def _split(emission: Emission, node: fx.Node) -> list[str]:
 
 @emits("aten::cat")
 def _cat(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     parts = [emission.tensor(part, dtype) for part in given["tensors"]]
     return emission.graph.call("Concat", parts, hint=node.name, axis=emission.axis(node, given["dim"]))
 
 
 @emits("aten::stack")
 def _stack(emission: Emission, node: fx.Node) -> str:
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     axis = emission.axis(node, given["dim"])
     where = emission.graph.constant([axis])
     parts = [emission.graph.call("Unsqueeze", [emission.tensor(part, dtype), where]) for part in given["tensors"]]
@@ -176,7 +177,7 @@ def _stack(emission: Emission, node: fx.Node) -> str:
 
 @emits("aten::unbind")
 def _unbind(emission: Emission, node: fx.Node) -> list[str]:
-    given = arguments(node)
+    given = schema_arguments(node)
     source = given["self"]
     axis = emission.axis(source, given["dim"])
     name = emission.value(source)
@@ -189,7 +190,7 @@ def _unbind(emission: Emission, node: fx.Node) -> list[str]:
 @emits("aten::roll")
 def _roll(emission: Emission, node: fx.Node) -> str:
     """The end of each dimension in front of its beginning."""
-    given = arguments(node)
+    given = schema_arguments(node)
     if not given["dims"]:
         raise Unsupported("rolling over all dimensions at once")
     name = emission.value(given["self"])
@@ -211,7 +212,7 @@ _PAD_MODES = {"constant": "constant", "reflect": "reflect", "replicate": "edge",
 @emits("aten::pad", "aten::constant_pad_nd")
 def _pad(emission: Emission, node: fx.Node) -> str:
     """torch gives pairs from the last dimension on; ONNX begins, then ends."""
-    given, dtype = arguments(node), emission.dtype(node)
+    given, dtype = schema_arguments(node), emission.dtype(node)
     amounts = list(given["pad"])
     count = len(amounts) // 2
     axes = [emission.rank(node) - 1 - place for place in range(count)]
@@ -224,7 +225,7 @@ def _pad(emission: Emission, node: fx.Node) -> str:
 @emits("aten::repeat_interleave")
 def _repeat_interleave(emission: Emission, node: fx.Node) -> str:
     """Each position ``repeats`` times in a row: a new dimension beside it, expanded and merged."""
-    given = arguments(node)
+    given = schema_arguments(node)
     source, repeats = given["self"], given["repeats"]
     if not isinstance(repeats, int) or given.get("dim") is None:
         raise Unsupported("repeating positions a varying number of times")

@@ -7,14 +7,14 @@ from typing import Any
 from torch import fx
 
 from compile_sparse.backends.onnx.emission import Emission, Emitter, Unsupported, emits
-from compile_sparse.compiler.ir.nodes import arguments
+from compile_sparse.compiler.ir.edit import schema_arguments
 
 __all__: list[str] = []
 
 
 @emits("aten::sym_size")
 def _sym_size(emission: Emission, node: fx.Node) -> str:
-    given = arguments(node)
+    given = schema_arguments(node)
     return emission.size(given["self"], emission.axis(given["self"], given["dim"]))
 
 

@@ -22,7 +22,8 @@ from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.graph_writer import GraphWriter, NodeRecord, ValueRecord
 from compile_sparse.backends.onnx.interface import Interface
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.ir.nodes import arguments, is_op
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import is_op
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["StaticCache", "aliases_of", "static_cache_interface"]
@@ -104,7 +105,7 @@ def _require_static(program: Program) -> None:
 
 
 def _is_batch_size(node: fx.Node) -> bool:
-    return is_op(node, "aten::sym_size") and arguments(node)["dim"] == 0
+    return is_op(node, "aten::sym_size") and schema_arguments(node)["dim"] == 0
 
 
 def _add_inputs(emission: Emission, length: int) -> None:

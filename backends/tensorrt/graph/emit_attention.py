@@ -21,7 +21,8 @@ from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.emitters.attention import STANDARD_ATTENTION, attention_call
 from compile_sparse.backends.tensorrt.graph.cache import StaticCache
 from compile_sparse.backends.tensorrt.graph.dialect import DECOMPOSABLE, emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions
 from compile_sparse.compiler.lowering import AttentionShape
 
 __all__ = ["refuse_attention"]
@@ -40,7 +41,7 @@ def refuse_attention(shape: AttentionShape) -> str:
 
 @emits("compile_sparse::cached_attention")
 def _cached_attention(emission: Emission, node: fx.Node) -> list[str]:
-    given, graph = arguments(node), emission.graph
+    given, graph = schema_arguments(node), emission.graph
     cache: StaticCache = emission.shared[StaticCache]
     query = _heads(emission, given["query"], given["num_heads"])
     key, value = (_heads(emission, given[name], given["kv_heads"]) for name in ("key", "value"))
@@ -83,7 +84,7 @@ def _table(emission: Emission, table: fx.Node, length: int, dtype: torch.dtype) 
 @emits("aten::scaled_dot_product_attention")
 def _plain(emission: Emission, node: fx.Node) -> str:
     operands, attributes = attention_call(emission, node)
-    return _attention(emission, node, operands, dimensions(arguments(node)["query"])[-1], **attributes)
+    return _attention(emission, node, operands, dimensions(schema_arguments(node)["query"])[-1], **attributes)
 
 
 def _attention(emission: Emission, node: fx.Node, operands: Sequence[str], size: Any, **attributes: Any) -> str:

@@ -16,14 +16,15 @@ from torch import fx
 from compile_sparse.backends.onnx.element_types import kind_of, raw_values
 from compile_sparse.backends.onnx.emission import Emission, Unsupported
 from compile_sparse.backends.tensorrt.graph.dialect import emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions
 
 __all__: list[str] = []
 
 
 @emits("aten::_native_batch_norm_legit_no_training", "aten::batch_norm")
 def _batch_norm(emission: Emission, node: fx.Node) -> Any:
-    given = arguments(node)
+    given = schema_arguments(node)
     if given.get("training") or given["running_mean"] is None:
         raise Unsupported("batch norm with the statistics of the batch")
     sources = {name: given[name] for name in ("weight", "bias", "running_mean", "running_var")}

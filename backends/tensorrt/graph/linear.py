@@ -29,7 +29,8 @@ from compile_sparse.backends.onnx.emission import Emission, Unsupported
 from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_gemm
 from compile_sparse.backends.onnx.packed_nibbles import pack_nibbles
 from compile_sparse.backends.tensorrt.graph.dialect import DIALECT, NVIDIA, emits
-from compile_sparse.compiler.ir.nodes import arguments, dimensions, is_op
+from compile_sparse.compiler.ir.edit import schema_arguments
+from compile_sparse.compiler.ir.nodes import dimensions, is_op
 from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP
 
 __all__: list[str] = []
@@ -56,7 +57,7 @@ emits_gemms(DIALECT, _gemm)
 
 def _weight(emission: Emission, node: fx.Node, weight: fx.Node, axis: int) -> str:
     """Name of the dequantized ``[K, N]`` matrix."""
-    given = arguments(weight)
+    given = schema_arguments(weight)
     if is_op(weight, "compile_sparse::dequantize_block"):
         raise Unsupported("TensorRT has no GEMMs with square blocks of FP8 weights")
     if given.get("axis", 1) != axis:
@@ -165,7 +166,7 @@ def _reciprocal(emission: Emission, divisor: fx.Node) -> str:
 @emits("compile_sparse::fake_quantize")
 def _fake_quantize(emission: Emission, node: fx.Node) -> str:
     """Quantize-dequantize (QDQ): QuantizeLinear and DequantizeLinear."""
-    given = arguments(node)
+    given = schema_arguments(node)
     form, source = given["format"], given["x"]
     if form == "fp4":
         return _fp4_activation(emission, node, source, given["scale"])
