@@ -17,7 +17,7 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.sizes import Size
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, TensorSource
 
-__all__ = ["rewrite"]
+__all__ = ["apply_selection", "rewrite"]
 
 
 def rewrite(program: Program, analysis: Analysis, keep: KeepTables) -> Program:
@@ -41,7 +41,12 @@ def rewrite(program: Program, analysis: Analysis, keep: KeepTables) -> Program:
     """
     if analysis.program is not program:
         raise RuntimeError("the analysis belongs to another program")
-    selection = Selection(analysis, keep)
+    return apply_selection(Selection(analysis, keep))
+
+
+def apply_selection(selection: Selection) -> Program:
+    """See ``rewrite``; for whoever needs the selection afterwards too."""
+    analysis, program = selection.analysis, selection.analysis.program
     edited = program.clone()
     sources = _sliced_sources(program, selection)
     mode = fake_mode_of(edited)

@@ -23,10 +23,9 @@ from compile_sparse.compiler.pipeline.job import TextReader, baseline_key, fit_w
 from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
-from compile_sparse.compiler.recipes.recipe import Evaluation, Recipe
+from compile_sparse.compiler.recipes.recipe import Recipe
 from compile_sparse.compiler.result import CompileResult
 from compile_sparse.compiler.targets.target import Precision, Target, find_target
-from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.baseline import baseline_parameters, get_baseline
 from compile_sparse.compiler.verify.gates import parse_gate
 from compile_sparse.compiler.verify.measure import MeasureRequest, cannot_measure, measure, model_bytes
@@ -74,7 +73,8 @@ def verify_artifact(
     config = json.loads((artifact.folder / SOURCE_CONFIG).read_text(encoding="utf-8"))
     context = context_length(config)
     decoder = old.model.kind == "decoder"
-    settings = replace(_compiled_with(manifest.recipe, target, context, causal=decoder), verifying=verifying)
+    compiled = _as_compiled(manifest.recipe)
+    settings = replace(_settings_of(compiled, target, context, causal=decoder), verifying=verifying)
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -89,7 +89,7 @@ def verify_artifact(
         raise EnvironmentFailure(
             "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
         )
-    recipe = _recipe(manifest.recipe, eval, workload, concurrency)
+    recipe = merge_options(compiled, eval=eval, workload=workload, concurrency=concurrency)
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
@@ -130,18 +130,17 @@ def verify_artifact(
     return raise_failed_gates(report, artifact.folder)
 
 
-def _compiled_with(recipe: Mapping[str, Any], target: Target, context: int | None, *, causal: bool) -> RunSettings:
-    """What the run that made the artifact chose, from its canonical recipe."""
-    compiled = Recipe.model_validate(
-        {key: recipe[key] for key in ("workload", "building") if key in recipe}
-        | {"evaluation": {**recipe["evaluation"], "slices": {}}}
-    )
+def _as_compiled(canonical: Mapping[str, Any]) -> Recipe:
+    """What the artifact was compiled with, from its canonical recipe: workload, options, windows and seed, without data files."""
+    kept = {key: canonical[key] for key in ("workload", "building", "seed") if key in canonical}
+    return Recipe.model_validate(kept | {"evaluation": {**canonical["evaluation"], "slices": {}}})
+
+
+def _settings_of(compiled: Recipe, target: Target, context: int | None, *, causal: bool) -> RunSettings:
+    """What the run that made the artifact chose."""
     workload = fit_workload(compiled.workload, context if causal else None)
-    return settle_run(
-        target,
-        compiled.building,
-        RunFacts(workload, context, longest_window(compiled, context), causal=causal),
-    )
+    run = RunFacts(workload, context, longest_window(compiled, context), causal=causal)
+    return settle_run(target, compiled.building, run)
 
 
 def _require_complete(artifact: Artifact) -> None:
@@ -162,22 +161,6 @@ def _require_complete(artifact: Artifact) -> None:
             why=f"Its manifest does not list {', '.join(missing)}.",
             hint="Compile it again.",
         )
-
-
-def _recipe(
-    canonical: Mapping[str, Any],
-    eval: Mapping[str, str | Path] | None,
-    workload: str | None,
-    concurrency: str | Sequence[int] | None,
-) -> Recipe:
-    """What to measure: the workload, windows and seed it was compiled with, the data files given now."""
-    evaluation = Evaluation.model_validate({**canonical["evaluation"], "slices": {}})
-    base = Recipe(
-        evaluation=evaluation,
-        workload=Workload.model_validate(canonical["workload"]),
-        seed=canonical["seed"],
-    )
-    return merge_options(base, eval=eval, workload=workload, concurrency=concurrency)
 
 
 def _dense(model: str | Path | None, digest: str, precision: Precision, progress: Progress) -> Program:

@@ -11,7 +11,7 @@ from pydantic import Field
 from compile_sparse.compiler.axes.algebra import Axis
 from compile_sparse.compiler.axes.analysis import Analysis, analyse, changeable_roles
 from compile_sparse.compiler.axes.groups import Group, Kind
-from compile_sparse.compiler.axes.rewrite import rewrite
+from compile_sparse.compiler.axes.rewrite import apply_selection
 from compile_sparse.compiler.axes.selection import KeepTables, Selection
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, UsageError
@@ -98,8 +98,9 @@ class AxisPruning(Pass):
             for choice in choices
             if sizes[choice.prunable.group.leaf] < choice.prunable.group.size
         }
-        pruned = rewrite(program, analysis, keep)
-        repaired, repair, unrepaired = self._repaired(program, pruned, analysis, keep, prunables, context)
+        selection = Selection(analysis, keep)
+        pruned = apply_selection(selection)
+        repaired, repair, unrepaired = self._repaired(pruned, selection, prunables, context)
         diagnostics += unrepaired
         return PassResult(
             program=repaired,
@@ -159,18 +160,12 @@ class AxisPruning(Pass):
         return self.criterion or (self.data_criterion if context.calibration is not None else "magnitude")
 
     def _repaired(
-        self,
-        program: Program,
-        pruned: Program,
-        analysis: Analysis,
-        keep: KeepTables,
-        prunables: Sequence[Prunable],
-        context: PassContext,
+        self, pruned: Program, selection: Selection, prunables: Sequence[Prunable], context: PassContext
     ) -> tuple[Program, dict[str, Any], list[Diagnostic]]:
         wanted = self.compensation or ("least-squares" if context.calibration is not None else "none")
         if wanted == "none" or context.calibration is None or context.plan_only:
             return pruned, {"compensation": wanted}, []
-        selection = Selection(analysis, keep)
+        analysis = selection.analysis
 
         def gather(node: str, value: torch.Tensor) -> torch.Tensor:
             label = analysis.labels[node]
@@ -178,7 +173,7 @@ class AxisPruning(Pass):
 
         consumers = {contact.node for prunable in prunables for contact in prunable.group.consumers}
         repaired = refit(
-            program,
+            analysis.program,
             pruned,
             context.calibration,
             context.progress,
