@@ -28,7 +28,7 @@ from compile_sparse.compiler.lowering import raising_steps, run_steps
 from compile_sparse.compiler.lowering.rotary import ROTARY_PREFIX
 from compile_sparse.compiler.progress import Progress
 
-__all__ = ["MANIFEST", "STEPS", "rehearse", "write_folder", "write_graph"]
+__all__ = ["MANIFEST", "STEPS", "declare_interface", "rehearse", "write_folder", "write_graph"]
 
 MANIFEST = "compile_sparse.json"
 STEPS = raising_steps(refuse_attention)
@@ -40,7 +40,7 @@ def rehearse(program: Program) -> list[Diagnostic]:
         program, left = run_steps(program, STEPS)
     except ModelError:  # captured without weights, and the rotary angles need one
         left = []
-    return [*left, *lower.rehearse(program, DIALECT, _interface)]
+    return [*left, *lower.rehearse(program, DIALECT, declare_interface)]
 
 
 def write_graph(program: Program, out: Path, progress: Progress) -> tuple[Emission, dict[str, str]]:
@@ -49,7 +49,7 @@ def write_graph(program: Program, out: Path, progress: Progress) -> tuple[Emissi
     Raises:
         Refusal: CS2311 when an operator has no ONNX form, CS2312 for half-precision models.
     """
-    return lower.write_graph(program, DIALECT, _interface, out, progress)
+    return lower.write_graph(program, DIALECT, declare_interface, out, progress)
 
 
 def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
@@ -71,7 +71,7 @@ def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
     )
 
 
-def _interface(emission: Emission) -> Callable[[], None]:
+def declare_interface(emission: Emission) -> Callable[[], None]:
     """The kernels for raised patterns and quantized weights exist in float32 on processors; half precision gains nothing.
 
     Raises:

@@ -97,6 +97,24 @@ class PassSection(_Section):
     notes: tuple[str, ...] = ()
 
 
+class LayerError(_Section):
+    """One layer of the artifact, computed by the runtime and by the program from the same input."""
+
+    layer: str = Field(description="module path, or the node's name where that is not known")
+    error: float | None = Field(
+        ge=0, description="length of the difference over that of the output, of nine rows in ten; null: not a number"
+    )
+    bound: float = Field(ge=0, description="what rounding explains of that")
+
+
+class LayerFidelity(_Section):
+    """The runtime's layers against the program's, each from the input that the runtime itself had."""
+
+    checked: int = Field(ge=0, description="layers compared: GEMMs and convolutions, with what lies before each")
+    wrong: tuple[LayerError, ...] = Field(default=(), description="beyond their bound, the worst first")
+    nearest: LayerError | None = Field(default=None, description="the one nearest to its bound, where none is beyond")
+
+
 class Fidelity(_Section):
     """The runtime's output against the program run in torch, on the same inputs."""
 
@@ -111,7 +129,17 @@ class Fidelity(_Section):
     )
     max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
     mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
-    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="share of equal arg-max, 0 to 1")
+    top1_agreement: float | None = Field(
+        default=None, ge=0, le=1, description="share of equal arg-max of logits, 0 to 1"
+    )
+    top1_bound: float | None = Field(
+        default=None, ge=0, le=1, description="lowest agreement that rounding in the runtime's precision explains"
+    )
+    relative_error: float | None = Field(
+        default=None, ge=0, description="encoders and vision: length of the difference over that of the output"
+    )
+    error_bound: float | None = Field(default=None, ge=0, description="what rounding explains of that")
+    layers: LayerFidelity | None = Field(default=None, description="layer by layer; absent: the runtime shows none")
     runtime: str | None = Field(
         default=None, description="what ran the artifact where the target's own runtime could not be used"
     )

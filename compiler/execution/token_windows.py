@@ -16,7 +16,7 @@ from compile_sparse.compiler.errors import UsageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["load_tokenizer", "read_windows"]
+__all__ = ["cut_windows", "load_tokenizer", "read_windows"]
 
 MIN_TOKENS = 2  # one to condition on, one to predict
 
@@ -82,7 +82,7 @@ def read_windows(
                 why=f"The model has ids 0 to {vocabulary - 1}.",
                 hint="Make the file with this model's tokenizer.",
             )
-        windows += _cut(ids, length, beginning if from_text else None)
+        windows += cut_windows(ids, length, beginning if from_text else None)
     if not windows:
         raise UsageError(
             "CS1032",
@@ -97,7 +97,8 @@ def read_windows(
     return [windows[i * len(windows) // samples] for i in range(samples)]
 
 
-def _cut(ids: list[int], length: int, beginning: int | None) -> Iterator[list[int]]:
+def cut_windows(ids: list[int], length: int, beginning: int | None) -> Iterator[list[int]]:
+    """Windows of at most ``length`` of ``ids``, each after ``beginning`` where there is one."""
     head = [] if beginning is None else [beginning]
     if beginning is not None and ids[:1] == head:
         ids = ids[1:]

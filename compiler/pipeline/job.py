@@ -18,7 +18,8 @@ from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.calibration_arrays import read_arrays
-from compile_sparse.compiler.execution.token_windows import load_tokenizer, read_windows
+from compile_sparse.compiler.execution.sample_text import SAMPLE_TEXT
+from compile_sparse.compiler.execution.token_windows import cut_windows, load_tokenizer, read_windows
 from compile_sparse.compiler.extension.backend_contract import Backend, Probe
 from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.backends import find_backend
@@ -38,6 +39,7 @@ __all__ = ["Job", "TextReader", "baseline_key", "fit_workload", "longest_window"
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
+SAMPLE_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Job:
         recipe, passes: what is done.
         calibration: windows the passes observe, or None.
         slices: evaluation windows by slice name.
+        sample: windows of packaged text, for checks where the user gave none; empty for models without a tokenizer.
         workload: what speed is measured on, fitting the model's context.
         useless: what the target cannot exploit although it was asked for.
         deployments: what is written beside the model.
@@ -68,6 +71,7 @@ class Job:
     workload: Workload
     useless: tuple[Diagnostic, ...]
     deployments: tuple[Deployment, ...] = ()
+    sample: Sequence[Sequence[int]] = ()
 
     @cached_property
     def source_digest(self) -> str:
@@ -91,6 +95,12 @@ class Job:
             workload=self.workload,
             settings=self.settings,
         )
+
+    @property
+    def text(self) -> Sequence[Sequence[int]]:
+        """Windows that the artifact is checked on: evaluation text, or that of the calibration, or the packaged sample."""
+        evaluated = [window for windows in self.slices.values() for window in windows]
+        return evaluated or (self.calibration.windows if self.calibration else ()) or self.sample
 
     @cached_property
     def key(self) -> str:
@@ -231,6 +241,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
         workload=workload,
         deployments=tuple(find_deployment(name) for name in recipe.building.emit),
         useless=useless,
+        sample=text.sample(),
     )
 
 
@@ -301,3 +312,12 @@ class TextReader:
         """Evaluation windows by slice name."""
         wanted = recipe.evaluation
         return {name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()}
+
+    def sample(self) -> list[list[int]]:
+        """Windows of the packaged text; none for a model without a tokenizer, or one whose tokenizer does not fit."""
+        if self._tokenizer is None or not self._vocabulary:
+            return []
+        length = min(SAMPLE_TOKENS, self._context)
+        encoded = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in SAMPLE_TEXT]
+        windows = [window for ids in encoded for window in cut_windows(ids, length, self._beginning)]
+        return [window for window in windows if len(window) == length and max(window) < self._vocabulary]

@@ -93,13 +93,16 @@ def verify_artifact(
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
-    slices = TextReader(config, artifact.model).slices(recipe)
+    reader = TextReader(config, artifact.model)
+    slices = reader.slices(recipe)
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
         lambda: _dense(model, manifest.source.digest, settings.precision_on(target), progress),
         lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
+        text=reader.sample(),
+        precision=settings.precision_on(target),
     )
     request = MeasureRequest(
         baseline=baseline,
@@ -113,6 +116,8 @@ def verify_artifact(
     measured = measure(request, backend, target, settings, progress)
     if measured.quality is None and old.quality is not None:
         measured = replace(measured, quality=old.quality)  # the same two models: what was measured still holds
+    if old.fidelity is not None and old.runtime is not None and old.runtime.version == probe.version:
+        measured = measured.with_layers(old.fidelity.layers)  # the same files in the same runtime
     sizes = ModelSection(
         kind=old.model.kind,
         parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-from compile_sparse.compiler.artifact.report import Fidelity, Interval, Performance, Quality, RuntimeSection
+from compile_sparse.compiler.artifact.report import (
+    Fidelity,
+    Interval,
+    LayerFidelity,
+    Performance,
+    Quality,
+    RuntimeSection,
+)
 from compile_sparse.compiler.extension.backend_contract import Backend, DerivedFiles
 from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.progress import Progress
@@ -21,7 +28,7 @@ from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.targets.workload import Workload
-from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
+from compile_sparse.compiler.verify.fidelity import check_fidelity
 from compile_sparse.compiler.verify.performance import (
     BASELINE,
     COMPILED,
@@ -34,7 +41,16 @@ from compile_sparse.compiler.verify.quality import measure_agreement, measure_pe
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 
-__all__ = ["MeasureRequest", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers", "model_bytes"]
+__all__ = [
+    "LOAD_TIMEOUT_SECONDS",
+    "MeasureRequest",
+    "Measured",
+    "cannot_measure",
+    "folder_bytes",
+    "measure",
+    "measure_answers",
+    "model_bytes",
+]
 
 LOAD_TIMEOUT_SECONDS = 1800
 DENSE_BUILD = "dense build"
@@ -92,6 +108,10 @@ class Measured:
     performance: Performance | None
     quality: Quality | None
     over_dense: Mapping[str, Interval] = field(default_factory=dict)
+
+    def with_layers(self, layers: LayerFidelity | None) -> Measured:
+        """With what was found layer by layer."""
+        return replace(self, fidelity=self.fidelity.model_copy(update={"layers": layers}))
 
 
 def cannot_measure(backend: Backend, model: Path, target: Target, settings: RunSettings) -> str:
@@ -226,13 +246,8 @@ def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], 
 
 
 def _check_both(worker: Worker, baseline: Path, artifact: Path, progress: Progress) -> tuple[Fidelity, Fidelity]:
-    """Fidelity of the dense model and of the artifact. Where rounding in the runtime's precision is visible, the dense model
-    shows how much, on the same windows.
-    """
-    dense = has_dense_traces(artifact)
-    of_baseline = check_fidelity(worker, BASELINE, artifact if dense else baseline, progress, dense=dense)
-    noise = of_baseline.mean_abs_logprob_diff if dense else None
-    return of_baseline, check_fidelity(worker, COMPILED, artifact, progress, noise=noise)
+    """Fidelity of the dense model and of the artifact."""
+    return check_fidelity(worker, BASELINE, baseline, progress), check_fidelity(worker, COMPILED, artifact, progress)
 
 
 def _reference_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:
