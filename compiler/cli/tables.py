@@ -95,6 +95,9 @@ def _measurements(report: Mapping[str, Any]) -> Table:
         table.add_row(*row)
     if (agreement := (report.get("fidelity") or {}).get("top1_agreement")) is not None:
         table.add_row("top-1 agreement with the program", "", f"{agreement:.2%}", "")
+    if layers := (report.get("fidelity") or {}).get("layers"):
+        right = layers["checked"] - len(layers["wrong"])
+        table.add_row("layers that compute the program", "", f"{right:,} of {layers['checked']:,}", "")
     return table
 
 
