@@ -12,7 +12,7 @@ from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.ir.linears import find_linears, is_lm_head
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, WeightFormat
+from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, SchemeName, WeightFormat
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.passes.mask import Sparsify
 from compile_sparse.passes.quantization.calibrated import input_powers
@@ -69,7 +69,7 @@ def least_errors(weight: torch.Tensor, fmt: WeightFormat, stored: torch.dtype, p
                 scale = float((scales[row, place] * factor).to(stored)) or 1.0
                 codes = ((weight[row, part] / scale).round() + zeros[row, place]).clamp(low, high)
                 error = ((codes - zeros[row, place]) * scale - weight[row, part]).double().square()
-                found[row, place] = min(found[row, place], float((error * power[part]).sum()))
+                found[row, place] = min(float(found[row, place]), float((error * power[part]).sum()))
     return found.reshape(grid.scale.shape)
 
 
@@ -96,7 +96,7 @@ def test_parts_of_a_weight_are_searched_alike(monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("scheme", ["w4a16", "w4a16-g32", "w4a16-g32-asym", "w8a8", "w8a16"])
-def test_text_lowers_the_weighted_error_of_every_layer(tiny_llama_program: Program, scheme: str) -> None:
+def test_text_lowers_the_weighted_error_of_every_layer(tiny_llama_program: Program, scheme: SchemeName) -> None:
     """With the inputs' mean squares as another way of summing them finds."""
     program = tiny_llama_program
     layers, _ = find_linears(program)
@@ -166,7 +166,7 @@ def test_smaller_groups_are_recommended_where_outliers_decide(degrees: float, sa
     weight = torch.distributions.StudentT(degrees).sample((64, 1024))
     program = toy_program(Linear(weight), [torch.zeros(3, 1024)])
 
-    def hints(scheme: str, goal: Any) -> list[str]:
+    def hints(scheme: SchemeName, goal: Any) -> list[str]:
         found = Quantize(scheme=scheme).run(program, context(goal=goal)).diagnostics
         return [each.hint for each in found if each.code == "CS2210"]
 
