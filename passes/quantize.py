@@ -102,8 +102,8 @@ class Quantize(Pass):
 
     fallback: Literal["auto", "none"] = Field(
         default="auto",
-        description="auto: layers whose outputs w8a8 or w8a8-static would put too far off get the target's next format, or stay in "
-        "floating point; none: every layer has the scheme",
+        description="auto: layers whose outputs w8a8 or w8a8-static would put too far off get the target's next format or stay "
+        "in floating point; none: all have the scheme",
     )
 
     @property
@@ -179,7 +179,8 @@ class Quantize(Pass):
             return Choices()
         if context.plan_only:
             instead = " or ".join([*fallbacks, "floating point"])
-            return Choices(notes=(f"Layers that {self.scheme} would put too far off, measured when compiling, get {instead}.",))
+            note = f"Layers whose outputs {self.scheme} would put too far off, which is measured when compiling, get {instead}."
+            return Choices(notes=(note,))
         return choose_schemes(program, linears, (self.scheme, scheme), context, ranges)
 
     def _quantized(

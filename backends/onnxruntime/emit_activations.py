@@ -1,8 +1,8 @@
 """Activations in 8 bits, one scale per token.
 
-The kernel multiplies codes of a whole batch with one scale, so it is given a constant and each row of its result is multiplied with
-the row's own. Codes are unsigned with the zero point 128: signed ones run at a fourth of float32's speed, and not at all where
-``session.x64quantprecision`` is set.
+The kernel multiplies codes of a whole batch with one scale, so it is given a constant and each row of its result is multiplied
+with the row's own. Codes are unsigned with the zero point 128: signed ones run at a fourth of float32's speed, and not at all
+where ``session.x64quantprecision`` is set.
 
 Scales are kept doubled and steps halved, which changes no bit of a result: ``x * (1 / s)`` written with the constant 1 would be
 fused into ``x / s``, which rounds otherwise.

@@ -98,8 +98,8 @@ class Target(BaseModel):
     )
     fallbacks: Mapping[str, tuple[str, ...]] = Field(
         default_factory=dict,
-        description="scheme -> schemes that layers have instead whose outputs it would put too far off, fastest first; behind them "
-        "stands floating point. Layers are measured for schemes that are named here only",
+        description="scheme -> schemes that layers have instead whose outputs it would put too far off, fastest first; behind "
+        "them stands floating point. Layers are measured for schemes that are named here only",
     )
     grouped_inputs: Literal["float", "int8"] = Field(
         default="float",

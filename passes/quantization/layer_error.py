@@ -11,7 +11,7 @@ __all__ = ["layer_error"]
 
 ours = torch.ops.compile_sparse
 SMALL_ROW = 0.1
-"""Rows below this share of the typical length are measured against it: attention makes nearly nothing of some tokens' values, and
+"""Rows below this share of the median length are measured against it: attention makes nearly nothing of some tokens' values, and
 nobody reads how exact that is."""
 
 
@@ -43,7 +43,7 @@ def layer_error(
     if differences:
         exact, found = (y - y.mean(1, keepdim=True) for y in (exact, found))
     length = exact.norm(dim=1)
-    floor = SMALL_ROW * length.square().mean().sqrt()
+    floor = SMALL_ROW * length.median()
     away = (found - exact).norm(dim=1) / torch.maximum(length, floor).clamp_min(torch.finfo(torch.float32).tiny)
     return float(away.mean())
 
