@@ -22,6 +22,7 @@ from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT, ActivationQuantizer
 from compile_sparse.passes.quantization.calibrated import calibrated_weights, input_powers
+from compile_sparse.passes.quantization.choice import Choices, choose_schemes
 from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.group_hint import group_hint
 from compile_sparse.passes.quantization.rewriting import Rewriter
@@ -102,6 +103,12 @@ class Quantize(Pass):
         "all: every one but the lm_head",
     )
 
+    fallback: Literal["auto", "none"] = Field(
+        default="auto",
+        description="auto: layers whose outputs w8a8 or w8a8-static would put too far off get the target's next format or stay "
+        "in floating point; none: all have the scheme",
+    )
+
     @property
     def contraction_multiple(self) -> int:
         """Groups and blocks divide multiples of their size."""
@@ -122,33 +129,32 @@ class Quantize(Pass):
             linears, broken = _with_whole_groups(edited, linears, scheme.weights.group)
             diagnostics = [*diagnostics, *broken]
         if not linears:
-            raise ModelError(
-                "CS2201",
-                "There is nothing to quantize.",
-                where="quantize",
-                why=diagnostics[0].why if diagnostics else "The model has no linear layer with a stored weight.",
-            )
+            raise _nothing(diagnostics)
         outputs = self._quantized_outputs(edited, linears, context.target)
-        stored = _scale_type(scheme, context)
-        edits, activations = Edits(edited), None
+        ranges = self._ranges(edited, linears, outputs, context) if scheme.static and not context.plan_only else None
+        choices = self._choices(edited, linears, scheme, context, ranges)
+        diagnostics = [*diagnostics, *choices.diagnostics]
+        schemes = {linear: choices.schemes.get((linear.tensor, linear.axis), self.scheme) for linear in linears}
+        linears = [linear for linear in linears if schemes[linear]]
+        if not linears:
+            raise _nothing(diagnostics)
+        outputs = [linear for linear in outputs if schemes[linear] == self.scheme]
+        edits, activations, weights = Edits(edited), None, dict[tuple[str, int], Weight]()
         if scheme.activations:
-            activations = ActivationQuantizer(
-                edits,
-                scheme.activations,
-                ranges=self._ranges(edited, linears, outputs, context)
-                if scheme.static and not context.plan_only
-                else None,
-                per_tensor=context.target.activation_scales == "tensor",
-                stored=stored,
-            )
-        weights = weights_of(edited, linears, scheme.weights, stored)
-        if not context.plan_only:
-            diagnostics = [*diagnostics, *group_hint(weights, self.scheme, context.target.schemes)]
+            stored = _scale_type(scheme, context)
+            activations = ActivationQuantizer(edits, scheme.activations, ranges=ranges, stored=stored)
+        own = {name: scheme if name == self.scheme else SCHEMES[name] for name in schemes.values() if name}
+        for name, each in own.items():
+            group = [linear for linear in linears if schemes[linear] == name]
+            made_of = weights_of(edited, group, each.weights, _scale_type(each, context))
+            if name == self.scheme and not context.plan_only:
+                diagnostics = [*diagnostics, *group_hint(made_of, name, context.target.schemes)]
+            weights |= made_of
         made = self._quantized(program, linears, weights, context)
         work = Rewriter(edits, activations)
         for linear in linears:
-            key = (linear.tensor, linear.axis)
-            work.quantize(linear, weights[key], made[key])
+            key, rounds_input = (linear.tensor, linear.axis), bool(own[schemes[linear]].activations)
+            work.quantize(linear, weights[key], made[key], rounds_input=rounds_input)
         before = sum(program.weights.elements(linear.tensor) for linear in linears)
         result = work.finish(outputs)
         return PassResult(
@@ -162,7 +168,26 @@ class Quantize(Pass):
             }
             | ({"int8_outputs": len(outputs)} if scheme.activations == OUTPUT_FORMAT else {}),
             diagnostics=diagnostics,
+            notes=choices.notes,
         )
+
+    def _choices(
+        self,
+        program: Program,
+        linears: Sequence[Linear],
+        scheme: Scheme,
+        context: PassContext,
+        ranges: Mapping[str, float] | None,
+    ) -> Choices:
+        """What layers have that the scheme would put too far off."""
+        fallbacks = context.target.fallbacks.get(self.scheme)
+        if fallbacks is None or self.fallback == "none":
+            return Choices()
+        if context.plan_only:
+            instead = " or ".join([*fallbacks, "floating point"])
+            note = f"Layers whose outputs {self.scheme} would put too far off, which is measured when compiling, get {instead}."
+            return Choices(notes=(note,))
+        return choose_schemes(program, linears, (self.scheme, scheme), context, ranges)
 
     def _quantized(
         self,
@@ -257,6 +282,11 @@ class Quantize(Pass):
     def _meaningless(self, option: str, why: str, hint: str) -> UsageError:
         what = f"{option} does not apply to {self.scheme}."
         return UsageError("CS1122", what, where=f"quantize.{option}", why=why, hint=hint)
+
+
+def _nothing(diagnostics: Sequence[Diagnostic]) -> ModelError:
+    why = diagnostics[0].why if diagnostics else "The model has no linear layer with a stored weight."
+    return ModelError("CS2201", "There is nothing to quantize.", where="quantize", why=why)
 
 
 def _needs_int8_output(mask: SparsityMask | None, target: Target) -> bool:

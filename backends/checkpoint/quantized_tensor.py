@@ -116,8 +116,6 @@ def _activations(node: fx.Node) -> tuple[ActivationFormat, fx.Node | None]:
         if gemm is None or not gemm.is_layer or gemm.weight is not node:
             raise _strange(node, f"it is read by {op_name(user)}, which is no linear layer")
         quantizer = op_name(gemm.input)
-        if quantizer == "dequantize_activation":
-            raise _strange(node, "its input has one run-time scale for the whole tensor")
         given = schema_arguments(gemm.input) if quantizer == "fake_quantize" else {}
         found[given.get("format", ""), given.get("scale")] = None
     if len(found) != 1:

@@ -5,7 +5,7 @@ weight                              activation                              runt
 =================================== ======================================= ===================================
 float ``[N, K]`` or ``[K, N]``      float                                   MatMul, weight stored ``[K, N]``
 integers, one scale per group       float                                   MatMulNBits, 4 or 8 bits
-integers, one scale per channel     8-bit, one dynamic scale per tensor     MatMulIntegerToFloat
+integers, one scale per channel     8-bit, one run-time scale per token     MatMulIntegerToFloat
 anything else                                                               plain operators, and a CS2310 diagnostic
 =================================== ======================================= ===================================
 """
@@ -22,6 +22,7 @@ from torch import fx
 from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.emitters.gemm import emits_gemms, float_gemm
 from compile_sparse.backends.onnxruntime.dialect import DIALECT, MICROSOFT
+from compile_sparse.backends.onnxruntime.emit_activations import token_codes
 from compile_sparse.backends.onnxruntime.packing import pack_blocks, packed_shape, pad_scales
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.ir.edit import schema_arguments
@@ -65,7 +66,7 @@ def _quantized(
 ) -> str | None:
     given = schema_arguments(weight)
     codes = _Codes(given["q"], given["scale"], given["axis"], given["group_size"], int(given["bits"]))
-    dynamic = is_op(x, "compile_sparse::dequantize_activation")
+    dynamic = is_op(x, "compile_sparse::fake_quantize")
     reason = ""
     if codes.axis != axis:
         reason = "the scales do not follow the contraction"
@@ -122,8 +123,8 @@ def _blocked_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, 
 
 
 def _integer_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, bias: fx.Node | None) -> str:
-    given = schema_arguments(x)
-    activation, scale, zero_point = (emission.value(given[k]) for k in ("codes", "scale", "zero_point"))
+    """The bias comes last, because rows are multiplied with their own scale after the kernel."""
+    activation, graph = token_codes(emission, x), emission.graph
 
     def in_features_first(values: torch.Tensor) -> np.ndarray:
         array: Any = values.numpy()
@@ -132,11 +133,11 @@ def _integer_gemm(emission: Emission, node: fx.Node, x: fx.Node, codes: _Codes, 
     stored = emission.stored(
         codes.q, ".inner_first", (codes.in_features, codes.out_features), "int8", in_features_first
     )
-    inputs = [activation, stored, scale, emission.value(codes.scale), zero_point]
-    if bias is not None:
-        inputs += ["", emission.value(bias)]
-    emission.count("MatMulIntegerToFloat, dynamic activations")
-    return emission.graph.call("MatMulIntegerToFloat", inputs, hint=node.name, domain=MICROSOFT)
+    inputs = [activation.codes, stored, activation.half, emission.value(codes.scale), activation.zero_point]
+    emission.count("MatMulIntegerToFloat, one scale per token")
+    steps = graph.call("MatMulIntegerToFloat", inputs, hint=f"{node.name}_steps", domain=MICROSOFT)
+    result = graph.call("Mul", [steps, activation.scale], hint=node.name)
+    return result if bias is None else graph.call("Add", [result, emission.value(bias)], hint=node.name)
 
 
 emits_gemms(DIALECT, _gemm)

@@ -16,7 +16,7 @@ from compile_sparse.backends.onnx.emission import Emission
 from compile_sparse.backends.onnx.emitters import standard  # noqa: F401
 from compile_sparse.backends.onnx.emitters.attention import STANDARD_ATTENTION
 from compile_sparse.backends.onnx.interface import dynamic_interface
-from compile_sparse.backends.onnxruntime import emit_norms, linear  # noqa: F401
+from compile_sparse.backends.onnxruntime import emit_activations, emit_norms, linear  # noqa: F401
 from compile_sparse.backends.onnxruntime.dialect import DIALECT
 from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_attention
 from compile_sparse.backends.onnxruntime.genai import write_genai
@@ -110,7 +110,6 @@ def _limits(emission: Emission) -> list[str]:
         )
     if any(form.startswith("MatMulIntegerToFloat") for form in emission.forms):
         limits.append(
-            "One activation scale covers the whole batch: a row's result depends slightly on the other rows. On processors "
-            "without 8-bit dot products set session.x64quantprecision to 1, or sums may saturate."
+            "On processors without 8-bit dot products set session.x64quantprecision to 1, or sums may saturate."
         )
     return limits

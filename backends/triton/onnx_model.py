@@ -13,7 +13,6 @@ from compile_sparse.compiler.errors import EnvironmentFailure, Refusal
 __all__ = ["OnnxModel", "read_onnx"]
 
 _COUPLING = {
-    "DynamicQuantizeLinear": "one run-time scale covers the whole batch, so that answers depend on the other requests in it",
     "GroupQueryAttention": "several new tokens on top of a cache are computed wrongly in batches",
 }
 """Operators through which rows of a batch influence each other, and how."""

@@ -96,11 +96,18 @@ class Target(BaseModel):
     refused_schemes: Mapping[str, str] = Field(
         default_factory=dict, description="scheme -> why it is not one of them, a sentence"
     )
+    fallbacks: Mapping[str, tuple[str, ...]] = Field(
+        default_factory=dict,
+        description="scheme -> schemes that layers have instead whose outputs it would put too far off, fastest first; behind "
+        "them stands floating point. Layers are measured for schemes that are named here only",
+    )
+    grouped_inputs: Literal["float", "int8"] = Field(
+        default="float",
+        description="what GEMMs of weights in groups and floating-point activations compute with; int8: activations rounded to 8 "
+        "bits, one scale per group of weights",
+    )
     cache_formats: Mapping[str, str] = Field(
         default_factory=dict, description="format of a quantized key-value cache -> how this runtime executes it"
-    )
-    activation_scales: Literal["tensor", "token"] = Field(
-        default="tensor", description="what one run-time scale of int8 activations covers"
     )
     whole_groups: bool = Field(
         default=False, description="whether groups of quantized weights must divide the contraction dimension"

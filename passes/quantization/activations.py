@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from operator import getitem
 from typing import Literal
 
 import torch
@@ -32,7 +31,6 @@ class ActivationQuantizer:
         edits: of the graph.
         form: how inputs are quantized.
         ranges: node -> magnitude that the largest code stands for, for static formats; None while planning.
-        per_tensor: run-time int8 scales for the whole tensor instead of one per token.
         stored: type that fixed scales are stored in.
     """
 
@@ -42,24 +40,20 @@ class ActivationQuantizer:
         form: ActivationFormat,
         *,
         ranges: Mapping[str, float] | None,
-        per_tensor: bool,
         stored: torch.dtype,
     ) -> None:
         self._edits, self._form, self._stored = edits, form, stored
-        self._ranges, self._per_tensor = ranges, per_tensor
+        self._ranges = ranges
         self._inputs: dict[fx.Node, fx.Node] = {}
 
     def quantize_input(self, linear: Linear) -> None:
         """Give the layer the quantize-dequantized value; it is made once, before the first layer that reads it."""
         source = linear.input
         if source not in self._inputs:
-            if self._form == "int8" and self._per_tensor:
-                self._inputs[source] = self._dynamic_per_tensor(linear)
-            else:
-                scale = () if self._form not in (*_TOPS, "fp4") else (self._scale(source, linear.tensor, "input"),)
-                self._inputs[source] = self._edits.before(
-                    linear.node, ours.fake_quantize.default, source, self._form, *scale
-                )
+            scale = () if self._form not in (*_TOPS, "fp4") else (self._scale(source, linear.tensor, "input"),)
+            self._inputs[source] = self._edits.before(
+                linear.node, ours.fake_quantize.default, source, self._form, *scale
+            )
         linear.node.replace_input_with(source, self._inputs[source])
 
     def quantize_output(self, linear: Linear) -> None:
@@ -71,11 +65,6 @@ class ActivationQuantizer:
         quantized = self._edits.after(linear.node, ours.fake_quantize.default, linear.node, OUTPUT_FORMAT, scale)
         for user in users:
             user.replace_input_with(linear.node, quantized)
-
-    def _dynamic_per_tensor(self, linear: Linear) -> fx.Node:
-        packed = self._edits.before(linear.node, ours.quantize_dynamic.default, linear.input)
-        parts = tuple(self._edits.before(linear.node, getitem, packed, index) for index in range(3))
-        return self._edits.before(linear.node, ours.dequantize_activation.default, *parts)
 
     def _scale(self, value: fx.Node, tensor: str, side: Literal["input", "output"]) -> fx.Node:
         source: TensorSource = AbsentTensor((1,), torch.float32, value.name)

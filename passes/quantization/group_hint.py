@@ -48,7 +48,7 @@ def group_hint(
         f"Groups of 128 leave {here / there:.1f} times the squared error of the weights that groups of 32 would: single large "
         f"weights decide the scales of their groups (1.4 times is usual)."
     )
-    return (Diagnostic("quantize.scheme", "CS2210", why, f"Choose {twin} for better quality.", severity="note"),)
+    return (Diagnostic("quantize.scheme", "CS2211", why, f"Choose {twin} for better quality.", severity="note"),)
 
 
 def _is_twin(small: WeightFormat, large: WeightFormat) -> bool:

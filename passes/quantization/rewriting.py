@@ -24,7 +24,7 @@ class Rewriter:
 
     Args:
         edits: of the graph.
-        activations: the quantizers of activations; None where they stay in floating point.
+        activations: the quantizers of activations; None where all stay in floating point.
     """
 
     def __init__(self, edits: Edits, activations: ActivationQuantizer | None) -> None:
@@ -33,16 +33,18 @@ class Rewriter:
         self._masks: dict[str, SparsityMask] = {}
         self.code_bits = 0
 
-    def quantize(self, linear: Linear, weight: Weight, made: Mapping[str, TensorSource]) -> None:
+    def quantize(self, linear: Linear, weight: Weight, made: Mapping[str, TensorSource], *, rounds_input: bool) -> None:
         """Rewrite one linear layer.
 
         Args:
             linear: of the graph.
             weight: its weight.
             made: the tensors it is stored as.
+            rounds_input: quantize its input too.
         """
         linear.node.replace_input_with(linear.weight, self._dequantized(linear, weight, made))
-        if self._activations is not None:
+        if rounds_input:
+            assert self._activations is not None
             self._activations.quantize_input(linear)
 
     def finish(self, outputs: Collection[Linear] = ()) -> Program:

@@ -38,10 +38,6 @@ def _cached(q: Any, k: Any, v: Any, pk: Any, pv: Any, cos: Any, sin: Any) -> Any
     return _own.cached_attention(q, k, v, pk, pv, mask, cos, sin, 4, 2, 0.35, 0)
 
 
-def _quantized(x: torch.Tensor) -> torch.Tensor:
-    return _own.dequantize_activation(*_own.quantize_dynamic(x))
-
-
 def _fp8(x: torch.Tensor) -> torch.Tensor:
     return x.to(torch.float8_e4m3fn)
 
@@ -223,7 +219,6 @@ CASES: dict[str, Case] = {
     "residual_norm": Case(
         lambda x, r, w: _own.residual_rms_norm(x, r, w, 1e-6), [(3, 6), (3, 6), (6,)], [3, 6], "reduces"
     ),
-    "quantized_activations": Case(_quantized, [(3, 6)], [3, 6], "reduces"),
     "channel_scales": Case(
         lambda q, s: _own.dequantize_weight(q.to(torch.int8), s, 1, 0), [(5, 6), (5,)], [5, 6], integers={0: 7}
     ),

@@ -54,7 +54,8 @@ def test_every_gpu_has_its_file_and_capability() -> None:
 
 def test_the_contract_of_the_backend(target: Target) -> None:
     assert (target.backend, target.device) == ("tensorrt", "cuda")
-    assert (target.activation_scales, target.logits) == ("tensor", "float")
+    assert target.logits == "float"
+    assert target.fallbacks == {"w8a8-static": ()}
     assert target.baseline_precision == "fp16"
     assert target.precisions == ("fp16", "bf16")
     assert not older(target.minimum_versions["tensorrt"], "11.0")

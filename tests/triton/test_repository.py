@@ -44,13 +44,17 @@ def test_a_decoder_runs_from_its_configuration(lowered: Lowered) -> None:
     assert "as many outputs" in written.limits[-1]
 
 
-@pytest.mark.parametrize(("name", "scheme"), [("bert", "w8a8"), ("llama", "")])
-def test_requests_that_would_influence_each_other_are_not_batched(name: str, scheme: str, lowered: Lowered) -> None:
-    operators = {
-        node.op_type for node in onnx.load(lowered(name, scheme) / "model.onnx", load_external_data=False).graph.node
-    }
-    assert operators & {"DynamicQuantizeLinear", "GroupQueryAttention"}
-    _, written, config = repository(lowered(name, scheme), largest_batch=16)
+def test_run_time_scales_of_tokens_are_batched(lowered: Lowered) -> None:
+    folder, written, config = repository(lowered("bert", "w8a8"), largest_batch=16)
+    assert config.max_batch_size == 16 and config.HasField("dynamic_batching")
+    agrees(config, answers(folder, requests(config)))
+    assert written.limits == ()
+
+
+def test_requests_that_would_influence_each_other_are_not_batched(lowered: Lowered) -> None:
+    graph = onnx.load(lowered("llama") / "model.onnx", load_external_data=False).graph
+    assert "GroupQueryAttention" in {node.op_type for node in graph.node}
+    _, written, config = repository(lowered("llama"), largest_batch=16)
     assert config.max_batch_size == 1 and not config.HasField("dynamic_batching")
     assert "one request at a time" in written.limits[0]
 

@@ -221,14 +221,3 @@ def _dequantize_weight(emission: Emission, node: fx.Node) -> str:
     name = emission.stored(scale, ".spread", wide if axis == 1 else wide[::-1], "float32", spread)
     codes = emission.graph.call("Cast", [emission.value(q)], to=element_type("float32"))
     return emission.graph.call("Mul", [codes, name], hint=node.name)
-
-
-@emits("compile_sparse::quantize_dynamic")
-def _quantize_dynamic(emission: Emission, node: fx.Node) -> list[str]:
-    return emission.graph.call_many("DynamicQuantizeLinear", [emission.value(node.args[0])], 3, hint=node.name)  # type: ignore[arg-type]
-
-
-@emits("compile_sparse::dequantize_activation", lazy=True)
-def _dequantize_activation(emission: Emission, node: fx.Node) -> str:
-    inputs = [emission.value(argument) for argument in node.args]  # type: ignore[arg-type]
-    return emission.graph.call("DequantizeLinear", inputs, hint=node.name)

@@ -15,8 +15,8 @@ def check_target(target: Target) -> None:
     """Hold ``target`` to what users of the registry rely on.
 
     Its backend is installed; its precisions contain the baseline's; its schemes exist, say how they run, and none is refused as
-    well; a sparsity pattern has one entry with its mechanism and, where it does not pay, a measurement and what to do instead;
-    versions are numbers.
+    well; fallbacks are among them; a sparsity pattern has one entry with its mechanism and, where it does not pay, a measurement
+    and what to do instead; versions are numbers.
 
     Raises:
         NonConforming: naming the rule.
@@ -39,6 +39,9 @@ def check_target(target: Target) -> None:
         if not table[name]
     ]
     require(not silent, "Every scheme says how it runs, or why not", where, ", ".join(silent))
+    named = {name for first, others in target.fallbacks.items() for name in (first, *others)}
+    strange = sorted(name for name in named if name not in target.schemes or SCHEMES[name].weights.kind != "int")
+    require(not strange, "Fallbacks are between integer schemes that it runs", where, ", ".join(strange))
     for entry in target.sparse_patterns:
         what = f"{where}, pattern {entry.pattern}"
         require(bool(entry.why), "A pattern says its mechanism", what)

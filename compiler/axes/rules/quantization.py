@@ -59,21 +59,6 @@ def dequantize_nvfp4(step: RuleContext) -> Labels:
     return codes
 
 
-@rule("compile_sparse::quantize_dynamic")
-def quantize_dynamic(step: RuleContext) -> Labels:
-    """One scale for the whole tensor: its range is taken over the kept positions."""
-    source = step.label("x")
-    for axis in source:
-        step.role(axis, "reduce_range")
-    return (source, [], [])
-
-
-@rule("compile_sparse::dequantize_activation")
-def dequantize_activation(step: RuleContext) -> Labels:
-    """Element by element."""
-    return step.label("codes")
-
-
 @rule("compile_sparse::fake_quantize")
 def fake_quantize(step: RuleContext) -> Labels:
     """Run-time scales are taken over the kept positions of a row; groups within a row may not lose some of theirs."""

@@ -7,8 +7,7 @@ Integer weights: scales along the contraction dimension.
     zero_point: int8 of the scale's shape, or None where codes are symmetric.
 FP8 weights (e4m3, arXiv:2209.05433): as integers with one scale per channel, or one scale per square block.
 NVFP4 weights: e2m1 values in groups of 16 with an e4m3 scale each, and one float32 scale for the tensor.
-Activations: a run-time scale for the whole tensor (``quantize_dynamic``), or ``fake_quantize``: quantize-dequantize
-(QDQ), in every other granularity.
+Activations: ``fake_quantize``, quantize-dequantize (QDQ), with scales found at run time or fixed ahead.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ __all__ = [
     "FP4_MAX",
     "FP4_VALUES",
     "FP8_MAX",
+    "LEAST_PEAK",
     "NVFP4_GROUP",
     "WEIGHT_DEQUANTIZERS",
-    "dequantize_activation",
     "dequantize_block",
     "dequantize_nvfp4",
     "dequantize_weight",
     "fake_quantize",
-    "quantize_dynamic",
     "to_fp4_codes",
     "to_fp8",
 ]
@@ -43,8 +41,9 @@ WEIGHT_DEQUANTIZERS = frozenset({"dequantize_weight", "dequantize_block", "dequa
 """Operators that make a float weight of stored codes, the first argument of each."""
 FAKE_QUANTIZE_GROUPS = {"fp8-group": 128, "fp4": NVFP4_GROUP}
 """Activation format -> elements of a row that share a scale; one scale for a row, or for everything, in the others."""
+LEAST_PEAK = 1e-30
+"""Run-time int8 scales are those of ``max(|x|, this)``: a row of zeros has one too, and its reciprocal is finite."""
 _ACTIVATION_FORMATS = ("int8", "int8-static", "fp8", "fp8-static", "fp8-group", "fp4")
-_TOPS = {"int8": 127.0, "fp8": FP8_MAX}
 
 
 def to_fp8(x: torch.Tensor) -> torch.Tensor:
@@ -152,7 +151,9 @@ def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = Non
 
     Args:
         x: ``[..., K]``.
-        format: ``int8``, ``fp8``: one symmetric scale per token (row of K), ``max|x| / 127`` or ``/ 448``;
+        format: ``int8``: one symmetric scale per token (row of K), ``s = max|x| / 127``, and codes ``round(x * (1 / s))``, half
+            to even, all float32: the operations, in this order, of our graphs for ONNX Runtime and of vLLM's kernel for
+            processors; ``fp8``: the same with ``max|x| / 448`` and ``x / s``;
             ``int8-static``, ``fp8-static``: ``scale``, float32 ``[1]``, for everything;
             ``fp8-group``: one scale per 128 elements of a row (the last may be shorter);
             ``fp4``: e2m1 with an e4m3 scale per 16 elements, below the divisor ``scale``, float32 ``[1]``.
@@ -169,15 +170,23 @@ def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = Non
             raise ValueError(f"{format} needs a scale")
         result = _qdq_fp4(value, scale) if kind == "fp4" else _qdq(value, scale, kind)
         return result.to(x.dtype)
+    if format == "int8":
+        return _qdq_int8_rows(value).to(x.dtype)
     group = FAKE_QUANTIZE_GROUPS.get(format)
     rows = _grouped(value, group) if group else value
-    result = _qdq(rows, _row_scale(rows, _TOPS[kind]), kind)
+    result = _qdq(rows, _row_scale(rows, FP8_MAX), kind)
     return (_ungrouped(result, value) if group else result).to(x.dtype)
 
 
 @fake_quantize.register_fake
 def _(x: torch.Tensor, format: str, scale: torch.Tensor | None = None) -> torch.Tensor:
     return torch.empty_like(x)
+
+
+def _qdq_int8_rows(value: torch.Tensor) -> torch.Tensor:
+    """No clamp: ``|x| * (1 / s)`` is at most 127 and a rounding error."""
+    scale = value.abs().amax(-1, keepdim=True).clamp_min(LEAST_PEAK) / 127.0
+    return torch.round(value * (1.0 / scale)) * scale
 
 
 def _row_scale(value: torch.Tensor, top: float) -> torch.Tensor:
@@ -206,34 +215,3 @@ def _qdq_fp4(value: torch.Tensor, global_scale: torch.Tensor) -> torch.Tensor:
     safe = torch.where(scale == 0, torch.ones_like(scale), scale)
     table = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)
     return _ungrouped(table[to_fp4_codes(rows / safe).long()] * scale, value)
-
-
-@custom_op("compile_sparse::quantize_dynamic", mutates_args=())
-def quantize_dynamic(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """``(codes uint8, scale float32 [], zero_point uint8 [])`` of the whole tensor.
-
-    This is ONNX ``DynamicQuantizeLinear`` (opset 11): the range always contains zero and the zero point is rounded half to even.
-    """
-    low = torch.clamp(x.min(), max=0.0)
-    high = torch.clamp(x.max(), min=0.0)
-    scale = (high - low) / 255.0
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    zero_point = torch.clamp(torch.round(-low / scale), 0, 255)
-    codes = torch.clamp(torch.round(x / scale) + zero_point, 0, 255)
-    return codes.to(torch.uint8), scale.clone(), zero_point.to(torch.uint8)
-
-
-@quantize_dynamic.register_fake
-def _(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return x.new_empty(x.shape, dtype=torch.uint8), x.new_empty(()), x.new_empty((), dtype=torch.uint8)
-
-
-@custom_op("compile_sparse::dequantize_activation", mutates_args=())
-def dequantize_activation(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """``(codes - zero_point) * scale``."""
-    return (codes.to(scale.dtype) - zero_point.to(scale.dtype)) * scale
-
-
-@dequantize_activation.register_fake
-def _(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    return codes.new_empty(codes.shape, dtype=scale.dtype)

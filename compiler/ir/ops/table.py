@@ -67,8 +67,5 @@ OPERATORS: Mapping[str, Mapping[Fact, str]] = {
     "compile_sparse::fake_quantize": {
         "cost": _ELEMENTWISE,
         "calibration": "Its range is what statistics of a layer's input find; the node is put there afterwards.",
-        "onnxruntime": _REFUSED_SCHEME,
     },
-    "compile_sparse::quantize_dynamic": {"cost": _ELEMENTWISE, "calibration": _NO_WEIGHT},
-    "compile_sparse::dequantize_activation": {"cost": _ELEMENTWISE, "calibration": _NO_WEIGHT},
 }

@@ -33,8 +33,8 @@ WINDOWS = CalibrationStream(
 
 
 def serving(**changes: Any) -> Target:
-    """As serving runtimes are: a scale per token, weights of bfloat16."""
-    update = {"activation_scales": "token", "baseline_precision": "bf16", **changes}
+    """As serving runtimes are: weights of bfloat16."""
+    update = {"baseline_precision": "bf16", **changes}
     return target(tuple(SCHEMES)).model_copy(update=update)
 
 

@@ -168,7 +168,7 @@ def test_smaller_groups_are_recommended_where_outliers_decide(degrees: float, sa
 
     def hints(scheme: SchemeName, goal: Any) -> list[str]:
         found = Quantize(scheme=scheme).run(program, context(goal=goal)).diagnostics
-        return [each.hint for each in found if each.code == "CS2210"]
+        return [each.hint for each in found if each.code == "CS2211"]
 
     assert hints("w4a16", ALL) == (["Choose w4a16-g32 for better quality."] if said else [])
     assert hints("w4a16-asym", ALL) == (["Choose w4a16-g32-asym for better quality."] if said else [])

@@ -232,6 +232,8 @@ def test_an_error_that_lowering_does_not_keep_is_found() -> None:
         ({"schemes": {"w3a3": "somehow"}}, "exist"),
         ({"schemes": {"w8a8": ""}}, "says how it runs"),
         ({"refused_schemes": {"w8a8": "slow"}}, "both"),
+        ({"fallbacks": {"w8a8": ("w8a16", "w4a16-asym")}}, "Fallbacks"),
+        ({"fallbacks": {"fp8": ()}}, "Fallbacks"),
         ({"minimum_versions": {"onnx": "new"}}, "numbers"),
     ],
 )
