@@ -64,6 +64,10 @@ _MEASUREMENT = (
         "--eval", "eval_", metavar="SLICE=FILE", multiple=True, callback=_named_files,
         help="A named quality slice, JSONL; repeatable.",
     ),
+    click.option(
+        "--max-quality-loss", metavar="FACTOR",
+        help="How many times worse than the dense model the worst slice may be, e.g. 1.10x; beyond it the exit code is 3.",
+    ),
     click.option("--workload", metavar="KEY=N,...", help="What is measured, e.g. prompt=128,output=64,batch=1."),
     click.option(
         "--concurrency", metavar="N,...", help="Requests at once, e.g. 1,8: each is measured; the verdict follows the first."
@@ -120,4 +124,4 @@ def _applied(options: tuple[_Decorator, ...]) -> _Decorator:
 recipe_options = _applied(_RECIPE)
 """MODEL, --target and everything that shapes a recipe."""
 measurement_options = _applied(_MEASUREMENT)
-"""--eval, --workload, --gate."""
+"""--eval, --max-quality-loss, --workload, --gate."""

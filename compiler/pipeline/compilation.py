@@ -43,6 +43,7 @@ from compile_sparse.compiler.verify.measure import (
     measure_answers,
     model_bytes,
 )
+from compile_sparse.compiler.verify.quality_verdict import lost_quality, with_quality
 from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
@@ -228,6 +229,7 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
         threads=runtime_threads(job.workload.threads),
         vocabulary=job.vocabulary,
         seed=job.recipe.seed,
+        max_loss=job.recipe.evaluation.max_loss,
     )
     if why:
         return measure_answers(request, reference, progress), size, why
@@ -264,8 +266,9 @@ def judge(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> 
         elif dense < fidelity_bound(quantized=False):
             verdict, why = "unverified", f"The dense baseline itself agrees with torch on only {dense:.1%} of tokens."
         report = report.model_copy(update={"verdict": verdict, "verdict_why": why})
+    report = with_quality(report)
     data = report.model_dump(mode="json")
-    results = [*wrong_model(data, fidelity_bound(quantized)), *evaluate_gates(gates, data)]
+    results = [*wrong_model(data, fidelity_bound(quantized)), *lost_quality(report), *evaluate_gates(gates, data)]
     return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
 
 

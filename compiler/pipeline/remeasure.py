@@ -41,6 +41,7 @@ def verify_artifact(
     workload: str | None,
     concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str],
+    max_quality_loss: str | float | None = None,
     model: str | Path | None,
     options: Mapping[str, Any],
     progress: Progress,
@@ -53,6 +54,7 @@ def verify_artifact(
         workload: instead of the one it was compiled with.
         concurrency: numbers of requests at once, instead of those it was compiled with.
         gates: conditions on the new measurements, instead of those it was compiled with.
+        max_quality_loss: instead of the one it was compiled with.
         model: the dense model, needed when its baseline is no longer in the cache.
         options: of the target's backend (its ``verify_options``).
         progress: where measuring is reported.
@@ -89,7 +91,9 @@ def verify_artifact(
         raise EnvironmentFailure(
             "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
         )
-    recipe = merge_options(compiled, eval=eval, workload=workload, concurrency=concurrency)
+    recipe = merge_options(
+        compiled, eval=eval, workload=workload, concurrency=concurrency, max_quality_loss=max_quality_loss
+    )
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
@@ -109,10 +113,13 @@ def verify_artifact(
         threads=runtime_threads(measured_workload.threads),
         vocabulary=int(config.get("vocab_size") or 0),
         seed=recipe.seed,
+        max_loss=recipe.evaluation.max_loss,
     )
     measured = measure(request, backend, target, settings, progress)
-    if measured.quality is None and old.quality is not None:
-        measured = replace(measured, quality=old.quality)  # the same two models: what was measured still holds
+    if old.quality is not None and old.quality.known and not recipe.evaluation.slices:
+        # The same two models: what was measured on data still holds.
+        kept = old.quality.model_copy(update={"max_loss": recipe.evaluation.max_loss})
+        measured = replace(measured, quality=kept)
     sizes = ModelSection(
         kind=old.model.kind,
         parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),

@@ -15,7 +15,16 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
@@ -28,6 +37,7 @@ from compile_sparse.compiler.recipes.building import Building, check_building
 from compile_sparse.compiler.recipes.conflicts import refuse_second
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.gates import parse_gate
+from compile_sparse.compiler.verify.quality import MAX_LOSS
 
 __all__ = ["Calibration", "Evaluation", "PassRequest", "Recipe", "built_in_recipes", "load_recipe", "recipe_from_yaml"]
 
@@ -103,6 +113,11 @@ class Calibration(_Model):
     )
 
 
+def _times(value: Any) -> Any:
+    """``1.10x``, as on the command line, is the number 1.10."""
+    return value[:-1] if isinstance(value, str) and value.endswith("x") else value
+
+
 class Evaluation(_Model):
     """Text the quality is measured on, by named slice."""
 
@@ -113,6 +128,13 @@ class Evaluation(_Model):
         ge=2,
         le=1_000_000,
         description="tokens per window, 2 to 1,000,000; null: 256, or the model's longest",
+    )
+    max_loss: Annotated[float, BeforeValidator(_times)] = Field(
+        default=MAX_LOSS,
+        ge=1,
+        le=1e9,
+        description="how many times worse than the dense model the worst slice may be, 1 to 1e9: a ratio of perplexities, or of "
+        "the dense model's score to the compiled one's; beyond it the verdict is quality-lost",
     )
 
 

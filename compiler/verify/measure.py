@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -21,6 +22,7 @@ from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.verify.agreement import measure_agreement
 from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
 from compile_sparse.compiler.verify.performance import (
     BASELINE,
@@ -30,7 +32,7 @@ from compile_sparse.compiler.verify.performance import (
     measure_over_dense,
     measure_samples,
 )
-from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
+from compile_sparse.compiler.verify.quality import MAX_LOSS, measure_divergence, measure_perplexity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 
@@ -54,6 +56,7 @@ class MeasureRequest:
         threads: of the runtime.
         vocabulary: token ids are drawn below it; 0 for models without tokens.
         seed: of what is drawn.
+        max_loss: loss of the worst slice up to which quality does not count as lost; see ``quality``.
     """
 
     baseline: Path
@@ -63,6 +66,7 @@ class MeasureRequest:
     threads: int
     vocabulary: int
     seed: int
+    max_loss: float = MAX_LOSS
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -82,7 +86,7 @@ class Measured:
     Attributes:
         runtime, performance: None where a reference runtime answered for the target's.
         fidelity, baseline_fidelity: of the artifact and of the dense model.
-        quality: None where it was not asked for.
+        quality: of the compiled model against the dense one; without evaluation data only how far apart they are.
         over_dense: speed over the same model without sparse kernels, by optimization profile; empty where there is none.
     """
 
@@ -204,10 +208,15 @@ def measure_answers(request: MeasureRequest, command: Sequence[str], progress: P
     )
 
 
-def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality | None:
+def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality:
+    limit = request.max_loss
     if not request.decoder:
-        return measure_agreement(worker, _reference_feeds(request.artifact / SAMPLE_FILE), progress=progress)
-    return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress) if request.slices else None
+        feeds = _reference_feeds(request.artifact / SAMPLE_FILE)
+        return measure_agreement(worker, feeds, progress=progress, max_loss=limit)
+    if request.slices:
+        return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress, max_loss=limit)
+    windows = json.loads((request.artifact / DECODER_FILE).read_text(encoding="utf-8"))["windows"]
+    return measure_divergence(worker, windows, progress=progress, max_loss=limit)
 
 
 def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], *, device: str) -> None:

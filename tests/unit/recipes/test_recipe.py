@@ -283,12 +283,18 @@ def test_every_data_flag_arrives():
         calibration_samples=4,
         sequence_length=32,
         eval={"en": "e.jsonl"},
+        max_quality_loss="1.25x",
         workload="prompt=16,rounds=7",
         gates=("ppl[en]<=1.1x",),
     )
     assert merged.calibration is not None
     assert merged.calibration.model_dump() == {"file": "c.jsonl", "samples": 4, "sequence_length": 32}
-    assert merged.evaluation.model_dump() == {"slices": {"en": "e.jsonl"}, "samples": 64, "sequence_length": 32}
+    assert merged.evaluation.model_dump() == {
+        "slices": {"en": "e.jsonl"},
+        "samples": 64,
+        "sequence_length": 32,
+        "max_loss": 1.25,
+    }
     assert merged.workload == Workload(prompt=16, rounds=7)
     assert merged.gates == ("ppl[en]<=1.1x",)
 
@@ -314,6 +320,8 @@ def test_fractions_outside_the_open_interval(fraction):
         ({"calibration_samples": 4}, "CS1006"),
         ({"gates": ("ppl[xx]<=1.1x",)}, "CS1012"),
         ({"seed": -1}, "CS1105"),
+        ({"max_quality_loss": "0.9x"}, "CS1105"),
+        ({"max_quality_loss": "much"}, "CS1105"),
         ({"gates": ("nonsense",)}, "CS1011"),
     ],
 )
