@@ -230,7 +230,8 @@ class Slice(_Section):
     logit_error: float | None = Field(
         default=None, ge=0, description="root mean square difference of logits over their spread in the dense model"
     )
-    samples: int | None = Field(default=None, ge=0, description="windows or inputs")
+    note: str | None = Field(default=None, description="what had to be assumed, or left out")
+    samples: int | None = Field(default=None, ge=0, description="windows, texts, pairs or other inputs")
     tokens: int | None = Field(default=None, ge=0, description="predicted tokens")
 
 

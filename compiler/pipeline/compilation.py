@@ -226,6 +226,7 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
         artifact=artifact,
         workload=job.workload,
         slices=job.slices,
+        evaluation=job.evaluation,
         threads=runtime_threads(job.workload.threads),
         vocabulary=job.vocabulary,
         seed=job.recipe.seed,

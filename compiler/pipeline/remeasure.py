@@ -11,6 +11,7 @@ from typing import Any
 from compile_sparse.compiler.artifact.reader import Artifact, read_artifact, read_manifest, replace_report
 from compile_sparse.compiler.artifact.report import Change, ModelSection, Report
 from compile_sparse.compiler.capture import capture, open_folder
+from compile_sparse.compiler.capture.folder import read_classes
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.backends import find_backend, options_for
@@ -19,7 +20,14 @@ from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, judge, raise_failed_gates
-from compile_sparse.compiler.pipeline.job import TextReader, baseline_key, fit_workload, longest_window, runtime_threads
+from compile_sparse.compiler.pipeline.job import (
+    TextReader,
+    baseline_key,
+    fit_workload,
+    longest_window,
+    read_evaluation,
+    runtime_threads,
+)
 from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
@@ -97,7 +105,8 @@ def verify_artifact(
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
-    slices = TextReader(config, artifact.model).slices(recipe)
+    slices = TextReader(config, artifact.model).slices(recipe) if decoder else {}
+    evaluation = read_evaluation(recipe, artifact.model, *read_classes(config, artifact.folder))
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
@@ -110,6 +119,7 @@ def verify_artifact(
         artifact=artifact.folder,
         workload=measured_workload,
         slices=slices,
+        evaluation=evaluation,
         threads=runtime_threads(measured_workload.threads),
         vocabulary=int(config.get("vocab_size") or 0),
         seed=recipe.seed,

@@ -119,10 +119,18 @@ def _times(value: Any) -> Any:
 
 
 class Evaluation(_Model):
-    """Text the quality is measured on, by named slice."""
+    """Data the quality is measured on, by named slice: text, pairs of query and document, labelled text, or arrays."""
 
-    slices: dict[str, str] = Field(default_factory=dict, description="slice name -> JSONL file, as for calibration")
-    samples: int = Field(default=64, ge=1, le=1_000_000, description="windows per slice, 1 to 1,000,000")
+    slices: dict[str, str] = Field(
+        default_factory=dict, description="slice name -> JSONL or .npz file; what it holds is told by its content"
+    )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="windows, lines or samples per slice, 1 to 1,000,000; null: 64 windows of text for language models, 1,000 "
+        "lines or samples for others",
+    )
     sequence_length: int | None = Field(
         default=None,
         ge=2,

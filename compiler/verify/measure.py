@@ -23,6 +23,7 @@ from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.agreement import measure_agreement
+from compile_sparse.compiler.verify.evaluation.models import EvaluationSlice, measure_evaluation
 from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
 from compile_sparse.compiler.verify.performance import (
     BASELINE,
@@ -52,10 +53,11 @@ class MeasureRequest:
     Attributes:
         baseline, artifact: folders with ``model/`` and a reference file each.
         workload: what speed is measured on.
-        slices: evaluation windows by slice name; none: quality of decoders is not measured.
+        slices: evaluation windows of a decoder by slice name.
         threads: of the runtime.
         vocabulary: token ids are drawn below it; 0 for models without tokens.
         seed: of what is drawn.
+        evaluation: evaluation data of other models by slice name.
         max_loss: loss of the worst slice up to which quality does not count as lost; see ``quality``.
     """
 
@@ -66,6 +68,7 @@ class MeasureRequest:
     threads: int
     vocabulary: int
     seed: int
+    evaluation: Mapping[str, EvaluationSlice] = field(default_factory=dict)
     max_loss: float = MAX_LOSS
 
     @property
@@ -212,6 +215,8 @@ def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Qua
     limit = request.max_loss
     if not request.decoder:
         feeds = _reference_feeds(request.artifact / SAMPLE_FILE)
+        if request.evaluation:
+            return measure_evaluation(worker, request.evaluation, feeds, request.seed, progress, limit)
         return measure_agreement(worker, feeds, progress=progress, max_loss=limit)
     if request.slices:
         return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress, max_loss=limit)
@@ -222,6 +227,7 @@ def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Qua
 def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], *, device: str) -> None:
     workload = request.workload
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in request.slices.values() for window in windows)])
+    longest = max([longest, *(each.longest for each in request.evaluation.values())])
     for name, folder in folders.items():
         load = Load(
             name=name,

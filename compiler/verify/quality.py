@@ -25,6 +25,7 @@ __all__ = [
     "loss_of_score",
     "measure_divergence",
     "measure_perplexity",
+    "perplexity_slice",
     "quality_of",
     "slice_loss",
 ]

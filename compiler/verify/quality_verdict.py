@@ -74,6 +74,8 @@ def describe(name: str, found: Slice) -> str:
         return f"it predicts the dense model's token at {found.top1_agreement:.1%} of positions of its {name} windows"
     if kind == "cosine" and found.mean_cosine is not None:
         return f"the cosine to the dense model's outputs on [{name}] is {found.mean_cosine:.3f}"
+    if kind == "rank_agreement" and found.rank_agreement is not None:
+        return f"the rank correlation with the dense model's scores on [{name}] is {found.rank_agreement:.3f}"
     if kind == "agreement" and found.top1_agreement is not None:
         return f"it gives the dense model's answer on {found.top1_agreement:.1%} of [{name}]"
     return f"the model's outputs are no numbers on [{name}]"
