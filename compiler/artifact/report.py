@@ -245,7 +245,7 @@ class Quality(_Section):
         description="false: no evaluation data was given, and the slice only says how far the model is from the dense one",
     )
     max_loss: float | None = Field(
-        default=None, ge=1, description="loss of the worst slice beyond which quality counts as lost"
+        default=None, ge=1, description="loss of the worst slice beyond which quality counts as lost; absent: no limit"
     )
 
 

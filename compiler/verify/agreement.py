@@ -23,7 +23,7 @@ Array = NDArray[Any]
 
 
 def measure_agreement(
-    worker: Worker, feeds: Mapping[str, Array], *, progress: Progress, max_loss: float = MAX_LOSS
+    worker: Worker, feeds: Mapping[str, Array], *, progress: Progress, max_loss: float | None = MAX_LOSS
 ) -> Quality:
     """Agreement of the first output with the dense model's on seeded inputs: what is known of quality without anybody's data.
 

@@ -58,7 +58,7 @@ class MeasureRequest:
         vocabulary: token ids are drawn below it; 0 for models without tokens.
         seed: of what is drawn.
         evaluation: evaluation data of other models by slice name.
-        max_loss: loss of the worst slice up to which quality does not count as lost; see ``quality``.
+        max_loss: loss of the worst slice up to which quality does not count as lost, None for any; see ``quality``.
     """
 
     baseline: Path
@@ -69,7 +69,7 @@ class MeasureRequest:
     vocabulary: int
     seed: int
     evaluation: Mapping[str, EvaluationSlice] = field(default_factory=dict)
-    max_loss: float = MAX_LOSS
+    max_loss: float | None = MAX_LOSS
 
     @property
     def folders(self) -> dict[str, Path]:

@@ -39,15 +39,16 @@ MAX_NATS = 300.0
 """Loss per token beyond which a model is broken and its perplexity no longer a useful number."""
 
 
-def quality_of(slices: Mapping[str, Slice], max_loss: float, *, known: bool = True) -> Quality:
+def quality_of(slices: Mapping[str, Slice], max_loss: float | None, *, known: bool = True) -> Quality:
     """The section of the report for ``slices``; see ``Quality``."""
     worst = max(slices, key=lambda name: slice_loss(slices[name])) if slices else None
     return Quality(slices=dict(slices), worst_slice=worst, known=known, max_loss=max_loss)
 
 
-def drawn_quality(name: str, found: Slice, max_loss: float) -> Quality:
-    """The section where no evaluation data was given; ``max_loss`` is what the user allows on data."""
-    return quality_of({name: found}, max(max_loss, DRAWN_LIMIT), known=False)
+def drawn_quality(name: str, found: Slice, max_loss: float | None) -> Quality:
+    """The section where no evaluation data was given; ``max_loss`` is what the user allows on data, None anything."""
+    limit = None if max_loss is None else max(max_loss, DRAWN_LIMIT)
+    return quality_of({name: found}, limit, known=False)
 
 
 def slice_loss(found: Slice) -> float:
@@ -74,7 +75,7 @@ def measure_perplexity(
     *,
     seed: int,
     progress: Progress,
-    max_loss: float = MAX_LOSS,
+    max_loss: float | None = MAX_LOSS,
 ) -> Quality:
     """Perplexity of both models per slice on the same windows, with KL divergence and top-1 agreement.
 
@@ -113,7 +114,7 @@ def perplexity_slice(scores: Sequence[WindowScore], seed: int) -> Slice:
 
 
 def measure_divergence(
-    worker: Worker, windows: Sequence[Sequence[int]], *, progress: Progress, max_loss: float = MAX_LOSS
+    worker: Worker, windows: Sequence[Sequence[int]], *, progress: Progress, max_loss: float | None = MAX_LOSS
 ) -> Quality:
     """How far a decoder is from the dense model on ``windows`` that may not be text: perplexities say nothing of random tokens.
 

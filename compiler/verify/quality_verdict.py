@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 from compile_sparse.compiler.artifact.report import Quality, Report, Slice
-from compile_sparse.compiler.verify.quality import MAX_LOSS, slice_loss
+from compile_sparse.compiler.verify.quality import slice_loss
 
 __all__ = ["lost_quality", "with_quality"]
 
@@ -45,7 +45,7 @@ def lost_quality(report: Report) -> list[dict[str, Any]]:
 
 
 def _limit(quality: Quality) -> float:
-    return MAX_LOSS if quality.max_loss is None else quality.max_loss
+    return math.inf if quality.max_loss is None else quality.max_loss
 
 
 def _lost(quality: Quality | None) -> str:

@@ -17,11 +17,11 @@ __all__ = ["Labels"]
 
 
 class Labels:
-    """The classes of a model: ``num_labels`` and ``label2id`` of its config."""
+    """The classes of a model: ``num_labels`` and ``id2label`` of its config."""
 
     def __init__(self, config: PretrainedConfig) -> None:
         self._count = int(config.num_labels)
-        self._ids = {str(name): int(place) for name, place in (config.label2id or {}).items()}
+        self._ids = {str(name): int(place) for place, name in (config.id2label or {}).items()}
 
     def of_texts(self, lines: list[Line]) -> tuple[Any, ...]:
         """One class per line, or one number where the model has one logit.
@@ -52,6 +52,10 @@ class Labels:
         raise _unknown(
             where, f"{label!r} is none of the model's {self._count} classes: 0 to {self._count - 1}, or {names}."
         )
+
+    def of_name(self, name: str, where: str) -> int:
+        """The class that a folder's ``name`` means: a name of the config, or digits."""
+        return self.class_of(int(name) if name not in self._ids and name.isdecimal() else name, where)
 
     def _number(self, line: Line) -> float:
         if isinstance(line.label, str) or not math.isfinite(line.label):

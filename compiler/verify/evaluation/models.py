@@ -128,7 +128,7 @@ def measure_evaluation(
     inputs: Collection[str],
     seed: int,
     progress: Progress,
-    max_loss: float,
+    max_loss: float | None,
 ) -> Quality:
     """Quality on every slice.
 

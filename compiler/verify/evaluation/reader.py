@@ -17,6 +17,7 @@ from compile_sparse.compiler.verify.evaluation.arrays import LabelledArrays
 from compile_sparse.compiler.verify.evaluation.classification import LabelledText
 from compile_sparse.compiler.verify.evaluation.embeddings import Pairs, Sentences
 from compile_sparse.compiler.verify.evaluation.encoding import TextEncoder
+from compile_sparse.compiler.verify.evaluation.images import IMAGES, read_images
 from compile_sparse.compiler.verify.evaluation.labels import Labels
 from compile_sparse.compiler.verify.evaluation.lines import Kind, Line, read_lines, spread
 from compile_sparse.compiler.verify.evaluation.masked import MaskedText
@@ -73,10 +74,10 @@ class EvaluationReader:
         """What is measured on ``path``: JSON lines, an ``.npz``, or a folder of images.
 
         Raises:
-            UsageError: CS1055 it holds nothing for this model; CS1031 to CS1036, CS1048 and CS1056 to CS1058 what is wrong.
+            UsageError: CS1055 it holds nothing for this model; CS1031 to CS1036, CS1048 and CS1056 to CS1059 what is wrong.
         """
         if self.task in ("vision", "audio"):
-            return self._arrays(path, samples or SAMPLES)
+            return self._arrays(path, samples)
         if path.is_dir() or path.suffix == ".npz":
             raise self._unfit(path.name, "It is no file of lines.")
         lines = read_lines(path)
@@ -127,14 +128,18 @@ class EvaluationReader:
             return LabelledText(texts, tuple(labels.of_words(*each) for each in zip(lines, texts, strict=True)))
         return LabelledText(texts, labels.of_texts(lines))
 
-    def _arrays(self, path: Path, samples: int) -> EvaluationSlice:
+    def _arrays(self, path: Path, samples: int | None) -> EvaluationSlice:
         name, shape = input_shape(self._class, self._config)
+        labels: Any
         if path.is_dir() and self.task == "vision":
-            raise self._unfit(path.name, "Folders of images are not read by this version.")
-        if path.suffix != ".npz":
+            class_of = Labels(self._config).of_name
+            pixels, labels = read_images(path, self._folder, class_of, samples or IMAGES)
+            arrays: dict[str, Any] = {name: pixels}
+        elif path.suffix == ".npz":
+            arrays = read_arrays(path, samples or SAMPLES)
+            labels = arrays.pop("labels", None)
+        else:
             raise self._unfit(path.name, "It is neither a folder nor an .npz.")
-        arrays = read_arrays(path, samples)
-        labels = arrays.pop("labels", None)
         given = arrays.get(name)
         if given is None or given.shape[1:] != shape or set(arrays) != {name}:
             has = ", ".join(f"{key} {list(array.shape)}" for key, array in arrays.items()) or "labels only"

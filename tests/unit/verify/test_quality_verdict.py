@@ -62,6 +62,12 @@ def test_a_higher_limit_allows_it() -> None:
     assert lost_quality(report(quality)) == []
 
 
+def test_without_a_limit_anything_may_be_lost() -> None:
+    for quality in (quality_of({"x": perplexity(None)}, None), drawn_quality("seeded", Slice(loss_of="cosine"), None)):
+        assert with_quality(report(quality)).verdict == "faster"
+        assert lost_quality(report(quality)) == []
+
+
 def test_what_is_unverified_stays_so_and_says_what_was_lost() -> None:
     judged = with_quality(report(quality_of({"x": perplexity(2.0)}, 1.1), "unverified"))
     assert judged.verdict == "unverified"
