@@ -126,7 +126,7 @@ class Evaluation(_Model):
 
     slices: dict[str, str] = Field(
         default_factory=dict,
-        description="slice name -> JSONL or .npz file, or folder of images; what it holds is told by its content",
+        description="slice name -> JSONL file, .npz or folder of images; what it holds is told by its content",
     )
     samples: int | None = Field(
         default=None,
