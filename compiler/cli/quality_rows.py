@@ -9,7 +9,7 @@ from rich.markup import escape
 
 from compile_sparse.compiler.cli.numbers import interval, plain
 
-__all__ = ["quality_rows"]
+__all__ = ["quality_notes", "quality_rows"]
 
 Row = tuple[str, str, str, str]
 
@@ -20,6 +20,13 @@ def quality_rows(quality: Mapping[str, Any]) -> Iterator[Row]:
     for name, found in slices.items():
         where = f"[{name}]" + (" (worst)" if name == quality.get("worst_slice") and len(slices) > 1 else "")
         yield from _slice_rows(where, found)
+
+
+def quality_notes(quality: Mapping[str, Any]) -> Iterator[str]:
+    """What slices had to assume or could not judge."""
+    for name, found in (quality.get("slices") or {}).items():
+        if found.get("note"):
+            yield f"[{name}]: {found['note']}"
 
 
 def _slice_rows(where: str, found: Mapping[str, Any]) -> Iterator[Row]:

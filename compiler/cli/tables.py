@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from compile_sparse.compiler.cli.numbers import interval, plain
-from compile_sparse.compiler.cli.quality_rows import quality_rows
+from compile_sparse.compiler.cli.quality_rows import quality_notes, quality_rows
 
 __all__ = ["doctor_table", "plan_table", "report_table", "runtimes_table", "targets_table"]
 
@@ -33,7 +33,8 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     parts += [_passes(report["passes"])] if report.get("passes") else []
     parts += [_sparsity(report["sparsity"])] if report.get("sparsity") else []
     parts += [_gates(report["gates"])] if report.get("gates") else []
-    parts += [Text(f"note: {note}") for note in report.get("notes", ())]
+    notes = (*quality_notes(report.get("quality") or {}), *report.get("notes", ()))
+    parts += [Text(f"note: {note}") for note in notes]
     return Group(*parts)
 
 

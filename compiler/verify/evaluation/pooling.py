@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,10 @@ def read_pooling(folder: Path | None) -> Pooling:
         (str(each.get("path")) for each, kind in zip(modules or (), kinds, strict=False) if kind == "Pooling"),
         "1_Pooling",
     )
+    if not re.fullmatch(r"[\w-]+", place):
+        raise _not_computed(
+            "modules.json", f"{place!r} is no folder beside it."
+        )  # nothing outside the model's folder is read
     said = _json(folder, f"{place}/config.json")
     sentence, settings = _json(folder, "sentence_bert_config.json"), _json(folder, "config_sentence_transformers.json")
     length = sentence.get("max_seq_length") if isinstance(sentence, dict) else None

@@ -89,6 +89,7 @@ DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformer
             {"config_sentence_transformers": {"similarity_fn_name": "l1"}},
             "l1",
         ),
+        (None, [MODULES[0], MODULES[1] | {"path": "../outside"}], {}, "outside"),
     ],
 )
 def test_what_is_not_computed_is_refused(pooling: Any, modules: Any, files: Any, part: str, tmp_path: Path) -> None:
