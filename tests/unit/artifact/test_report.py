@@ -173,6 +173,7 @@ def test_scores_and_agreement_stand_beside_each_other():
     slices = {
         "pairs": {"loss": 2.0, "loss_of": "ndcg@10", "scores": scores, "mean_cosine": 0.75, "rank_agreement": 0.5}
     }
+    slices["pairs"]["note"] = "Means were assumed."
     report = {
         **ENCODER,
         "verdict": "quality-lost",
@@ -181,6 +182,7 @@ def test_scores_and_agreement_stand_beside_each_other():
     assert _contains(json.loads(Report.model_validate(report).as_json()), report)
     rows = {line.split("│")[1].strip(): line for line in _shown(report_table(report)).splitlines() if "│" in line}
     assert [cell.strip() for cell in rows["recall@1 [pairs]"].split("│")[2:5]] == ["0.9000", "0.4500", "0.500x"]
+    assert "note: [pairs]: Means were assumed." in _shown(report_table(report))
     assert "cosine 0.7500, rank 0.5000" in rows["agreement with the dense model [pairs]"]
 
 
