@@ -22,6 +22,7 @@ from compile_sparse.compiler.verify.evaluation.labels import Labels
 from compile_sparse.compiler.verify.evaluation.lines import Kind, Line, read_lines, spread
 from compile_sparse.compiler.verify.evaluation.masked import MaskedText
 from compile_sparse.compiler.verify.evaluation.models import EvaluationSlice
+from compile_sparse.compiler.verify.evaluation.outputs import TextOutputs
 from compile_sparse.compiler.verify.evaluation.pooling import read_pooling
 
 if TYPE_CHECKING:
@@ -122,6 +123,8 @@ class EvaluationReader:
     def _classified(self, lines: list[Line]) -> EvaluationSlice:
         encoder, labels = self._encoder(), Labels(self._config)
         texts = tuple(map(encoder.of_line, lines))
+        if self.task == "other":
+            return TextOutputs(texts)
         if lines[0].kind == "text":
             return LabelledText(texts, None)
         if lines[0].kind == "words":

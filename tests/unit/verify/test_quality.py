@@ -10,7 +10,7 @@ import pytest
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.messages import Score, Scores, WindowScore
 from compile_sparse.compiler.verify.quality import (
-    DRAWN_LIMIT,
+    DIVERGENCE_LIMIT,
     loss_of_score,
     measure_divergence,
     measure_perplexity,
@@ -52,7 +52,7 @@ def test_divergence_as_a_ratio_of_perplexities(score: dict[str, Any], loss: floa
     found = divergence(**score)
     assert slice_loss(found.slices["reference"]) == pytest.approx(loss)
     assert not found.known
-    assert found.max_loss == DRAWN_LIMIT
+    assert found.max_loss == DIVERGENCE_LIMIT
 
 
 def test_differences_of_windows_do_not_cancel() -> None:

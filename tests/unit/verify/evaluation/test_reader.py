@@ -18,6 +18,7 @@ from compile_sparse.compiler.verify.evaluation.arrays import LabelledArrays
 from compile_sparse.compiler.verify.evaluation.classification import IGNORED, LabelledText
 from compile_sparse.compiler.verify.evaluation.embeddings import Pairs, Sentences
 from compile_sparse.compiler.verify.evaluation.masked import MaskedText
+from compile_sparse.compiler.verify.evaluation.outputs import TextOutputs
 from compile_sparse.compiler.verify.evaluation.reader import EvaluationReader
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnop", "##b", "##c", "##d"]
@@ -113,6 +114,12 @@ def test_labels_of_words_are_those_of_their_first_tokens(folder: Path, tmp_path:
     assert isinstance(found, LabelledText)
     assert found.texts[0].ids == (2, 5, 5, 21, 22, 8, 3)  # a, a ##b ##c, d
     assert found.labels == ((IGNORED, 1, 0, IGNORED, IGNORED, IGNORED, IGNORED),)
+
+
+def test_heads_of_other_kinds_take_texts(folder: Path, tmp_path: Path) -> None:
+    found = reader(folder, "BertForQuestionAnswering").read(lines(tmp_path, {"text": "a", "text_pair": "b"}))
+    assert isinstance(found, TextOutputs)
+    assert found.texts[0].types == (0, 0, 0, 1, 1)
 
 
 def test_token_ids_need_no_tokenizer(tmp_path: Path) -> None:
