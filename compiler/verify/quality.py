@@ -37,8 +37,8 @@ DRAWN_LIMIT = 2.0
 """The same where no evaluation data was given. Drawn inputs are nobody's data, so only what is certain counts there: less than
 half of the dense model's direction is left."""
 DIVERGENCE_LIMIT = 20.0
-"""The same for decoders, 3 nats. Random tokens are far from any text and exaggerate: SmolLM2-135M rounded to 4 bits diverges
-there by 1.0 (groups of 32) and 1.4 nats (of 128) and is 1.27x and 1.48x worse on text; with a tenth of its channels gone, by 5.7."""
+"""The same for decoders, 3 nats. Random tokens are far from any text and exaggerate: SmolLM2-135M in 4 bits diverges there by
+1.0 (groups of 32) and 1.4 nats (of 128), and is 1.27x and 1.48x worse on text; without a tenth of its channels, by 5.7 nats."""
 MAX_NATS = 300.0
 """Loss per token beyond which a model is broken and its perplexity no longer a useful number."""
 
