@@ -153,7 +153,7 @@ class Quantize(Pass):
         made = self._quantized(program, linears, weights, context)
         work = Rewriter(edits, activations)
         for linear in linears:
-            key, rounds_input = (linear.tensor, linear.axis), bool(own[schemes[linear]].activations)
+            key, rounds_input = (linear.tensor, linear.axis), bool(own[str(schemes[linear])].activations)
             work.quantize(linear, weights[key], made[key], rounds_input=rounds_input)
         before = sum(program.weights.elements(linear.tensor) for linear in linears)
         result = work.finish(outputs)

@@ -32,11 +32,15 @@ def load_tokenizer(folder: Path | None) -> Tokenizer | None:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust extension raises bare Exception
         raise UsageError(
             "CS1034", "The tokenizer cannot be read.", where="tokenizer.json", why=str(error), hint="Restore the file."
         ) from error
+    # Some files say how batches were padded and cut when the model was trained; texts here are read whole.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def read_windows(

@@ -48,6 +48,7 @@ from compile_sparse.compiler.verify.measure import (
     measure_answers,
     model_bytes,
 )
+from compile_sparse.compiler.verify.quality_verdict import lost_quality, with_quality
 from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.same_model import departures
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
@@ -271,9 +272,11 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
         artifact=artifact,
         workload=job.workload,
         slices=job.slices,
+        evaluation=job.evaluation,
         threads=runtime_threads(job.workload.threads),
         vocabulary=job.vocabulary,
         seed=job.recipe.seed,
+        max_loss=job.recipe.evaluation.max_loss,
     )
     if why:
         return measure_answers(request, reference, progress), size, why
@@ -303,8 +306,9 @@ def judge(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> 
         if departed := departures(measured.baseline_fidelity.model_dump(), quantized=False):
             verdict, why = "unverified", f"The runtime computes the dense baseline wrongly too. {departed[0].why}"
         report = report.model_copy(update={"verdict": verdict, "verdict_why": why})
+    report = with_quality(report)
     data = report.model_dump(mode="json")
-    results = [*wrong_model(data, quantized=quantized), *evaluate_gates(gates, data)]
+    results = [*wrong_model(data, quantized=quantized), *lost_quality(report), *evaluate_gates(gates, data)]
     return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
 
 

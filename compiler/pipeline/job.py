@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -33,13 +33,28 @@ from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.recipe import Recipe
 from compile_sparse.compiler.targets.target import Precision, Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.verify.evaluation.models import EvaluationSlice
+from compile_sparse.compiler.verify.evaluation.reader import EvaluationReader
 from compile_sparse.compiler.version import code_identity, library_versions
 
-__all__ = ["Job", "TextReader", "baseline_key", "fit_workload", "longest_window", "prepare", "runtime_threads"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "Job",
+    "TextReader",
+    "baseline_key",
+    "fit_workload",
+    "longest_window",
+    "prepare",
+    "read_evaluation",
+    "runtime_threads",
+]
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
 SAMPLE_TOKENS = 64
+DEFAULT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -52,7 +67,8 @@ class Job:
         settings: what the run chose on that target.
         recipe, passes: what is done.
         calibration: windows the passes observe, or None.
-        slices: evaluation windows by slice name.
+        slices: evaluation windows by slice name (decoders).
+        evaluation: what else is measured, by slice name (other models).
         sample: windows of packaged text, for checks where the user gave none; empty for models without a tokenizer.
         workload: what speed is measured on, fitting the model's context.
         useless: what the target cannot exploit although it was asked for.
@@ -68,6 +84,7 @@ class Job:
     passes: tuple[Pass, ...]
     calibration: CalibrationStream | None
     slices: Mapping[str, Sequence[Sequence[int]]]
+    evaluation: Mapping[str, EvaluationSlice]
     workload: Workload
     useless: tuple[Diagnostic, ...]
     deployments: tuple[Deployment, ...] = ()
@@ -237,12 +254,30 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
         recipe=recipe,
         passes=passes,
         calibration=text.calibration(recipe),
-        slices=text.slices(recipe),
+        slices=text.slices(recipe) if is_causal(folder.model_class) else {},
+        evaluation=read_evaluation(recipe, folder.path, folder.config, folder.model_class),
         workload=workload,
         deployments=tuple(find_deployment(name) for name in recipe.building.emit),
         useless=useless,
         sample=text.sample(),
     )
+
+
+def read_evaluation(
+    recipe: Recipe, folder: Path, config: PretrainedConfig, model_class: type
+) -> dict[str, EvaluationSlice]:
+    """Evaluation data of a model that does not generate, by slice name; of one that does: nothing, it has windows of text.
+
+    Args:
+        recipe: names the files.
+        folder: where tokenizer, pooling and preprocessing files are.
+        config, model_class: of the model.
+    """
+    if is_causal(model_class):
+        return {}
+    wanted = recipe.evaluation
+    reader = EvaluationReader(folder, config, model_class, wanted.sequence_length)
+    return {name: reader.read(Path(file), wanted.samples) for name, file in wanted.slices.items()}
 
 
 def longest_window(recipe: Recipe, context: int | None) -> int:
@@ -311,7 +346,8 @@ class TextReader:
     def slices(self, recipe: Recipe) -> dict[str, list[list[int]]]:
         """Evaluation windows by slice name."""
         wanted = recipe.evaluation
-        return {name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()}
+        samples = wanted.samples or DEFAULT_WINDOWS
+        return {name: self._read(file, samples, wanted.sequence_length) for name, file in wanted.slices.items()}
 
     def sample(self) -> list[list[int]]:
         """Windows of the packaged text; none for a model without a tokenizer, or one whose tokenizer does not fit."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -28,6 +29,8 @@ from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.verify.agreement import measure_agreement
+from compile_sparse.compiler.verify.evaluation.models import EvaluationSlice, measure_evaluation
 from compile_sparse.compiler.verify.fidelity import check_fidelity
 from compile_sparse.compiler.verify.performance import (
     BASELINE,
@@ -37,7 +40,7 @@ from compile_sparse.compiler.verify.performance import (
     measure_over_dense,
     measure_samples,
 )
-from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
+from compile_sparse.compiler.verify.quality import MAX_LOSS, measure_divergence, measure_perplexity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 
@@ -66,10 +69,12 @@ class MeasureRequest:
     Attributes:
         baseline, artifact: folders with ``model/`` and a reference file each.
         workload: what speed is measured on.
-        slices: evaluation windows by slice name; none: quality of decoders is not measured.
+        slices: evaluation windows of a decoder by slice name.
         threads: of the runtime.
         vocabulary: token ids are drawn below it; 0 for models without tokens.
         seed: of what is drawn.
+        evaluation: evaluation data of other models by slice name.
+        max_loss: loss of the worst slice up to which quality does not count as lost, None for any; see ``quality``.
     """
 
     baseline: Path
@@ -79,6 +84,8 @@ class MeasureRequest:
     threads: int
     vocabulary: int
     seed: int
+    evaluation: Mapping[str, EvaluationSlice] = field(default_factory=dict)
+    max_loss: float | None = MAX_LOSS
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -98,7 +105,7 @@ class Measured:
     Attributes:
         runtime, performance: None where a reference runtime answered for the target's.
         fidelity, baseline_fidelity: of the artifact and of the dense model.
-        quality: None where it was not asked for.
+        quality: of the compiled model against the dense one; without evaluation data only how far apart they are.
         over_dense: speed over the same model without sparse kernels, by optimization profile; empty where there is none.
     """
 
@@ -224,15 +231,23 @@ def measure_answers(request: MeasureRequest, command: Sequence[str], progress: P
     )
 
 
-def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality | None:
+def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality:
+    limit = request.max_loss
     if not request.decoder:
-        return measure_agreement(worker, _reference_feeds(request.artifact / SAMPLE_FILE), progress=progress)
-    return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress) if request.slices else None
+        feeds = _reference_feeds(request.artifact / SAMPLE_FILE)
+        if request.evaluation:
+            return measure_evaluation(worker, request.evaluation, feeds, request.seed, progress, limit)
+        return measure_agreement(worker, feeds, progress=progress, max_loss=limit)
+    if request.slices:
+        return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress, max_loss=limit)
+    windows = json.loads((request.artifact / DECODER_FILE).read_text(encoding="utf-8"))["windows"]
+    return measure_divergence(worker, windows, progress=progress, max_loss=limit)
 
 
 def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], *, device: str) -> None:
     workload = request.workload
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in request.slices.values() for window in windows)])
+    longest = max([longest, *(each.longest for each in request.evaluation.values())])
     for name, folder in folders.items():
         load = Load(
             name=name,

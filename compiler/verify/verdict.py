@@ -14,7 +14,7 @@ from compile_sparse.compiler.verify.same_model import departures, was_compared
 
 __all__ = ["GAIN", "Decision", "Verdict", "decide", "workload_speedup", "wrong_model"]
 
-Verdict = Literal["faster", "smaller-only", "slower", "no-gain", "refused", "unverified"]
+Verdict = Literal["faster", "smaller-only", "slower", "no-gain", "quality-lost", "refused", "unverified"]
 GAIN = 1.03
 """Smallest speed ratio called faster; a ratio of at most 0.97 is called slower."""
 LOSS = 0.97

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -153,7 +154,7 @@ def _measured(
             if node.name not in readers:
                 continue
             seen: list[torch.Tensor] = []
-            walk.advance(node, inclusive=True, watch={node.name: lambda _, value, seen=seen: seen.append(_rows(value))})
+            walk.advance(node, inclusive=True, watch={node.name: partial(_note, seen)})
             for linear in readers[node.name]:
                 found = errors.setdefault((linear.tensor, linear.axis), {})
                 _measure(program, linear, torch.cat(seen), candidates, context, ranges, found)
@@ -184,6 +185,10 @@ def _measure(
         found[name] = max(error, found.get(name, 0.0))
         if error <= (LARGEST_ERROR if len(candidates) > 1 else DESTROYED):
             return
+
+
+def _note(seen: list[torch.Tensor], place: int, value: torch.Tensor) -> None:
+    seen.append(_rows(value))
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
