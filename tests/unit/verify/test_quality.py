@@ -44,6 +44,8 @@ def divergence(**score: Any) -> Any:
         # Without divergences the difference of likelihoods stands for them, whichever side is likelier.
         ({"kl": None, "nll": 10 + 10 * math.log(4)}, 4.0),
         ({"kl": None, "nll_against": 10 + 10 * math.log(4)}, 4.0),
+        ({"kl": None, "top1_equal": 0}, math.inf),  # likelihoods may be alike by chance
+        ({"kl": 0.1, "top1_equal": 0}, math.exp(0.01)),
         ({"nll": math.nan}, math.inf),
         ({"nll": 4000.0}, math.inf),
     ],
