@@ -14,6 +14,7 @@ from xdist.scheduler import LoadFileScheduling
 __all__ = ["TogetherScheduling", "longest_first"]
 
 LONGEST = (
+    "tests/real/test_real_models.py",
     "tests/vllm/test_fidelity.py",
     "tests/onnxruntime/end_to_end",
     "tests/vllm/test_end_to_end.py",
