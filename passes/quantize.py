@@ -129,13 +129,17 @@ class Quantize(Pass):
             raise _nothing(diagnostics)
         outputs = self._quantized_outputs(edited, linears, context.target)
         ranges = self._ranges(edited, linears, outputs, context) if scheme.static and not context.plan_only else None
-        choices = self._choices(edited, linears, scheme, context, ranges)
+        choices = self._choices(edited, linears, scheme, context, ranges, outputs)
         diagnostics = [*diagnostics, *choices.diagnostics]
         schemes = {linear: choices.schemes.get((linear.tensor, linear.axis), self.scheme) for linear in linears}
         linears = [linear for linear in linears if schemes[linear]]
         if not linears:
             raise _nothing(diagnostics)
-        outputs = [linear for linear in outputs if schemes[linear] == self.scheme]
+        outputs = [
+            linear
+            for linear in outputs
+            if schemes[linear] == self.scheme and linear.node.name not in choices.float_outputs
+        ]
         edits, activations, weights = Edits(edited), None, dict[tuple[str, int], Weight]()
         if scheme.activations:
             stored = _scale_type(scheme, context)
@@ -172,6 +176,7 @@ class Quantize(Pass):
         scheme: Scheme,
         context: PassContext,
         ranges: Mapping[str, float] | None,
+        outputs: Sequence[Linear],
     ) -> Choices:
         """What layers have that the scheme would put too far off."""
         fallbacks = context.target.fallbacks.get(self.scheme)
@@ -181,7 +186,7 @@ class Quantize(Pass):
             instead = " or ".join([*fallbacks, "floating point"])
             note = f"Layers whose outputs {self.scheme} would put too far off, which is measured when compiling, get {instead}."
             return Choices(notes=(note,))
-        return choose_schemes(program, linears, (self.scheme, scheme), context, ranges)
+        return choose_schemes(program, linears, (self.scheme, scheme), context, ranges, outputs)
 
     def _quantized(
         self,
