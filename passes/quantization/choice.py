@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -169,7 +169,7 @@ def _measured(
             if node.name not in readers:
                 continue
             seen: list[torch.Tensor] = []
-            walk.advance(node, inclusive=True, watch={node.name: lambda _, value, seen=seen: seen.append(_rows(value))})
+            walk.advance(node, inclusive=True, watch={node.name: _collector(seen)})
             for linear in readers[node.name]:
                 found = errors.setdefault((linear.tensor, linear.axis), {})
                 _measure(program, linear, torch.cat(seen), candidates, context, ranges, found)
@@ -221,6 +221,13 @@ def _measure(
         found[name] = max(error, found.get(name, 0.0))
         if error <= (LARGEST_ERROR if len(candidates) > 1 else DESTROYED):
             return
+
+
+def _collector(seen: list[torch.Tensor]) -> Callable[[int, torch.Tensor], None]:
+    def take(_: int, value: torch.Tensor) -> None:
+        seen.append(_rows(value))
+
+    return take
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:
