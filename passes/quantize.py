@@ -21,9 +21,10 @@ from compile_sparse.compiler.ir.storage import torch_dtype
 from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT, ActivationQuantizer
-from compile_sparse.passes.quantization.calibrated import calibrated_weights
+from compile_sparse.passes.quantization.calibrated import calibrated_weights, input_powers
 from compile_sparse.passes.quantization.choice import Choices, choose_schemes
 from compile_sparse.passes.quantization.edits import Edits
+from compile_sparse.passes.quantization.group_hint import group_hint
 from compile_sparse.passes.quantization.rewriting import Rewriter
 from compile_sparse.passes.quantization.weights import Quantized, Weight, weights_of
 from compile_sparse.passes.statistics.ranges import largest_magnitudes, magnitude_percentiles
@@ -82,7 +83,9 @@ class Quantize(Pass):
         "processors without 8-bit dot products (VNNI), whose kernels saturate otherwise",
     )
     quantizer: Annotated[str, AfterValidator(_known)] = Field(
-        default="rtn", description="how codes are chosen; rtn: round to nearest, others by installed packages"
+        default="rtn",
+        description="how codes are chosen; rtn: round to nearest, with calibration text on scales searched for the least error "
+        "of outputs; others by installed packages",
     )
     calibrator: Literal["min-max", "percentile"] = Field(
         default="min-max",
@@ -152,7 +155,10 @@ class Quantize(Pass):
         own = {name: scheme if name == self.scheme else SCHEMES[name] for name in schemes.values()}
         for name, each in own.items():
             group = [linear for linear in linears if schemes[linear] == name]
-            weights |= weights_of(edited, group, each.weights, _scale_type(each, context))
+            made_of = weights_of(edited, group, each.weights, _scale_type(each, context))
+            if name == self.scheme and not context.plan_only:
+                diagnostics = [*diagnostics, *group_hint(made_of, name, context.target.schemes)]
+            weights |= made_of
         made = self._quantized(program, linears, weights, context)
         work = Rewriter(edits, activations)
         for linear in linears:
@@ -205,7 +211,10 @@ class Quantize(Pass):
         """
         quantizer, memory = find_quantizer(self.quantizer), Quantized()
         if not quantizer.needs_statistics:
-            return {key: weight.on_demand(quantizer, memory) for key, weight in weights.items()}
+            powers = dict[tuple[str, int], torch.Tensor]()
+            if quantizer.weighs_inputs and context.calibration is not None and not context.plan_only:
+                powers = input_powers(program, linears, context.calibration, context.progress)
+            return {key: weight.on_demand(quantizer, memory, powers.get(key)) for key, weight in weights.items()}
         if context.plan_only or context.calibration is None:
             return {key: weight.absent() for key, weight in weights.items()}
         return calibrated_weights(program, linears, weights, quantizer, context.calibration, context.progress)

@@ -121,6 +121,15 @@ def plan_checkpoint(program: Program, *, per_layer: bool = False) -> Solution:
     return found
 
 
+def stored_names(program: Program) -> Mapping[str, str]:
+    """Tensor of an unquantized program -> its name in the checkpoint, where removed blocks leave no gaps.
+
+    Raises:
+        Refusal: as ``write_checkpoint``.
+    """
+    return _opened(program)[1].renamed
+
+
 def _opened(program: Program) -> tuple[Architecture, Tensors]:
     architecture = architecture_of(program.config)
     return architecture, read_tensors(program, architecture.shapes(architecture.parsed(architecture.config)))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
-from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Observation, Probe
 from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 
 if TYPE_CHECKING:
@@ -75,6 +75,14 @@ class HuggingFaceBackend:
             )
         form = {"config": dict(written.changes) or "as the source"}
         return Lowered(files=written.files, form=form, limits=limits)
+
+    def observation(
+        self, program: Program, target: Target, model: Path, scratch: Path, settings: RunSettings
+    ) -> Observation:
+        """Modules tell their outputs by hooks."""
+        from compile_sparse.backends.checkpoint.layer_modules import layer_modules
+
+        return Observation(model, layer_modules(program), program)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """Every folder runs wherever the runtime does."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,21 @@ class Model:
         if not self.decoder:
             raise RequestError("this operation needs a decoder with a key-value cache")
         return Generation(self.module)
+
+    @contextmanager
+    def watch(self, values: Collection[str]) -> Iterator[Mapping[str, Array]]:
+        """Outputs of the modules with these paths."""
+        latest: dict[str, Array] = {}
+
+        def keep(name: str, module: torch.nn.Module, arguments: object, output: object) -> None:
+            if isinstance(output, torch.Tensor):
+                latest[name] = output.detach().float().numpy().copy()  # modules may work in place
+
+        modules = dict(self.module.named_modules())
+        with ExitStack() as hooks:
+            for name in set(values) & modules.keys():
+                hooks.callback(modules[name].register_forward_hook(partial(keep, name)).remove)
+            yield latest
 
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
         """One call; tuples are spread over ``name.0``, ``name.1``, ..."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compile_sparse.backends.worker.start import command
-from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, LoweringStep, Observation, Probe
 from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.version_numbers import older
 
@@ -93,6 +93,14 @@ class OnnxRuntimeBackend:
         from compile_sparse.backends.onnxruntime.lowering import write_folder
 
         return write_folder(prepared, out, progress)
+
+    def observation(
+        self, program: Program, target: Target, model: Path, scratch: Path, settings: RunSettings
+    ) -> Observation:
+        """A copy of the graph that tells the output of every layer."""
+        from compile_sparse.backends.onnxruntime.observation import observe_folder
+
+        return observe_folder(program, model, scratch)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """Every folder runs wherever the runtime does."""

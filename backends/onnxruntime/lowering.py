@@ -20,6 +20,7 @@ from compile_sparse.backends.onnxruntime import emit_activations, emit_norms, li
 from compile_sparse.backends.onnxruntime.dialect import DIALECT
 from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_attention
 from compile_sparse.backends.onnxruntime.genai import write_genai
+from compile_sparse.compiler.capture.side_files import copy_side_files
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered
@@ -28,7 +29,7 @@ from compile_sparse.compiler.lowering import raising_steps, run_steps
 from compile_sparse.compiler.lowering.rotary import ROTARY_PREFIX
 from compile_sparse.compiler.progress import Progress
 
-__all__ = ["MANIFEST", "STEPS", "rehearse", "write_folder", "write_graph"]
+__all__ = ["MANIFEST", "STEPS", "declare_interface", "rehearse", "write_folder", "write_graph"]
 
 MANIFEST = "compile_sparse.json"
 STEPS = raising_steps(refuse_attention)
@@ -40,7 +41,7 @@ def rehearse(program: Program) -> list[Diagnostic]:
         program, left = run_steps(program, STEPS)
     except ModelError:  # captured without weights, and the rotary angles need one
         left = []
-    return [*left, *lower.rehearse(program, DIALECT, _interface)]
+    return [*left, *lower.rehearse(program, DIALECT, declare_interface)]
 
 
 def write_graph(program: Program, out: Path, progress: Progress) -> tuple[Emission, dict[str, str]]:
@@ -49,7 +50,7 @@ def write_graph(program: Program, out: Path, progress: Progress) -> tuple[Emissi
     Raises:
         Refusal: CS2311 when an operator has no ONNX form, CS2312 for half-precision models.
     """
-    return lower.write_graph(program, DIALECT, _interface, out, progress)
+    return lower.write_graph(program, DIALECT, declare_interface, out, progress)
 
 
 def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
@@ -62,6 +63,9 @@ def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
         written, why_not = write_genai(prepared, inputs, out, share_buffer=grouped)
         files.update(written)
         limits += [why_not] if why_not else []
+    else:
+        # Whoever calls the graph needs the tokenizer, the pooling and the preparation of images, and so does measuring it again.
+        files.update(copy_side_files(prepared.source.folder, out, "huggingface"))
     manifest = {"schema_version": 1, "kind": prepared.kind, "share_buffer": grouped, "inputs": inputs, "limits": limits}
     text = json.dumps(manifest, indent=2).encode()
     (out / MANIFEST).write_bytes(text)
@@ -71,7 +75,7 @@ def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
     )
 
 
-def _interface(emission: Emission) -> Callable[[], None]:
+def declare_interface(emission: Emission) -> Callable[[], None]:
     """The kernels for raised patterns and quantized weights exist in float32 on processors; half precision gains nothing.
 
     Raises:

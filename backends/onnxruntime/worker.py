@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,8 @@ class Model:
         self.outputs = [o.name for o in self.session.get_outputs()]
         self.past = [name for name in self.inputs if name.startswith("past_key_values.")]
         self.share_buffer = bool(self.past) and _shares_buffer(Path(folder))
+        self.watched: dict[str, Array] = {}
+        self._watched_names: list[str] = []
         self.cache_shapes = {name: _cache_shape(self.inputs[name].shape, Path(folder)) for name in self.past}
 
     def generation(self, batch: int, capacity: int) -> Generation:
@@ -58,8 +61,29 @@ class Model:
             raise RequestError("this operation needs a decoder with a key-value cache")
         return Generation(self, batch, capacity)
 
+    @contextmanager
+    def watch(self, values: Collection[str]) -> Iterator[Mapping[str, Array]]:
+        """The graph tells outputs only: what is watched must be one, as in the copies that are written for it."""
+        self._watched_names = [name for name in self.outputs if name in set(values)]
+        try:
+            yield self.watched
+        finally:
+            self._watched_names, self.watched = [], {}
+
+    @property
+    def watched_names(self) -> Sequence[str]:
+        """What is being watched."""
+        return self._watched_names
+
+    def keep_watched(self, found: Mapping[str, Array]) -> None:
+        """Show the values of a call."""
+        self.watched.clear()
+        self.watched.update({name: np.asarray(found[name], np.float32) for name in self._watched_names})
+
     def run(self, feeds: Mapping[str, Array]) -> dict[str, Array]:
-        return dict(zip(self.outputs, self.session.run(self.outputs, taken(self.inputs, feeds)), strict=True))
+        found = dict(zip(self.outputs, self.session.run(self.outputs, taken(self.inputs, feeds)), strict=True))
+        self.keep_watched(found)
+        return found
 
 
 def _saturates() -> bool:
@@ -137,11 +161,15 @@ class Generation:
             else:
                 binding.bind_output(present, "cpu")
             names.append(present)
+        for name in set(model.watched_names) - set(names):
+            binding.bind_output(name, "cpu")
+            names.append(name)
         model.session.run_with_iobinding(binding)
         results = dict(zip(names, binding.get_outputs(), strict=True))
         if not model.share_buffer:
             self._cache = {name: results[name.replace("past_key_values", "present")] for name in self._cache}
         self._length = total
+        model.keep_watched({name: results[name].numpy() for name in model.watched_names})
         logits: Array = results["logits"].numpy()
         return logits
 

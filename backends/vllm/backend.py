@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from compile_sparse.backends.worker.start import command
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import EnvironmentFailure
-from compile_sparse.compiler.extension.backend_contract import Lowered, Probe
+from compile_sparse.compiler.extension.backend_contract import Lowered, Observation, Probe
 from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS, RunSettings
 from compile_sparse.compiler.version_numbers import older
 
@@ -106,6 +106,15 @@ class VllmBackend:
                 f"does not know the {unknown}."
             )
         return Lowered(files=files, form=form, limits=limits, diagnostics=[*written.notes, *slow(program, target)])
+
+    def observation(
+        self, program: Program, target: Target, model: Path, scratch: Path, settings: RunSettings
+    ) -> Observation:
+        """Linear layers tell their outputs by hooks, those that vLLM merges in parts."""
+        from compile_sparse.backends.checkpoint.layer_modules import layer_modules
+        from compile_sparse.backends.vllm.storage import storage_of
+
+        return Observation(model, layer_modules(storage_of(program).view), program)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """A kernel that the registered vLLM lacks on its processor, or has and computes wrongly."""

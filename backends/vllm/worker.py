@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from compile_sparse.backends.vllm.engine import WINDOWS_AT_ONCE, Engine
+from compile_sparse.backends.vllm.layer_hooks import LayerHooks
 from compile_sparse.backends.vllm.machine import cpu_dtype, gpu_name, instruction_set, version
 from compile_sparse.backends.worker.base import Worker, time_rounds
 from compile_sparse.backends.worker.errors import RequestError
@@ -26,7 +27,9 @@ from compile_sparse.compiler.runtimes.messages import (
     Load,
     Loaded,
     Memory,
+    Observe,
     PeakMemory,
+    Ran,
     Round,
     Rounds,
     Runtime,
@@ -70,6 +73,7 @@ class VllmWorker(Worker[Engine]):
             *super().handlers(),
             Load.handled_by(self.load),
             Trace.handled_by(self.trace),
+            Observe.handled_by(self.observe),
             Score.handled_by(self.score),
             Benchmark.handled_by(self.benchmark),
             Memory.handled_by(self.memory),
@@ -110,6 +114,25 @@ class VllmWorker(Worker[Engine]):
                 traces.append(_token_trace([*output.prompt_logprobs[1:], *generated.logprobs], ids[1:]))
             report(len(traces), len(request.windows))
         return Traces(traces)
+
+    def observe(self, request: Observe, report: Report) -> Ran:
+        """Windows one after another: a step of the engine is then a step of one sequence."""
+        engine = self.model(request.name)
+        with LayerHooks(engine.engine, request.values) as hooks:
+            found = []
+            for done, ids in enumerate(request.windows, 1):
+                hooks.calls.clear()
+                self.trace(Trace(request.name, [ids], request.prefill), lambda *_: None)
+                begin = min(request.prefill, len(ids) - 1)
+                found.append([hooks.rows(0, begin), *(hooks.rows(step, 1) for step in range(1, len(ids) - begin))])
+                report(done, len(request.windows))
+        stacked = {
+            f"{number}.{name}": np.stack([window[number][name] for window in found])
+            for number in range(len(found[0]))
+            for name in found[0][number]
+        }
+        np.savez(request.outputs, **stacked)  # type: ignore[arg-type]  # numpy's types take them for its options
+        return Ran(list(stacked))
 
     def score(self, request: Score, report: Report) -> Scores:
         """No divergences: they would need whole distributions."""

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 import numpy as np
 
 from compile_sparse.backends.worker.errors import RequestError
-from compile_sparse.backends.worker.model import Model, Tokens
+from compile_sparse.backends.worker.model import Array, Model, Tokens
 from compile_sparse.backends.worker.scoring import ScoreSums, extend_trace
 from compile_sparse.compiler.runtimes.messages import Round, TokenTrace, WindowScore
 from compile_sparse.compiler.runtimes.wire import Report
 
-__all__ = ["as_batch", "score_window", "time_generation", "trace_batch"]
+__all__ = ["as_batch", "observe_batch", "score_window", "time_generation", "trace_batch"]
 
 CHUNK_TOKENS = 256
 """Tokens whose logits are held at once when scoring."""
@@ -42,6 +43,22 @@ def trace_batch(model: Model, tokens: Tokens, prefill: int, report: Report) -> l
         report(stop, length - 1)
         start, stop = stop, stop + 1
     return traces
+
+
+def observe_batch(
+    model: Model, latest: Mapping[str, Array], tokens: Tokens, prefill: int, report: Report
+) -> list[dict[str, Array]]:
+    """What ``latest`` shows after each call of the one ``trace_batch`` makes of ``tokens [B, S]``."""
+    rows, length = tokens.shape
+    generation = model.generation(rows, length)
+    calls: list[dict[str, Array]] = []
+    start, stop = 0, min(prefill, length - 1)
+    while start < length - 1:
+        generation.step(tokens[:, start:stop])
+        calls.append(dict(latest))
+        report(stop, length - 1)
+        start, stop = stop, stop + 1
+    return calls
 
 
 def score_window(model: Model, against: Model, window: list[int]) -> WindowScore:

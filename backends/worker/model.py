@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compile_sparse.backends.worker.errors import RequestError
 
-__all__ = ["Array", "Generation", "Model", "Tokens", "taken"]
+__all__ = ["Array", "Generation", "Model", "Tokens", "Watched", "taken"]
 
 Array = NDArray[Any]
 Tokens = NDArray[np.int64]
@@ -56,6 +57,15 @@ class Model(Protocol):
         Raises:
             RequestError: the feeds are not its inputs.
         """
+        ...
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A model that shows the outputs of single layers."""
+
+    def watch(self, values: Collection[str]) -> AbstractContextManager[Mapping[str, Array]]:
+        """Within the context, the outputs of layers called ``values``, always those of the latest call; float32."""
         ...
 
 

@@ -10,9 +10,10 @@ from typing import TypeVar
 import numpy as np
 
 from compile_sparse.backends.worker.base import Worker, in_turns, time_rounds
-from compile_sparse.backends.worker.decoder import as_batch, score_window, time_generation, trace_batch
+from compile_sparse.backends.worker.decoder import as_batch, observe_batch, score_window, time_generation, trace_batch
+from compile_sparse.backends.worker.errors import RequestError
 from compile_sparse.backends.worker.machine import resident_bytes
-from compile_sparse.backends.worker.model import Array, Model, Tokens
+from compile_sparse.backends.worker.model import Array, Model, Tokens, Watched
 from compile_sparse.compiler.runtimes.messages import (
     Benchmark,
     BenchmarkSamples,
@@ -20,6 +21,7 @@ from compile_sparse.compiler.runtimes.messages import (
     Load,
     Loaded,
     Memory,
+    Observe,
     PeakMemory,
     Ran,
     Round,
@@ -70,6 +72,7 @@ class ModelWorker(Worker[M]):
             Benchmark.handled_by(self.benchmark),
             Memory.handled_by(self.memory),
             Run.handled_by(self.run),
+            Observe.handled_by(self.observe),
             BenchmarkSamples.handled_by(self.benchmark_samples),
         ]
 
@@ -122,6 +125,20 @@ class ModelWorker(Worker[M]):
         results = self.model(request.name).run(_arrays(request.feeds))
         np.savez(request.outputs, **results)  # type: ignore[arg-type]  # numpy's types take them for its options
         return Ran(list(results))
+
+    def observe(self, request: Observe, report: Report) -> Ran:
+        model = self.model(request.name)
+        if not isinstance(model, Watched):
+            raise RequestError("this runtime does not show the outputs of single layers")
+        with model.watch(request.values) as latest:
+            if request.windows:
+                calls = observe_batch(model, latest, as_batch(request.windows), request.prefill, report)
+            else:
+                model.run(_arrays(request.feeds))
+                calls = [dict(latest)]
+        found = {f"{number}.{name}": value for number, values in enumerate(calls) for name, value in values.items()}
+        np.savez(request.outputs, **found)  # type: ignore[arg-type]  # numpy's types take them for its options
+        return Ran(list(found))
 
     def benchmark_samples(self, request: BenchmarkSamples, report: Report) -> SampleTimes:
         models, feeds = {name: self.model(name) for name in request.names}, _arrays(request.feeds)

@@ -30,6 +30,7 @@ __all__ = [
     "Ratios",
     "Report",
     "RuntimeSection",
+    "Score",
     "Slice",
     "SparseLayer",
     "SparseProfile",
@@ -97,6 +98,24 @@ class PassSection(_Section):
     notes: tuple[str, ...] = ()
 
 
+class LayerError(_Section):
+    """One layer of the artifact, computed by the runtime and by the program from the same input."""
+
+    layer: str = Field(description="module path, or the node's name where that is not known")
+    error: float | None = Field(
+        ge=0, description="length of the difference over that of the output, of nine rows in ten; null: not a number"
+    )
+    bound: float = Field(ge=0, description="what rounding explains of that")
+
+
+class LayerFidelity(_Section):
+    """The runtime's layers against the program's, each from the input that the runtime itself had."""
+
+    checked: int = Field(ge=0, description="layers compared: GEMMs and convolutions, with what lies before each")
+    wrong: tuple[LayerError, ...] = Field(default=(), description="beyond their bound, the worst first")
+    nearest: LayerError | None = Field(default=None, description="the one nearest to its bound, where none is beyond")
+
+
 class Fidelity(_Section):
     """The runtime's output against the program run in torch, on the same inputs."""
 
@@ -111,7 +130,17 @@ class Fidelity(_Section):
     )
     max_abs_diff: float | None = Field(default=None, ge=0, description="largest difference of an output element")
     mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="of output vectors, -1 to 1")
-    top1_agreement: float | None = Field(default=None, ge=0, le=1, description="share of equal arg-max, 0 to 1")
+    top1_agreement: float | None = Field(
+        default=None, ge=0, le=1, description="share of equal arg-max of logits, 0 to 1"
+    )
+    top1_bound: float | None = Field(
+        default=None, ge=0, le=1, description="lowest agreement that rounding in the runtime's precision explains"
+    )
+    relative_error: float | None = Field(
+        default=None, ge=0, description="encoders and vision: length of the difference over that of the output"
+    )
+    error_bound: float | None = Field(default=None, ge=0, description="what rounding explains of that")
+    layers: LayerFidelity | None = Field(default=None, description="layer by layer; absent: the runtime shows none")
     runtime: str | None = Field(
         default=None, description="what ran the artifact where the target's own runtime could not be used"
     )
@@ -191,25 +220,61 @@ class Performance(Level):
     )
 
 
+class Score(_Section):
+    """A score of both models on the same inputs; higher is better."""
+
+    baseline: float
+    compiled: float
+
+
 class Slice(_Section):
     """Quality on one named set of inputs, compiled against baseline."""
 
+    loss: float | None = Field(
+        default=None,
+        ge=0,
+        description="how many times worse than the dense model: a ratio of perplexities, or the dense model's score over the "
+        "compiled one's; below 1 is better. Absent beside loss_of: nothing is left, or the answers are no numbers",
+    )
+    loss_of: str | None = Field(default=None, description="which figure the loss is of, such as perplexity or cosine")
+    scores: dict[str, Score] | None = Field(
+        default=None, description="by name, such as accuracy, f1, auc, recall@1, mrr and ndcg@10; each from 0 to 1"
+    )
     ppl_baseline: float | None = Field(default=None, gt=0)
     ppl_compiled: float | None = Field(default=None, gt=0)
     ratio: float | None = Field(default=None, gt=0, description="of perplexities; below 1 is better")
     ci95: tuple[float, float] | None = Field(default=None, description="of the ratio")
     kl: float | None = Field(default=None, description="mean KL divergence from the baseline, nats")
     top1_agreement: float | None = Field(default=None, ge=0, le=1)
-    mean_cosine: float | None = Field(default=None, ge=-1, le=1.000001, description="encoders: of output vectors")
-    samples: int | None = Field(default=None, ge=0, description="windows or inputs")
+    mean_cosine: float | None = Field(
+        default=None, ge=-1, le=1.000001, description="of output vectors, or of embeddings, to the dense model's"
+    )
+    rank_agreement: float | None = Field(
+        default=None,
+        ge=-1,
+        le=1.000001,
+        description="embeddings: Spearman correlation of all pairs' similarities with the dense model's",
+    )
+    logit_error: float | None = Field(
+        default=None, ge=0, description="root mean square difference of logits over their spread in the dense model"
+    )
+    note: str | None = Field(default=None, description="what had to be assumed, or left out")
+    samples: int | None = Field(default=None, ge=0, description="windows, texts, pairs or other inputs")
     tokens: int | None = Field(default=None, ge=0, description="predicted tokens")
 
 
 class Quality(_Section):
-    """Quality by slice; the worst is the one with the highest perplexity ratio or the lowest agreement."""
+    """Quality by slice; the worst is the one with the largest loss."""
 
     slices: dict[str, Slice]
     worst_slice: str | None = None
+    known: bool = Field(
+        default=True,
+        description="false: no evaluation data was given, and the slice only says how far the model is from the dense one",
+    )
+    max_loss: float | None = Field(
+        default=None, ge=1, description="loss of the worst slice beyond which quality counts as lost; absent: no limit"
+    )
 
 
 class SparseLayer(_Section):
@@ -307,7 +372,7 @@ class Report(_Section):
 
     schema_version: Literal[1] = 1
     target: str
-    verdict: Literal["faster", "smaller-only", "slower", "no-gain", "refused", "unverified"]
+    verdict: Literal["faster", "smaller-only", "slower", "no-gain", "quality-lost", "refused", "unverified"]
     verdict_why: str = ""
     runtime: RuntimeSection | None = None
     model: ModelSection

@@ -17,7 +17,7 @@ from compile_sparse.compiler.errors import ModelError, UsageError
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-__all__ = ["ModelFolder", "find_model_class", "is_causal", "open_folder"]
+__all__ = ["ModelFolder", "find_model_class", "is_causal", "open_folder", "read_classes"]
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 MAX_CONFIG_BYTES = 4 * 1024 * 1024
@@ -65,7 +65,7 @@ def open_folder(model: str | Path) -> ModelFolder:
     if not path.is_dir():
         path = _from_hub(str(model))
     raw = _read_config(path)
-    return ModelFolder(path.resolve(), *_classes(raw, path))
+    return ModelFolder(path.resolve(), *read_classes(raw, path))
 
 
 def is_causal(model_class: type) -> bool:
@@ -141,7 +141,16 @@ def _read_config(path: Path) -> dict[str, Any]:
     return raw
 
 
-def _classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
+    """The config and the model class that ``raw``, a config.json, describes.
+
+    Args:
+        raw: plain data.
+        path: the folder it is from, to be named in errors.
+
+    Raises:
+        UsageError, ModelError: see ``open_folder``.
+    """
     import transformers
     from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING

@@ -21,6 +21,7 @@ from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 from compile_sparse.compiler.capture.bind import bind_weights
 from compile_sparse.compiler.capture.fold import fold_constants
 from compile_sparse.compiler.capture.folder import ModelFolder
+from compile_sparse.compiler.capture.functional import is_functional
 from compile_sparse.compiler.capture.normalize import normalize
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.samples import Sample, sample_for
@@ -110,7 +111,7 @@ def _export(model: PreTrainedModel, sample: Sample) -> ExportedProgram:
                 DynamoConfig(dynamic=True, dynamic_shapes=sample.dynamic_shapes),
             )
             # An empty table keeps linear, attention and silu whole; it functionalises and inlines sub-graphs.
-            return exported.run_decompositions({})
+            return exported if is_functional(exported.graph) else exported.run_decompositions({})
     except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError, KeyError) as error:
         raise ModelError(
             "CS2008",

@@ -1,6 +1,7 @@
 """Bring an exported graph into the form the IR's spec demands.
 
 - ``view`` becomes ``reshape``: a view that is legal now may not be after a pass changed strides.
+- casts are ``_to_copy`` to a type and nothing else, ``chunk`` is ``split``: decomposition would write them so.
 - attention states its scale: the default depends on a size that pruning may change.
 - operations without effect on values are removed (full-range slices, copies, same-type casts, ``* 1.0``, concatenation with
   nothing), and so are assertions, which keep dead values alive.
@@ -48,6 +49,10 @@ def _normalize_node(node: fx.Node) -> None:
     if name in ("view", "_unsafe_view"):
         given = schema_arguments(node)
         node.target, node.args, node.kwargs = aten.reshape.default, (given["self"], list(given["size"])), {}
+    elif name in ("to", "_to_copy") and node.meta["val"].dtype != _dtype_before(node):
+        node.target, node.args, node.kwargs = aten._to_copy.default, node.args[:1], {"dtype": node.meta["val"].dtype}
+    elif node.target is aten.chunk.default:
+        _chunk_to_split(node)
     elif name == "scaled_dot_product_attention" and schema_arguments(node)["scale"] is None:
         query = schema_arguments(node)["query"].meta["val"]
         node.kwargs = {**node.kwargs, "scale": 1.0 / math.sqrt(query.shape[-1])}
@@ -55,6 +60,22 @@ def _normalize_node(node: fx.Node) -> None:
         _drop_empty_parts(node)
     elif isinstance(source := node.args[0] if node.args else None, fx.Node) and _has_no_effect(node, name, source):
         node.replace_all_uses_with(source)
+
+
+def _dtype_before(node: fx.Node) -> torch.dtype:
+    value: torch.Tensor = schema_arguments(node)["self"].meta["val"]
+    return value.dtype
+
+
+def _chunk_to_split(node: fx.Node) -> None:
+    given = schema_arguments(node)
+    size = given["self"].meta["val"].shape[given["dim"]]
+    assert isinstance(size, int)  # export makes it a number: how many chunks there are depends on it
+    node.target, node.args, node.kwargs = (
+        aten.split.Tensor,
+        (given["self"], -(-size // given["chunks"]), given["dim"]),
+        {},
+    )
 
 
 def _drop_empty_parts(node: fx.Node) -> None:

@@ -24,7 +24,7 @@ from compile_sparse.compiler.capture.folder import is_causal
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.program import Input, ModelKind, Output
 
-__all__ = ["Sample", "sample_for"]
+__all__ = ["Sample", "input_shape", "sample_for"]
 
 BATCH, QUERY, PAST = 2, 3, 5
 DYNAMIC = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
@@ -59,18 +59,18 @@ def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
     """
     config, accepted = model.config, inspect.signature(model.forward).parameters
     if "decoder_input_ids" in accepted:
-        raise _unsupported(model, "it is an encoder-decoder model", _encoder_hint(config))
+        raise _unsupported(type(model), "it is an encoder-decoder model", _encoder_hint(config))
     if is_causal(type(model)) and not config.is_encoder_decoder:
         return _decoder(model, mode)
     if "encoder_hidden_states" in accepted and _is_decoder_half(model):
-        raise _unsupported(model, "it is a decoder without a language-model head")
+        raise _unsupported(type(model), "it is a decoder without a language-model head")
     if model.main_input_name == "pixel_values":
         return _vision(model, config, mode)
     if model.main_input_name == "input_ids":
         return _encoder(model, mode)
     if model.main_input_name == "input_features":
         return _audio(model, config, mode)
-    raise _unsupported(model, f"its main input is {model.main_input_name!r}")
+    raise _unsupported(type(model), f"its main input is {model.main_input_name!r}")
 
 
 def _is_decoder_half(model: PreTrainedModel) -> bool:
@@ -79,10 +79,10 @@ def _is_decoder_half(model: PreTrainedModel) -> bool:
     return bool(getattr(model, "is_decoder", config.is_encoder_decoder or getattr(config, "is_decoder", False)))
 
 
-def _unsupported(model: PreTrainedModel, why: str, hint: str = "") -> ModelError:
+def _unsupported(model_class: type, why: str, hint: str = "") -> ModelError:
     return ModelError(
         "CS2007",
-        f"{type(model).__name__} is not a kind of model that can be captured.",
+        f"{model_class.__name__} is not a kind of model that can be captured.",
         where="config.json, architectures",
         why=f"Decoders and encoders of text, images and audio features are supported; {why}.",
         hint=hint or "Compile the encoder or the decoder on its own.",
@@ -113,7 +113,7 @@ def _decoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
         kwargs["position_ids"] = torch.zeros(BATCH, QUERY, dtype=torch.long)
     layers = len(cache.layers)
     if not layers:
-        raise _unsupported(model, "it keeps no key-value cache")
+        raise _unsupported(type(model), "it keeps no key-value cache")
     dynamic: dict[str, Any] = {name: {0: DYNAMIC, 1: DYNAMIC} for name in kwargs}
     kwargs["past_key_values"] = _real(cache)
     dynamic["past_key_values"] = [{0: DYNAMIC, 2: DYNAMIC}] * (2 * layers)
@@ -144,19 +144,33 @@ def _encoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
 
 
 def _vision(model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode) -> Sample:
-    # The size of images is fixed at capture: position tables and windows depend on it.
-    size = getattr(config, "image_size", 224)
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    kwargs = {"pixel_values": torch.zeros(BATCH, getattr(config, "num_channels", 3), height, width)}
-    return _plain("vision", model, mode, kwargs, {"pixel_values": {0: DYNAMIC}})
+    _, shape = input_shape(type(model), config)
+    return _plain("vision", model, mode, {"pixel_values": torch.zeros(BATCH, *shape)}, {"pixel_values": {0: DYNAMIC}})
+
+
+def input_shape(model_class: type, config: PretrainedConfig) -> tuple[str, tuple[int, ...]]:
+    """Name of the main input of a model of images or audio features, and the shape of one sample, which is fixed at capture:
+    position tables and windows depend on it.
+
+    Images are ``[channels, height, width]``, features ``[mel bins, frames]`` with two frames per position, as Whisper has them.
+
+    Raises:
+        ModelError: CS2007 when the config does not say.
+    """
+    if getattr(model_class, "main_input_name", "") == "pixel_values":
+        size = getattr(config, "image_size", 224)
+        height, width = (size, size) if isinstance(size, int) else tuple(size)
+        return "pixel_values", (getattr(config, "num_channels", 3), height, width)
+    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
+    if not isinstance(bins, int) or not isinstance(positions, int):
+        why = "its config does not say how many mel bins and positions its input features have"
+        raise _unsupported(model_class, why)
+    return "input_features", (bins, 2 * positions)
 
 
 def _audio(model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode) -> Sample:
-    """Log-mel features ``[batch, mel bins, frames]`` of one fixed length, two frames per position, as Whisper has them."""
-    bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
-    if not isinstance(bins, int) or not isinstance(positions, int):
-        raise _unsupported(model, "its config does not say how many mel bins and positions its input features have")
-    kwargs = {"input_features": torch.zeros(BATCH, bins, 2 * positions)}
+    _, shape = input_shape(type(model), config)
+    kwargs = {"input_features": torch.zeros(BATCH, *shape)}
     return _plain("audio", model, mode, kwargs, {"input_features": {0: DYNAMIC}})
 
 

@@ -26,7 +26,7 @@ class SideFile:
     """One entry of the list.
 
     Attributes:
-        pattern: name of the file in the model folder, or a glob pattern of names.
+        pattern: path of the file in the model folder, or a glob pattern of paths.
         purpose: what it is for.
         layouts: which artifacts get a copy.
     """
@@ -50,6 +50,10 @@ SIDE_FILES = (
     SideFile("vocab.json", "vocabulary of byte-pair encodings", _EVERYWHERE),
     SideFile("vocab.txt", "vocabulary of WordPiece", _HUGGINGFACE),
     SideFile("merges.txt", "merges of byte-pair encodings", _EVERYWHERE),
+    SideFile("modules.json", "what a sentence embedding is made of", _HUGGINGFACE),
+    SideFile("config_sentence_transformers.json", "prompts and similarity of embeddings", _HUGGINGFACE),
+    SideFile("sentence_bert_config.json", "longest text of an embedding", _HUGGINGFACE),
+    SideFile("*_Pooling/config.json", "how hidden states become an embedding", _HUGGINGFACE),
     SideFile("chat_template.jinja", "how a conversation becomes a prompt", _EVERYWHERE),
     SideFile(
         "model.safetensors.index.json", "which weight files belong to the model; an artifact has its own", frozenset()
@@ -78,10 +82,14 @@ def copy_side_files(folder: Path | None, out: Path, layout: Layout) -> dict[str,
         layout: its kind.
 
     Returns:
-        File name -> SHA-256.
+        Path in the folder -> SHA-256.
     """
     copied: dict[str, str] = {}
-    for source in find_side_files(folder, layout) if folder else ():
-        shutil.copyfile(source, out / source.name)
-        copied[source.name] = digest_file(out / source.name)[0]
+    if folder is None:
+        return copied
+    for source in find_side_files(folder, layout):
+        name = source.relative_to(folder).as_posix()
+        (out / name).parent.mkdir(exist_ok=True)
+        shutil.copyfile(source, out / name)
+        copied[name] = digest_file(out / name)[0]
     return copied

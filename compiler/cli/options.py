@@ -62,7 +62,12 @@ debug_option = click.option("--debug", is_flag=True, expose_value=False, help="S
 _MEASUREMENT = (
     click.option(
         "--eval", "eval_", metavar="SLICE=FILE", multiple=True, callback=_named_files,
-        help="A named quality slice, JSONL; repeatable.",
+        help="A named quality slice: JSONL text, pairs or labels, or .npz arrays; repeatable.",
+    ),
+    click.option(
+        "--max-quality-loss", metavar="FACTOR",
+        help="How many times worse than dense the worst slice may be, e.g. 1.10x (the default), or none for any; "
+        "beyond it the exit code is 3.",
     ),
     click.option("--workload", metavar="KEY=N,...", help="What is measured, e.g. prompt=128,output=64,batch=1."),
     click.option(
@@ -120,4 +125,4 @@ def _applied(options: tuple[_Decorator, ...]) -> _Decorator:
 recipe_options = _applied(_RECIPE)
 """MODEL, --target and everything that shapes a recipe."""
 measurement_options = _applied(_MEASUREMENT)
-"""--eval, --workload, --gate."""
+"""--eval, --max-quality-loss, --workload, --gate."""

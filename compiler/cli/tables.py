@@ -10,9 +10,18 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from compile_sparse.compiler.cli.numbers import interval, plain
+from compile_sparse.compiler.cli.quality_rows import quality_notes, quality_rows
+
 __all__ = ["doctor_table", "plan_table", "report_table", "runtimes_table", "targets_table"]
 
-_STYLES = {"faster": "bold green", "smaller-only": "cyan", "slower": "bold red", "refused": "bold red"}
+_STYLES = {
+    "faster": "bold green",
+    "smaller-only": "cyan",
+    "slower": "bold red",
+    "quality-lost": "bold red",
+    "refused": "bold red",
+}
 _UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -24,7 +33,8 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     parts += [_passes(report["passes"])] if report.get("passes") else []
     parts += [_sparsity(report["sparsity"])] if report.get("sparsity") else []
     parts += [_gates(report["gates"])] if report.get("gates") else []
-    parts += [Text(f"note: {note}") for note in report.get("notes", ())]
+    notes = (*quality_notes(report.get("quality") or {}), *report.get("notes", ()))
+    parts += [Text(f"note: {note}") for note in notes]
     return Group(*parts)
 
 
@@ -91,10 +101,17 @@ def _table(title: str, *columns: str) -> Table:
 
 def _measurements(report: Mapping[str, Any]) -> Table:
     table = _table("baseline and compiled", "", "baseline", "compiled", "ratio (95 % interval)")
-    for row in (*_size_rows(report.get("model") or {}), *_speed_rows(report), *_quality_rows(report)):
+    for row in (
+        *_size_rows(report.get("model") or {}),
+        *_speed_rows(report),
+        *quality_rows(report.get("quality") or {}),
+    ):
         table.add_row(*row)
     if (agreement := (report.get("fidelity") or {}).get("top1_agreement")) is not None:
         table.add_row("top-1 agreement with the program", "", f"{agreement:.2%}", "")
+    if layers := (report.get("fidelity") or {}).get("layers"):
+        right = layers["checked"] - len(layers["wrong"])
+        table.add_row("layers that compute the program", "", f"{right:,} of {layers['checked']:,}", "")
     return table
 
 
@@ -106,7 +123,7 @@ def _sizes(data: Mapping[str, Any]) -> Table:
 
 
 def _size_rows(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    for key, label, show in (("parameters", "parameters", _plain), ("artifact_bytes", "bytes", _bytes)):
+    for key, label, show in (("parameters", "parameters", plain), ("artifact_bytes", "bytes", _bytes)):
         if change := model.get(key):
             before, after = change["baseline"], change["compiled"]
             yield label, show(before), show(after), f"{after / before:.3f}x" if before else ""
@@ -121,25 +138,13 @@ def _speed_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]
         ("samples_s", "samples/s"),
     ):
         if compiled.get(key) is not None:
-            yield label, _plain(baseline.get(key)), _plain(compiled[key]), _interval(ratio.get(key))
+            yield label, plain(baseline.get(key)), plain(compiled[key]), interval(ratio.get(key))
     for key, label in (("ttft_ms", "first token, ms p50"), ("tpot_ms", "per token, ms p50")):
         if (value := (compiled.get(key) or {}).get("p50")) is not None:
             before = (baseline.get(key) or {}).get("p50")
-            yield label, _plain(before), _plain(value), _interval((ratio.get(key) or {}).get("p50"))
+            yield label, plain(before), plain(value), interval((ratio.get(key) or {}).get("p50"))
     if compiled.get("peak_rss_bytes"):
         yield "peak memory", _bytes(baseline.get("peak_rss_bytes")), _bytes(compiled["peak_rss_bytes"]), ""
-
-
-def _quality_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
-    quality = report.get("quality") or {}
-    for name, found in (quality.get("slices") or {}).items():
-        worst = " (worst)" if name == quality.get("worst_slice") and len(quality["slices"]) > 1 else ""
-        if found.get("ppl_compiled") is not None:
-            interval = _interval({"value": found.get("ratio"), "ci95": found.get("ci95")})
-            label = escape(f"perplexity [{name}]{worst}")
-            yield label, _plain(found.get("ppl_baseline")), _plain(found["ppl_compiled"]), interval
-        elif found.get("top1_agreement") is not None:
-            yield escape(f"agreement [{name}]{worst}"), "", f"{found['top1_agreement']:.2%}", ""
 
 
 def _passes(passes: Sequence[Mapping[str, Any]]) -> RenderableType:
@@ -169,7 +174,7 @@ def _groups(groups: Sequence[Mapping[str, Any]]) -> RenderableType:
         reason = "" if not frozen else "fixed" if frozen is True else str(frozen)
         name = f"{group['kind']} (query, in each group)" if group.get("unit") == "query" else str(group["kind"])
         shares = (_share(group.get(key)) for key in ("parameter_share", "byte_share", "flop_share"))
-        table.add_row(escape(name), f"{group['count']:,}", _plain(group["size"]), *shares, escape(reason))
+        table.add_row(escape(name), f"{group['count']:,}", plain(group["size"]), *shares, escape(reason))
     return Group(table, Text("Shares of the model that go through them; a matrix has two axes, so they overlap."))
 
 
@@ -177,7 +182,7 @@ def _gain(gain: Mapping[str, Any]) -> RenderableType:
     table = _table("what the target could gain at most (not measured)", "", "", "baseline", "compiled", "speed-up")
     for label in ("decode", "prefill", "forward"):
         if found := gain.get(label):
-            show = _bytes if "bytes" in found["quantity"] else _plain
+            show = _bytes if "bytes" in found["quantity"] else plain
             ratio = found["at_most"]
             bound = (
                 f"not known: {found['unknown_because']}" if ratio is None else f"at most {ratio:.2f}x if {found['if']}"
@@ -197,7 +202,7 @@ def _sparsity(sparsity: Mapping[str, Any]) -> RenderableType:
             "unverified" if found.get(key) is None else f"{found[key]:,}" for key in ("eligible", "chosen", "kernels")
         )
         graph = f"{have:,}" if sparsity.get("in_graph") else ""
-        table.add_row(escape(name), f"{intended:,}", graph, *counts, _interval(found.get("twin")))
+        table.add_row(escape(name), f"{intended:,}", graph, *counts, interval(found.get("twin")))
     lines = [f"unverified: {sparsity['unverified']}"] if sparsity.get("unverified") else []
     lines += [
         f"{name}: {shape['layers']:,} of K={shape['k']:,} N={shape['n']:,} {shape['dtype']} stayed dense, {shape['example']} "
@@ -228,21 +233,8 @@ def _option(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _interval(found: Mapping[str, Any] | None) -> str:
-    if not found or found.get("value") is None:
-        return ""
-    bounds = found.get("ci95")
-    return f"{found['value']:.3f}x" + (f" ({bounds[0]:.3f} to {bounds[1]:.3f})" if bounds else "")
-
-
 def _share(value: float | None) -> str:
     return "" if value is None else f"{value:.1%}"
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return "" if value is None else escape(str(value))
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}" if value < 1000 else f"{value:,.0f}"
 
 
 def _bytes(value: Any) -> str:

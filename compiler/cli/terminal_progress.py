@@ -32,7 +32,13 @@ class _PlainTask:
         now = time.monotonic()
         if now - self._last >= _PLAIN_INTERVAL_S:
             self._last = now
-            self._say(f"{self._done} of {self._total}" if self._total else f"{self._done}")
+            left = self._left(now - self._started)
+            self._say(f"{self._done} of {self._total}, about {left}" if self._total else f"{self._done}")
+
+    def _left(self, elapsed: float) -> str:
+        """How long the rest takes at the pace so far."""
+        seconds = elapsed * (max(self._total or 0, self._done) - self._done) / max(self._done, 1)
+        return f"{seconds:.0f} s left" if seconds < 120 else f"{seconds / 60:.0f} min left"
 
     def finish(self, word: str) -> None:
         self._say(f"{word} in {time.monotonic() - self._started:.1f} s")
@@ -66,9 +72,22 @@ class TerminalProgress:
     def __enter__(self) -> Self:
         if self._stream.isatty():
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+            )
             self._bars = Progress(*columns, console=Console(file=self._stream))
             self._bars.start()
         return self

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -52,6 +52,17 @@ class CalibrationStream:
     def tokens(self) -> int:
         """Tokens in all."""
         return sum(map(len, self.windows))
+
+    def spread(self, most: int) -> CalibrationStream:
+        """At most ``most`` windows or samples of it, evenly spread."""
+        count = len(next(iter(self.arrays.values()))) if self.arrays else len(self.windows)
+        if count <= most:
+            return self
+        places = [place * count // most for place in range(most)]
+        arrays = {name: value[places] for name, value in self.arrays.items()}
+        return replace(
+            self, windows=tuple(self.windows[place] for place in places) if self.windows else (), arrays=arrays
+        )
 
     def feeds(self, program: Program) -> Iterator[dict[str, torch.Tensor]]:
         """Complete inputs of ``program`` (empty cache), one batch at a time, always in the same order.

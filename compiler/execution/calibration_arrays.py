@@ -1,4 +1,4 @@
-"""Calibration of models that read no text: arrays of their own inputs, from a NumPy archive."""
+"""Data for models that read no text: arrays of their own inputs, from a NumPy archive."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ def read_arrays(path: Path, samples: int) -> dict[str, np.ndarray[Any, Any]]:
 def _wrong(path: Path, why: str) -> UsageError:
     return UsageError(
         "CS1048",
-        "The calibration file holds no inputs of this model.",
+        "The file holds no inputs of this model.",
         where=path.name,
         why=why,
-        hint="For a model that reads no text, write numpy.savez('calibration.npz', pixel_values=array) with an array of "
+        hint="For a model that reads no text, write numpy.savez('FILE.npz', pixel_values=array) with an array of "
         "preprocessed samples for every input.",
     )

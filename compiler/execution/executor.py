@@ -20,7 +20,8 @@ from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["Executor", "Observer", "call", "decoder_inputs", "interpret_graph", "model_input", "weight_only"]
 
-Observer = Callable[[torch.Tensor], None]
+Observer = Callable[[torch.Tensor], torch.Tensor | None]
+"""Receives a node's value; a tensor it returns takes the value's place for every node that reads it."""
 
 
 class Executor:
@@ -46,7 +47,7 @@ class Executor:
 
         Args:
             inputs: every model input by its public name.
-            observe: graph node name -> callback that receives the node's value.
+            observe: graph node name -> callback that receives the node's value, and may give another in its place.
 
         Raises:
             UsageError: CS1033 when an input is missing.
@@ -90,7 +91,7 @@ def interpret_graph(
         program: what to run.
         inputs: every model input by its public name.
         weight: values of a stored tensor, asked for when the first node needs it.
-        observe: graph node name -> callback that receives the node's value.
+        observe: graph node name -> callback that receives the node's value, and may give another in its place.
         dead_after: ``last_uses`` of the graph.
         evaluate: computes a call; by default the operator itself.
 
@@ -114,8 +115,8 @@ def interpret_graph(
             results = fx.node.map_arg(node.args[0], value_of)
         else:
             environment[node] = compute(node, value_of)
-        if node.name in watched:
-            watched[node.name](value_of(node))
+        if node.name in watched and (replaced := watched[node.name](value_of(node))) is not None:
+            environment[node] = replaced
         for dead in dead_after.get(node, ()):
             environment.pop(dead, None)
     return {output.name: value for output, value in zip(program.outputs, results, strict=True)}

@@ -21,7 +21,7 @@ from compile_sparse.compiler.ir.liveness import last_uses
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import TensorSource
 
-__all__ = ["LayerwiseExecutor"]
+__all__ = ["LayerwiseExecutor", "Watcher"]
 
 STAGE_BYTES = 1 << 30
 """Weights held at once, and what is computed from them alone; a longer way is walked in stages."""

@@ -16,7 +16,7 @@ from compile_sparse.compiler.errors import UsageError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-__all__ = ["load_tokenizer", "read_windows"]
+__all__ = ["cut_windows", "load_tokenizer", "read_windows"]
 
 MIN_TOKENS = 2  # one to condition on, one to predict
 
@@ -32,11 +32,15 @@ def load_tokenizer(folder: Path | None) -> Tokenizer | None:
     from tokenizers import Tokenizer
 
     try:
-        return Tokenizer.from_file(str(folder / "tokenizer.json"))
+        tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
     except Exception as error:  # the Rust extension raises bare Exception
         raise UsageError(
             "CS1034", "The tokenizer cannot be read.", where="tokenizer.json", why=str(error), hint="Restore the file."
         ) from error
+    # Some files say how batches were padded and cut when the model was trained; texts here are read whole.
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer
 
 
 def read_windows(
@@ -82,7 +86,7 @@ def read_windows(
                 why=f"The model has ids 0 to {vocabulary - 1}.",
                 hint="Make the file with this model's tokenizer.",
             )
-        windows += _cut(ids, length, beginning if from_text else None)
+        windows += cut_windows(ids, length, beginning if from_text else None)
     if not windows:
         raise UsageError(
             "CS1032",
@@ -97,7 +101,8 @@ def read_windows(
     return [windows[i * len(windows) // samples] for i in range(samples)]
 
 
-def _cut(ids: list[int], length: int, beginning: int | None) -> Iterator[list[int]]:
+def cut_windows(ids: list[int], length: int, beginning: int | None) -> Iterator[list[int]]:
+    """Windows of at most ``length`` of ``ids``, each after ``beginning`` where there is one."""
     head = [] if beginning is None else [beginning]
     if beginning is not None and ids[:1] == head:
         ids = ids[1:]

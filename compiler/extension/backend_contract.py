@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from compile_sparse.compiler.progress import Progress
     from compile_sparse.compiler.targets.target import Target
 
-__all__ = ["Backend", "DerivedFiles", "Lowered", "LoweringStep", "Probe", "ReferenceRuntime", "SteppedLowering"]
+__all__ = [
+    "Backend",
+    "DerivedFiles",
+    "Lowered",
+    "LoweringStep",
+    "Observation",
+    "ObservedLayers",
+    "Probe",
+    "ReferenceRuntime",
+    "SteppedLowering",
+]
 
 
 @dataclass(frozen=True)
@@ -128,6 +138,40 @@ class DerivedFiles(Protocol):
 
     def dense_build(self, model: Path) -> Path | None:
         """The folder in ``model`` with the same model built without sparse kernels, to be measured against; None without one."""
+        ...
+
+
+@dataclass(frozen=True)
+class Observation:
+    """How the values of single layers of a lowered folder are seen in its runtime, and what they should be.
+
+    Attributes:
+        folder: what the worker loads for it: the lowered folder itself, or a copy that tells more.
+        values: node of the program -> what the worker calls its value in that folder; only what the runtime has.
+        program: the compiled program with the rounding that the runtime's kernels are known to do inside made explicit; nodes
+            keep their names.
+    """
+
+    folder: Path
+    values: Mapping[str, str]
+    program: Program
+
+
+@runtime_checkable
+class ObservedLayers(Protocol):
+    """A backend whose worker answers ``Observe`` (``compiler/runtimes/messages.py``): it shows the outputs of single layers."""
+
+    def observation(
+        self, program: Program, target: Target, model: Path, scratch: Path, settings: RunSettings
+    ) -> Observation:
+        """Of the lowered folder ``model``.
+
+        Args:
+            program: the compiled one, which ``model`` was lowered from.
+            target, settings: as for ``lower``.
+            model: the folder; it stays as it is.
+            scratch: an empty folder for what is loaded instead, on the file system of ``model`` where possible.
+        """
         ...
 
 

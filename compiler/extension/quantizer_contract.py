@@ -22,10 +22,12 @@ class Quantizer(ABC):
         name: that of its entry point.
         needs_statistics: whether it looks at the inputs of each layer on calibration text; a compilation without text is then
             refused. Others run when the weight is written.
+        weighs_inputs: of one without that need: whether it is told, where there is text, how large each input is.
     """
 
     name: ClassVar[str]
     needs_statistics: ClassVar[bool]
+    weighs_inputs: ClassVar[bool] = False
 
     @abstractmethod
     def quantize(
@@ -41,8 +43,9 @@ class Quantizer(ABC):
         Args:
             rows: the weight, ``[N, K]`` float32; not to be changed.
             grid: of the weight's format, with the scales that round-to-nearest takes. Another one of the same format may be
-                returned; its scales must be values that ``grid.scale`` could hold where that is stored in a shorter type.
-            statistics: ``E[x x^T]``, ``[K, K]`` float64, of the inputs on calibration text; None unless they are needed.
+                returned; its scales must be values of the type ``grid.stored`` (``grid.scaled`` gives such).
+            statistics: of the inputs on calibration text, float64: ``E[x x^T]``, ``[K, K]``, where they are needed;
+                ``E[x_j^2]``, ``[K]``, for ``weighs_inputs``; None otherwise, and without text.
             zeros: ``[N, K]`` bool, weights that must stay exactly zero; None where there is no sparsity pattern.
 
         Returns:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -10,7 +10,13 @@ import torch
 from compile_sparse.compiler.ir.ops.quantization import FP4_VALUES, to_fp4_codes, to_fp8
 from compile_sparse.compiler.ir.quantization_schemes import WeightFormat
 
-__all__ = ["QuantizationGrid"]
+__all__ = ["QuantizationGrid", "as_stored"]
+
+
+def as_stored(scale: torch.Tensor, stored: torch.dtype = torch.float32) -> torch.Tensor:
+    """Scales as float32 values that ``stored`` can hold; 1 where that is zero."""
+    rounded = scale.to(stored).to(torch.float32)
+    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +30,7 @@ class QuantizationGrid:
             ``[ceil(N / block), ceil(K / block)]`` with blocks.
         zero_point: int8 of the scale's shape where the format is not symmetric.
         global_scale: ``fp4``: what scales are divided by, float32 ``[1]``.
+        stored: the type that scales will be stored in, whose values they are; ``fp4`` has its own.
     """
 
     format: WeightFormat
@@ -31,12 +38,23 @@ class QuantizationGrid:
     scale: torch.Tensor
     zero_point: torch.Tensor | None = None
     global_scale: torch.Tensor | None = None
+    stored: torch.dtype = torch.float32
 
     @cached_property
     def step(self) -> torch.Tensor:
         """What one code is worth, ``[N, K]`` float32; negative where a group's largest element is positive."""
         scale = self.scale.to(torch.float32)
         return self._spread(scale if self.global_scale is None else scale / self.global_scale)
+
+    def scaled(self, factors: torch.Tensor | float) -> QuantizationGrid:
+        """The grid whose scales are these times ``factors`` (one, or one per scale), as they can be stored. Not for fp4."""
+        return replace(self, scale=as_stored(self.scale * factors, self.stored))
+
+    def of_channels(self, channels: slice) -> QuantizationGrid:
+        """The part for these output channels. Not for blocks, which several channels share."""
+        zero = None if self.zero_point is None else self.zero_point[channels]
+        part = self.scale[channels]
+        return replace(self, shape=(len(part), self.shape[1]), scale=part, zero_point=zero)
 
     def codes(self, rows: torch.Tensor, columns: slice = slice(None)) -> torch.Tensor:
         """The nearest codes, int8 or float8_e4m3fn; what is out of range saturates, and zero has an exact code.

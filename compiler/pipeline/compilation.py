@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from compile_sparse.compiler.artifact.report import (
     Change,
     GateResult,
     Kind,
+    LayerFidelity,
     ModelSection,
     PassSection,
     Report,
@@ -23,7 +25,7 @@ from compile_sparse.compiler.artifact.report import (
 from compile_sparse.compiler.artifact.staging import REPORT, Staging
 from compile_sparse.compiler.capture import capture
 from compile_sparse.compiler.errors import GateFailure
-from compile_sparse.compiler.extension.backend_contract import ReferenceRuntime
+from compile_sparse.compiler.extension.backend_contract import Observation, ObservedLayers, ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype, zero_share
 from compile_sparse.compiler.ir.verifier import verify_program
@@ -32,10 +34,13 @@ from compile_sparse.compiler.pipeline.lowering import lower_program
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.result import CompileResult
+from compile_sparse.compiler.runtimes.client import Worker
+from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.verify.baseline import get_baseline
-from compile_sparse.compiler.verify.fidelity import LARGEST_NOISE_NATS, fidelity_bound
 from compile_sparse.compiler.verify.gates import evaluate_gates
+from compile_sparse.compiler.verify.layers import check_layers, observed_calls
 from compile_sparse.compiler.verify.measure import (
+    LOAD_TIMEOUT_SECONDS,
     Measured,
     MeasureRequest,
     cannot_measure,
@@ -43,7 +48,9 @@ from compile_sparse.compiler.verify.measure import (
     measure_answers,
     model_bytes,
 )
+from compile_sparse.compiler.verify.quality_verdict import lost_quality, with_quality
 from compile_sparse.compiler.verify.reference import write_reference
+from compile_sparse.compiler.verify.same_model import departures
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
@@ -67,6 +74,7 @@ class LoweringRecord(BaseModel):
     limits: tuple[str, ...] = Field(description="what the runtime must respect")
     digests: dict[str, str] = Field(description="file of the artifact -> sha256, computed while it was written")
     sparsity: Sparsity | None = Field(default=None, description="of the report")
+    layers: LayerFidelity | None = Field(default=None, description="of the report's fidelity")
 
 
 class _Build:
@@ -87,17 +95,15 @@ class _Build:
         """The dense program with its weights as they are stored."""
         return cast_weights(self.dense, torch_dtype(self.job.precision))
 
-    def lower(self, staging: Staging) -> LoweringRecord:
-        """Run passes and lower into ``staging``."""
+    def lower(self, staging: Staging, *, verify: bool) -> LoweringRecord:
+        """Run passes, lower into ``staging``, and compare the runtime's layers with the program's where it shows them."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
         context = job.context(self.progress)
         program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
         program = cast_weights(program, torch_dtype(job.precision))
-        text = [w for windows in job.slices.values() for w in windows]
-        text = text or [list(w) for w in (job.calibration.windows if job.calibration else ())]
         lowered, section = lower_program(
-            job.backend, program, context, staging.fresh("model"), text=text, verify_each=self.verify_each
+            job.backend, program, context, staging.fresh("model"), text=job.text, verify_each=self.verify_each
         )
         digests = {f"model/{name}": digest for name, digest in lowered.files.items()}
         limits = list(lowered.limits)
@@ -114,15 +120,7 @@ class _Build:
             digests |= {f"{deployment.name}/{name}": digest for name, digest in deployed.files.items()}
             limits += deployed.limits
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
-        short = job.precision != "fp32"
-        write_reference(
-            program,
-            staging.folder,
-            text=text,
-            seed=job.recipe.seed,
-            progress=self.progress,
-            dense=self.baseline if short else None,
-        )
+        layers = self._reference(program, staging, verify=verify)
         return LoweringRecord(
             passes=(*sections, section),
             parameters=program.parameter_count(),
@@ -133,7 +131,52 @@ class _Build:
             limits=tuple(limits),
             digests=digests,
             sparsity=None if lowered.sparsity is None else Sparsity.model_validate(lowered.sparsity),
+            layers=layers,
         )
+
+    def _reference(self, program: Program, staging: Staging, *, verify: bool) -> LayerFidelity | None:
+        """Write the program's own answers beside the model; how far the runtime's layers are from them, where it shows them."""
+        job, layers, computed = self.job, None, program
+        if isinstance(job.backend, ObservedLayers) and job.probe.available:
+            model = staging.folder / "model"
+            with tempfile.TemporaryDirectory(prefix="observed-", dir=staging.root) as scratch:
+                seen = job.backend.observation(program, job.target, model, Path(scratch), job.settings)
+                computed = seen.program
+                if verify and seen.values and not cannot_measure(job.backend, model, job.target, job.settings):
+                    layers = self._layers(seen)
+        write_reference(
+            computed,
+            staging.folder,
+            text=job.text,
+            precision=job.precision,
+            seed=job.recipe.seed,
+            progress=self.progress,
+        )
+        return layers
+
+    def _layers(self, seen: Observation) -> LayerFidelity:
+        """Every layer compared, in a process of the runtime that ends with it."""
+        job = self.job
+        calls = observed_calls(seen, text=job.text, seed=job.recipe.seed)
+        with Worker(job.backend.worker_command(job.target, job.settings)) as worker:
+            load = Load(
+                "observed",
+                str(seen.folder),
+                threads=runtime_threads(job.workload.threads),
+                device=job.target.device,
+                sequence=calls.longest,
+                sequences=max(1, len(calls.windows)),
+            )
+            worker.call(load, timeout=LOAD_TIMEOUT_SECONDS)
+            return check_layers(
+                worker,
+                load.name,
+                seen,
+                calls,
+                precision=job.precision,
+                seed=job.recipe.seed,
+                progress=self.progress,
+            )
 
 
 def _served_name(job: Job) -> str:
@@ -152,12 +195,14 @@ def compile_job(
     build = _Build(job, progress, verify_each)
     with Staging(out, key=job.key, force=force) as staging:
         stored = staging.completed("lowered")
-        record = build.lower(staging) if stored is None else LoweringRecord.model_validate(stored)
+        record = build.lower(staging, verify=verify) if stored is None else LoweringRecord.model_validate(stored)
         if stored is None:
             staging.complete("lowered", record.model_dump(mode="json"))
         measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
         if verify:
             measured, baseline_bytes, why = _verified(build, staging.folder, progress)
+        if measured is not None:
+            measured = measured.with_layers(record.layers)
         sizes = ModelSection(
             kind=record.kind,
             parameters=Change(baseline=record.dense_parameters, compiled=record.parameters),
@@ -218,6 +263,8 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
         lambda: build.baseline,
         lambda program, out: job.backend.lower(program, job.target, out, progress, settings),
         progress,
+        text=job.sample,
+        precision=job.precision,
     )
     size = model_bytes(job.backend, baseline / "model")
     request = MeasureRequest(
@@ -225,9 +272,11 @@ def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measur
         artifact=artifact,
         workload=job.workload,
         slices=job.slices,
+        evaluation=job.evaluation,
         threads=runtime_threads(job.workload.threads),
         vocabulary=job.vocabulary,
         seed=job.recipe.seed,
+        max_loss=job.recipe.evaluation.max_loss,
     )
     if why:
         return measure_answers(request, reference, progress), size, why
@@ -253,19 +302,13 @@ def judge(report: Report, measured: Measured | None, gates: tuple[str, ...]) -> 
     if measured is not None and measured.over_dense and report.sparsity is not None:
         report = report.model_copy(update={"sparsity": report.sparsity.with_speed(measured.over_dense)})
     if measured is not None and measured.performance is not None:
-        verdict, why = decide(report.model_dump(mode="json"), fidelity_bound=fidelity_bound(quantized))
-        dense = measured.baseline_fidelity.top1_agreement or 0.0
-        noise = measured.baseline_fidelity.mean_abs_logprob_diff or 0.0
-        if noise > LARGEST_NOISE_NATS:
-            verdict, why = (
-                "unverified",
-                f"The runtime computes the dense model {noise:.2g} nats off, more than rounding explains.",
-            )
-        elif dense < fidelity_bound(quantized=False):
-            verdict, why = "unverified", f"The dense baseline itself agrees with torch on only {dense:.1%} of tokens."
+        verdict, why = decide(report.model_dump(mode="json"), quantized=quantized)
+        if departed := departures(measured.baseline_fidelity.model_dump(), quantized=False):
+            verdict, why = "unverified", f"The runtime computes the dense baseline wrongly too. {departed[0].why}"
         report = report.model_copy(update={"verdict": verdict, "verdict_why": why})
+    report = with_quality(report)
     data = report.model_dump(mode="json")
-    results = [*wrong_model(data, fidelity_bound(quantized)), *evaluate_gates(gates, data)]
+    results = [*wrong_model(data, quantized=quantized), *lost_quality(report), *evaluate_gates(gates, data)]
     return report.model_copy(update={"gates": tuple(GateResult.model_validate(r) for r in results)})
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -18,7 +18,8 @@ from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.calibration_arrays import read_arrays
-from compile_sparse.compiler.execution.token_windows import load_tokenizer, read_windows
+from compile_sparse.compiler.execution.sample_text import SAMPLE_TEXT
+from compile_sparse.compiler.execution.token_windows import cut_windows, load_tokenizer, read_windows
 from compile_sparse.compiler.extension.backend_contract import Backend, Probe
 from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.backends import find_backend
@@ -32,12 +33,28 @@ from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.recipe import Recipe
 from compile_sparse.compiler.targets.target import Precision, Target, find_target
 from compile_sparse.compiler.targets.workload import Workload
+from compile_sparse.compiler.verify.evaluation.models import EvaluationSlice
+from compile_sparse.compiler.verify.evaluation.reader import EvaluationReader
 from compile_sparse.compiler.version import code_identity, library_versions
 
-__all__ = ["Job", "TextReader", "baseline_key", "fit_workload", "longest_window", "prepare", "runtime_threads"]
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+__all__ = [
+    "Job",
+    "TextReader",
+    "baseline_key",
+    "fit_workload",
+    "longest_window",
+    "prepare",
+    "read_evaluation",
+    "runtime_threads",
+]
 
 UNLIMITED = 1 << 30
 DEFAULT_WINDOW_TOKENS = 256
+SAMPLE_TOKENS = 64
+DEFAULT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -50,7 +67,9 @@ class Job:
         settings: what the run chose on that target.
         recipe, passes: what is done.
         calibration: windows the passes observe, or None.
-        slices: evaluation windows by slice name.
+        slices: evaluation windows by slice name (decoders).
+        evaluation: what else is measured, by slice name (other models).
+        sample: windows of packaged text, for checks where the user gave none; empty for models without a tokenizer.
         workload: what speed is measured on, fitting the model's context.
         useless: what the target cannot exploit although it was asked for.
         deployments: what is written beside the model.
@@ -65,9 +84,11 @@ class Job:
     passes: tuple[Pass, ...]
     calibration: CalibrationStream | None
     slices: Mapping[str, Sequence[Sequence[int]]]
+    evaluation: Mapping[str, EvaluationSlice]
     workload: Workload
     useless: tuple[Diagnostic, ...]
     deployments: tuple[Deployment, ...] = ()
+    sample: Sequence[Sequence[int]] = ()
 
     @cached_property
     def source_digest(self) -> str:
@@ -91,6 +112,12 @@ class Job:
             workload=self.workload,
             settings=self.settings,
         )
+
+    @property
+    def text(self) -> Sequence[Sequence[int]]:
+        """Windows that the artifact is checked on: evaluation text, or that of the calibration, or the packaged sample."""
+        evaluated = [window for windows in self.slices.values() for window in windows]
+        return evaluated or (self.calibration.windows if self.calibration else ()) or self.sample
 
     @cached_property
     def key(self) -> str:
@@ -227,11 +254,30 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
         recipe=recipe,
         passes=passes,
         calibration=text.calibration(recipe),
-        slices=text.slices(recipe),
+        slices=text.slices(recipe) if is_causal(folder.model_class) else {},
+        evaluation=read_evaluation(recipe, folder.path, folder.config, folder.model_class),
         workload=workload,
         deployments=tuple(find_deployment(name) for name in recipe.building.emit),
         useless=useless,
+        sample=text.sample(),
     )
+
+
+def read_evaluation(
+    recipe: Recipe, folder: Path, config: PretrainedConfig, model_class: type
+) -> dict[str, EvaluationSlice]:
+    """Evaluation data of a model that does not generate, by slice name; of one that does: nothing, it has windows of text.
+
+    Args:
+        recipe: names the files.
+        folder: where tokenizer, pooling and preprocessing files are.
+        config, model_class: of the model.
+    """
+    if is_causal(model_class):
+        return {}
+    wanted = recipe.evaluation
+    reader = EvaluationReader(folder, config, model_class, wanted.sequence_length)
+    return {name: reader.read(Path(file), wanted.samples) for name, file in wanted.slices.items()}
 
 
 def longest_window(recipe: Recipe, context: int | None) -> int:
@@ -300,4 +346,14 @@ class TextReader:
     def slices(self, recipe: Recipe) -> dict[str, list[list[int]]]:
         """Evaluation windows by slice name."""
         wanted = recipe.evaluation
-        return {name: self._read(file, wanted.samples, wanted.sequence_length) for name, file in wanted.slices.items()}
+        samples = wanted.samples or DEFAULT_WINDOWS
+        return {name: self._read(file, samples, wanted.sequence_length) for name, file in wanted.slices.items()}
+
+    def sample(self) -> list[list[int]]:
+        """Windows of the packaged text; none for a model without a tokenizer, or one whose tokenizer does not fit."""
+        if self._tokenizer is None or not self._vocabulary:
+            return []
+        length = min(SAMPLE_TOKENS, self._context)
+        encoded = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in SAMPLE_TEXT]
+        windows = [window for ids in encoded for window in cut_windows(ids, length, self._beginning)]
+        return [window for window in windows if len(window) == length and max(window) < self._vocabulary]

@@ -11,6 +11,7 @@ from typing import Any
 from compile_sparse.compiler.artifact.reader import Artifact, read_artifact, read_manifest, replace_report
 from compile_sparse.compiler.artifact.report import Change, ModelSection, Report
 from compile_sparse.compiler.capture import capture, open_folder
+from compile_sparse.compiler.capture.folder import read_classes
 from compile_sparse.compiler.errors import EnvironmentFailure, UsageError
 from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.backends import find_backend, options_for
@@ -19,7 +20,14 @@ from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, judge, raise_failed_gates
-from compile_sparse.compiler.pipeline.job import TextReader, baseline_key, fit_workload, longest_window, runtime_threads
+from compile_sparse.compiler.pipeline.job import (
+    TextReader,
+    baseline_key,
+    fit_workload,
+    longest_window,
+    read_evaluation,
+    runtime_threads,
+)
 from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
@@ -41,6 +49,7 @@ def verify_artifact(
     workload: str | None,
     concurrency: str | Sequence[int] | None = None,
     gates: Sequence[str],
+    max_quality_loss: str | float | None = None,
     model: str | Path | None,
     options: Mapping[str, Any],
     progress: Progress,
@@ -53,6 +62,7 @@ def verify_artifact(
         workload: instead of the one it was compiled with.
         concurrency: numbers of requests at once, instead of those it was compiled with.
         gates: conditions on the new measurements, instead of those it was compiled with.
+        max_quality_loss: instead of the one it was compiled with.
         model: the dense model, needed when its baseline is no longer in the cache.
         options: of the target's backend (its ``verify_options``).
         progress: where measuring is reported.
@@ -89,30 +99,42 @@ def verify_artifact(
         raise EnvironmentFailure(
             "CS5007", f"This artifact cannot be measured here with {target.name}.", where=probe.runtime, why=reason
         )
-    recipe = merge_options(compiled, eval=eval, workload=workload, concurrency=concurrency)
+    recipe = merge_options(
+        compiled, eval=eval, workload=workload, concurrency=concurrency, max_quality_loss=max_quality_loss
+    )
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
-    slices = TextReader(config, artifact.model).slices(recipe)
+    reader = TextReader(config, artifact.model)
+    slices = reader.slices(recipe) if decoder else {}
+    evaluation = read_evaluation(recipe, artifact.model, *read_classes(config, artifact.folder))
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
         lambda: _dense(model, manifest.source.digest, settings.precision_on(target), progress),
         lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
+        text=reader.sample(),
+        precision=settings.precision_on(target),
     )
     request = MeasureRequest(
         baseline=baseline,
         artifact=artifact.folder,
         workload=measured_workload,
         slices=slices,
+        evaluation=evaluation,
         threads=runtime_threads(measured_workload.threads),
         vocabulary=int(config.get("vocab_size") or 0),
         seed=recipe.seed,
+        max_loss=recipe.evaluation.max_loss,
     )
     measured = measure(request, backend, target, settings, progress)
-    if measured.quality is None and old.quality is not None:
-        measured = replace(measured, quality=old.quality)  # the same two models: what was measured still holds
+    if old.quality is not None and old.quality.known and not recipe.evaluation.slices:
+        # The same two models: what was measured on data still holds.
+        kept = old.quality.model_copy(update={"max_loss": recipe.evaluation.max_loss})
+        measured = replace(measured, quality=kept)
+    if old.fidelity is not None and old.runtime is not None and old.runtime.version == probe.version:
+        measured = measured.with_layers(old.fidelity.layers)  # the same files in the same runtime
     sizes = ModelSection(
         kind=old.model.kind,
         parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),

@@ -46,6 +46,7 @@ class Flags:
     calibration_samples: int | None = None
     sequence_length: int | None = None
     eval: Mapping[str, str | Path] | None = None
+    max_quality_loss: str | float | None = None
     workload: str | Mapping[str, Any] | Workload | None = None
     concurrency: str | Sequence[int] | None = None
     tensor_parallel: int | None = None
@@ -262,6 +263,8 @@ def _merge_data(data: dict[str, Any], flags: Flags) -> None:
         data["evaluation"]["sequence_length"] = flags.sequence_length
         if data["calibration"] is not None:
             data["calibration"]["sequence_length"] = flags.sequence_length
+    if flags.max_quality_loss is not None:
+        data["evaluation"]["max_loss"] = flags.max_quality_loss
     data["evaluation"]["slices"] |= {name: str(file) for name, file in (flags.eval or {}).items()}
 
 

@@ -15,19 +15,30 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    model_validator,
+)
 from pydantic import model_serializer as _serializer
 from pydantic.json_schema import JsonSchemaValue
 
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.extension.pass_contract import PHASES, Pass
 from compile_sparse.compiler.extension.passes import load_pass
+from compile_sparse.compiler.files.digests import digest_file, folder_digests
 from compile_sparse.compiler.files.validation_errors import explained
 from compile_sparse.compiler.files.yaml_lines import Document, Location, parse_yaml, read_yaml
 from compile_sparse.compiler.recipes.building import Building, check_building
 from compile_sparse.compiler.recipes.conflicts import refuse_second
 from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.gates import parse_gate
+from compile_sparse.compiler.verify.quality import MAX_LOSS
 
 __all__ = ["Calibration", "Evaluation", "PassRequest", "Recipe", "built_in_recipes", "load_recipe", "recipe_from_yaml"]
 
@@ -103,16 +114,39 @@ class Calibration(_Model):
     )
 
 
-class Evaluation(_Model):
-    """Text the quality is measured on, by named slice."""
+def _times(value: Any) -> Any:
+    """``1.10x``, as on the command line, is the number 1.10, and ``none`` no number."""
+    if value == "none":
+        return None
+    return value[:-1] if isinstance(value, str) and value.endswith("x") else value
 
-    slices: dict[str, str] = Field(default_factory=dict, description="slice name -> JSONL file, as for calibration")
-    samples: int = Field(default=64, ge=1, le=1_000_000, description="windows per slice, 1 to 1,000,000")
+
+class Evaluation(_Model):
+    """Data the quality is measured on, by named slice: text, pairs of query and document, labelled text, or arrays."""
+
+    slices: dict[str, str] = Field(
+        default_factory=dict,
+        description="slice name -> JSONL file, .npz or folder of images; what it holds is told by its content",
+    )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        le=1_000_000,
+        description="windows, lines or samples per slice, 1 to 1,000,000; null: 64 windows of text for language models, 1,000 "
+        "lines or samples for others",
+    )
     sequence_length: int | None = Field(
         default=None,
         ge=2,
         le=1_000_000,
         description="tokens per window, 2 to 1,000,000; null: 256, or the model's longest",
+    )
+    max_loss: Annotated[float | None, BeforeValidator(_times)] = Field(
+        default=MAX_LOSS,
+        ge=1,
+        le=1e9,
+        description="how many times worse than the dense model the worst slice may be, 1 to 1e9: a ratio of perplexities, or of "
+        "the dense model's score to the compiled one's; beyond it the verdict is quality-lost; null: no limit",
     )
 
 
@@ -198,13 +232,23 @@ def _check_order(before: PassRequest, first: Pass, request: PassRequest, second:
 
 def _fingerprint(file: str, role: str) -> dict[str, str]:
     try:
-        with open(file, "rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
+        digest = _folder_digest(Path(file)) if Path(file).is_dir() else digest_file(Path(file))[0]
+    except (OSError, ValueError) as error:
         raise UsageError(
-            "CS1107", f"The file of {role} cannot be read.", where=file, why=str(error.strerror or error)
+            "CS1107",
+            f"The file of {role} cannot be read.",
+            where=file,
+            why=str(getattr(error, "strerror", None) or error),
         ) from error
     return {"name": Path(file).name, "sha256": digest}
+
+
+def _folder_digest(folder: Path) -> str:
+    """sha256 over the names and digests of its files."""
+    total = hashlib.sha256()
+    for name, (digest, _) in sorted(folder_digests(folder).items()):
+        total.update(f"{name}\0{digest}\0".encode())
+    return total.hexdigest()
 
 
 def built_in_recipes() -> dict[str, str]:

@@ -22,6 +22,7 @@ __all__ = [
     "Loaded",
     "Memory",
     "Natural",
+    "Observe",
     "PeakMemory",
     "Positive",
     "Ran",
@@ -263,6 +264,22 @@ class Run(Request[Ran], operation="run"):
     name: str
     feeds: str
     outputs: str
+
+
+@dataclass(frozen=True)
+class Observe(Request[Ran], operation="observe"):
+    """Outputs of single layers, ``values``, into the file ``outputs``: ``0.NAME`` of the first call, ``1.NAME`` of the next.
+
+    A decoder reads ``windows`` as for ``Trace``: one prefill, then one given token per call. Other models get the arrays in the
+    file ``feeds`` in one call. Values that the loaded model does not have are left out.
+    """
+
+    name: str
+    values: Names
+    outputs: str
+    windows: list[Window] = field(default_factory=list)
+    prefill: Positive = 1
+    feeds: str = ""
 
 
 @dataclass(frozen=True)

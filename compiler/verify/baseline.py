@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compile_sparse.compiler.files.cache import Cache
@@ -18,7 +18,13 @@ FIDELITY_WINDOWS = 2
 
 
 def get_baseline(
-    key: str, program: Callable[[], Program], lower: Callable[[Program, Path], object], progress: Progress
+    key: str,
+    program: Callable[[], Program],
+    lower: Callable[[Program, Path], object],
+    progress: Progress,
+    *,
+    text: Sequence[Sequence[int]],
+    precision: str,
 ) -> Path:
     """Folder with ``model/``, a reference file and facts.
 
@@ -27,14 +33,17 @@ def get_baseline(
         program: the dense program; called only when the baseline must be built.
         lower: writes what the runtime loads into an empty folder.
         progress: where building it is reported.
+        text: token ids it is checked on. The entry is kept: it must depend on the model alone, not on what a run evaluates.
+        precision: the runtime computes in.
     """
 
     def build(folder: Path) -> None:
         dense = program()
         (folder / "model").mkdir()
         lower(dense, folder / "model")
-        # No text: the entry must not depend on what a particular run evaluates.
-        write_reference(dense, folder, text=(), seed=0, progress=progress, windows=FIDELITY_WINDOWS)
+        write_reference(
+            dense, folder, text=text, precision=precision, seed=0, progress=progress, windows=FIDELITY_WINDOWS
+        )
         facts = {"parameters": dense.parameter_count()}
         (folder / FACTS).write_text(json.dumps(facts), encoding="utf-8")
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from compile_sparse.compiler.errors import UsageError
 
-__all__ = ["METRICS", "Gate", "Metric", "evaluate_gates", "parse_gate"]
+__all__ = ["METRICS", "SCORES", "Gate", "Metric", "evaluate_gates", "parse_gate"]
 
 Kind = Literal["speed", "size", "quality", "agreement", "sparsity"]
 
@@ -47,6 +47,20 @@ class Metric:
         return self.selectors == ()
 
 
+_AGAINST_DENSE: Mapping[str, str] = {
+    "kl": "kl",
+    "top1": "top1_agreement",
+    "cosine": "mean_cosine",
+    "rank_agreement": "rank_agreement",
+    "logit_error": "logit_error",
+}
+"""Metric -> field of a quality slice that compares the compiled model's answers with the dense model's."""
+_LOSSES = ("worst_slice_loss", "loss")
+SCORES = (
+    *("accuracy", "accuracy@5", "f1", "auc", "rank_correlation"),
+    *("recall@1", "recall@5", "recall@10", "mrr", "ndcg@10", "dense_index_recall@1"),
+)
+"""Scores of labelled data and of pairs, as slices have them under ``scores``; a ratio of one is compiled over dense."""
 _PERCENTILES = ("p50", "p95", "p99")
 METRICS: Mapping[str, Metric] = {
     metric.name: metric
@@ -61,8 +75,10 @@ METRICS: Mapping[str, Metric] = {
         Metric("parameters", "size"),
         Metric("ppl", "quality", selectors=()),
         Metric("worst_slice_ppl", "quality"),
-        Metric("kl", "quality", selectors=(), has_ratio=False),
-        Metric("top1", "quality", selectors=(), has_ratio=False),
+        Metric("worst_slice_loss", "quality"),  # a factor anyway: 'x' may be written and changes nothing
+        Metric("loss", "quality", selectors=()),
+        *(Metric(name, "quality", selectors=(), has_ratio=False) for name in _AGAINST_DENSE),
+        *(Metric(name, "quality", selectors=()) for name in SCORES),
         Metric("fidelity_top1", "agreement", has_ratio=False),
         Metric("sparse_layers", "sparsity", has_ratio=False),
     )
@@ -73,7 +89,7 @@ _NO_RATIO: Mapping[str, str] = {
     "sparsity": "counts layers, and a dense baseline has none",
 }
 _EXPRESSION = re.compile(
-    r"\s*(?P<metric>\w+)\s*(?:\[\s*(?P<selector>[^\[\]]+?)\s*\])?\s*(?P<sign>>=|<=)\s*"
+    r"\s*(?P<metric>[\w@]+)\s*(?:\[\s*(?P<selector>[^\[\]]+?)\s*\])?\s*(?P<sign>>=|<=)\s*"
     r"(?P<number>\d+(?:\.\d*)?(?:[eE][-+]?\d+)?|\.\d+)\s*(?P<ratio>x?)\s*\Z",
     re.ASCII,
 )
@@ -227,7 +243,14 @@ def _size(gate: Gate, report: Mapping[str, Any]) -> Measured:
 
 def _quality(gate: Gate, report: Mapping[str, Any]) -> Measured:
     slices = _at(report, "quality", "slices") or {}
-    key = {"kl": "kl", "top1": "top1_agreement"}.get(gate.metric.name, "ratio" if gate.ratio else "ppl_compiled")
+    name = gate.metric.name
+    if name in SCORES:
+        score = _at(slices, gate.selector, "scores", name)
+        compiled = _at(score, "compiled")
+        return (_divided(compiled, _at(score, "baseline")) if gate.ratio else _number(compiled)), None
+    key = _AGAINST_DENSE.get(name, "ratio" if gate.ratio else "ppl_compiled")
+    if name in _LOSSES:
+        key = "loss"
     if gate.metric.by_slice:
         found = _at(slices, gate.selector)
         return _number(_at(found, key)), _estimate({"value": 0, "ci95": _at(found, "ci95")})[1]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,14 @@ from typing import Any
 import numpy as np
 import psutil
 
-from compile_sparse.compiler.artifact.report import Fidelity, Interval, Performance, Quality, RuntimeSection
+from compile_sparse.compiler.artifact.report import (
+    Fidelity,
+    Interval,
+    LayerFidelity,
+    Performance,
+    Quality,
+    RuntimeSection,
+)
 from compile_sparse.compiler.extension.backend_contract import Backend, DerivedFiles
 from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.progress import Progress
@@ -21,7 +29,9 @@ from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.messages import Load
 from compile_sparse.compiler.targets.target import Target
 from compile_sparse.compiler.targets.workload import Workload
-from compile_sparse.compiler.verify.fidelity import check_fidelity, has_dense_traces
+from compile_sparse.compiler.verify.agreement import measure_agreement
+from compile_sparse.compiler.verify.evaluation.models import EvaluationSlice, measure_evaluation
+from compile_sparse.compiler.verify.fidelity import check_fidelity
 from compile_sparse.compiler.verify.performance import (
     BASELINE,
     COMPILED,
@@ -30,11 +40,20 @@ from compile_sparse.compiler.verify.performance import (
     measure_over_dense,
     measure_samples,
 )
-from compile_sparse.compiler.verify.quality import measure_agreement, measure_perplexity
+from compile_sparse.compiler.verify.quality import MAX_LOSS, measure_divergence, measure_perplexity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 from compile_sparse.compiler.verify.reference import TOKENS as REFERENCE_TOKENS
 
-__all__ = ["MeasureRequest", "Measured", "cannot_measure", "folder_bytes", "measure", "measure_answers", "model_bytes"]
+__all__ = [
+    "LOAD_TIMEOUT_SECONDS",
+    "MeasureRequest",
+    "Measured",
+    "cannot_measure",
+    "folder_bytes",
+    "measure",
+    "measure_answers",
+    "model_bytes",
+]
 
 LOAD_TIMEOUT_SECONDS = 1800
 DENSE_BUILD = "dense build"
@@ -50,10 +69,12 @@ class MeasureRequest:
     Attributes:
         baseline, artifact: folders with ``model/`` and a reference file each.
         workload: what speed is measured on.
-        slices: evaluation windows by slice name; none: quality of decoders is not measured.
+        slices: evaluation windows of a decoder by slice name.
         threads: of the runtime.
         vocabulary: token ids are drawn below it; 0 for models without tokens.
         seed: of what is drawn.
+        evaluation: evaluation data of other models by slice name.
+        max_loss: loss of the worst slice up to which quality does not count as lost, None for any; see ``quality``.
     """
 
     baseline: Path
@@ -63,6 +84,8 @@ class MeasureRequest:
     threads: int
     vocabulary: int
     seed: int
+    evaluation: Mapping[str, EvaluationSlice] = field(default_factory=dict)
+    max_loss: float | None = MAX_LOSS
 
     @property
     def folders(self) -> dict[str, Path]:
@@ -82,7 +105,7 @@ class Measured:
     Attributes:
         runtime, performance: None where a reference runtime answered for the target's.
         fidelity, baseline_fidelity: of the artifact and of the dense model.
-        quality: None where it was not asked for.
+        quality: of the compiled model against the dense one; without evaluation data only how far apart they are.
         over_dense: speed over the same model without sparse kernels, by optimization profile; empty where there is none.
     """
 
@@ -92,6 +115,10 @@ class Measured:
     performance: Performance | None
     quality: Quality | None
     over_dense: Mapping[str, Interval] = field(default_factory=dict)
+
+    def with_layers(self, layers: LayerFidelity | None) -> Measured:
+        """With what was found layer by layer."""
+        return replace(self, fidelity=self.fidelity.model_copy(update={"layers": layers}))
 
 
 def cannot_measure(backend: Backend, model: Path, target: Target, settings: RunSettings) -> str:
@@ -204,15 +231,23 @@ def measure_answers(request: MeasureRequest, command: Sequence[str], progress: P
     )
 
 
-def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality | None:
+def _quality(worker: Worker, request: MeasureRequest, progress: Progress) -> Quality:
+    limit = request.max_loss
     if not request.decoder:
-        return measure_agreement(worker, _reference_feeds(request.artifact / SAMPLE_FILE), progress=progress)
-    return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress) if request.slices else None
+        feeds = _reference_feeds(request.artifact / SAMPLE_FILE)
+        if request.evaluation:
+            return measure_evaluation(worker, request.evaluation, feeds, request.seed, progress, limit)
+        return measure_agreement(worker, feeds, progress=progress, max_loss=limit)
+    if request.slices:
+        return measure_perplexity(worker, request.slices, seed=request.seed, progress=progress, max_loss=limit)
+    windows = json.loads((request.artifact / DECODER_FILE).read_text(encoding="utf-8"))["windows"]
+    return measure_divergence(worker, windows, progress=progress, max_loss=limit)
 
 
 def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], *, device: str) -> None:
     workload = request.workload
     longest = max([REFERENCE_TOKENS, *(len(window) for windows in request.slices.values() for window in windows)])
+    longest = max([longest, *(each.longest for each in request.evaluation.values())])
     for name, folder in folders.items():
         load = Load(
             name=name,
@@ -226,13 +261,8 @@ def _load(worker: Worker, request: MeasureRequest, folders: Mapping[str, Path], 
 
 
 def _check_both(worker: Worker, baseline: Path, artifact: Path, progress: Progress) -> tuple[Fidelity, Fidelity]:
-    """Fidelity of the dense model and of the artifact. Where rounding in the runtime's precision is visible, the dense model
-    shows how much, on the same windows.
-    """
-    dense = has_dense_traces(artifact)
-    of_baseline = check_fidelity(worker, BASELINE, artifact if dense else baseline, progress, dense=dense)
-    noise = of_baseline.mean_abs_logprob_diff if dense else None
-    return of_baseline, check_fidelity(worker, COMPILED, artifact, progress, noise=noise)
+    """Fidelity of the dense model and of the artifact."""
+    return check_fidelity(worker, BASELINE, baseline, progress), check_fidelity(worker, COMPILED, artifact, progress)
 
 
 def _reference_feeds(path: Path) -> dict[str, np.ndarray[Any, Any]]:

@@ -2,7 +2,10 @@
 
 Decoders: next-token predictions on a batch of windows of real text, the cache filled by one prefill and then one token at a
 time. The runtime is asked for exactly the same calls, because run-time activation scales depend on what is in a call.
-Encoders and vision models: outputs on seeded inputs.
+Other models: outputs on text, or on seeded inputs where the model reads none.
+
+Beside them lie the answers of the same program when every value is off by as much as the runtime's rounding
+(``rounding.py``): what these differ by is what a right runtime may differ by.
 """
 
 from __future__ import annotations
@@ -15,11 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from compile_sparse.compiler.execution.disturbed import DisturbedExecutor
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.ir.float_activations import with_float_activations
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress, Task
+from compile_sparse.compiler.verify.rounding import rounding_of
 
 __all__ = [
     "DECODER_FILE",
@@ -36,9 +40,8 @@ WINDOWS, TOKENS, PREFILL = 8, 64, 56
 SAMPLES = 8
 
 
-def _windows(text: Sequence[Sequence[int]], count: int, vocabulary: int, context: int, seed: int) -> list[list[int]]:
-    """``count`` windows of up to ``TOKENS`` ids, spread over ``text``; random ids when there is too little text."""
-    length = min(TOKENS, context)
+def _windows(text: Sequence[Sequence[int]], count: int, vocabulary: int, length: int, seed: int) -> list[list[int]]:
+    """``count`` windows of ``length`` ids, spread over ``text``; random ids when there is too little text."""
     usable = [list(window[:length]) for window in text if len(window) >= length]
     chosen = [usable[i * len(usable) // count] for i in range(count)] if len(usable) >= count else usable
     draws = np.random.default_rng(seed)
@@ -51,11 +54,22 @@ def reference_windows(
     program: Program, text: Sequence[Sequence[int]], seed: int, windows: int = WINDOWS
 ) -> list[list[int]]:
     """Token ids that a decoder's reference is computed on."""
-    return _windows(text, windows, int(program.config["vocab_size"]), context_length(program.config) or TOKENS, seed)
+    length = min(TOKENS, context_length(program.config) or TOKENS)
+    return _windows(text, windows, int(program.config["vocab_size"]), length, seed)
 
 
-def sample_inputs(program: Program, seed: int, *, batch: int = 1, length: int = 64) -> dict[str, np.ndarray[Any, Any]]:
-    """Seeded inputs of a model of text, images or audio features without a cache: ``batch`` samples."""
+def sample_inputs(
+    program: Program, seed: int, *, batch: int = 1, length: int = 64, text: Sequence[Sequence[int]] = ()
+) -> dict[str, np.ndarray[Any, Any]]:
+    """Inputs of a model of text, images or audio features without a cache: ``batch`` samples.
+
+    Args:
+        program: the model.
+        seed: of what is drawn.
+        batch: samples.
+        length: tokens of each.
+        text: token ids to take windows from; ids are drawn where there is too little.
+    """
     draws = np.random.default_rng(seed)
     length = min(length, context_length(program.config) or length)
     values: dict[str, np.ndarray[Any, Any]] = {}
@@ -64,7 +78,9 @@ def sample_inputs(program: Program, seed: int, *, batch: int = 1, length: int = 
             shape = program.node(item.placeholder).meta["val"].shape
             values[item.name] = draws.standard_normal((batch, *map(int, shape[1:])), dtype=np.float32)
         elif item.role == "input_ids":
-            values[item.name] = draws.integers(0, int(program.config["vocab_size"]), (batch, length))
+            values[item.name] = np.array(
+                _windows(text, batch, int(program.config["vocab_size"]), length, seed), np.int64
+            )
         elif item.role == "attention_mask":
             values[item.name] = np.ones((batch, length), np.int64)
         else:
@@ -77,51 +93,39 @@ def write_reference(
     folder: Path,
     *,
     text: Sequence[Sequence[int]],
+    precision: str,
     seed: int,
     progress: Progress,
     windows: int = WINDOWS,
-    dense: Program | None = None,
 ) -> None:
     """Run ``program`` in torch and write what a runtime must reproduce into ``folder``.
 
     Args:
-        program: what was lowered.
+        program: what was lowered, with what the runtime's kernels round inside made explicit.
         folder: gets ``DECODER_FILE`` or ``SAMPLE_FILE``.
-        text: token ids to take windows from (decoders).
-        seed: of inputs that are drawn.
-        progress: where windows are reported.
+        text: token ids to take windows from.
+        precision: the runtime computes in: ``fp32``, ``fp16`` or ``bf16``.
+        seed: of what is drawn.
+        progress: where it is reported.
         windows: how many (decoders).
-        dense: the dense program; with it (decoders) the file tells its answers on the same windows too, which shows how noisy
-            the runtime's own arithmetic is, and how much quantizing activations changes the program's.
     """
-    executor = Executor(program)
+    exact, disturbed = Executor(program), DisturbedExecutor(program, relative=rounding_of(precision), seed=seed)
     if program.kind == "decoder":
         chosen = reference_windows(program, text, seed, windows)
         tokens, steps = torch.tensor(chosen, dtype=torch.long), max(1, len(chosen[0]) - PREFILL)
-        with progress.task("reference in torch", total=steps * (1 if dense is None else 2)) as task:
-            traces = _traces(program, executor, tokens, task)
-            data: dict[str, Any] = {"prefill": PREFILL, "windows": chosen, "traces": traces}
-            if dense is not None:
-                data["dense_traces"] = _traces(dense, Executor(dense), tokens, task)
-        plain = with_float_activations(program) if dense is not None else program
-        if plain is not program:
-            with progress.task("effect of quantized activations", total=steps) as task:
-                others = _traces(plain, Executor(plain), tokens, task)
-            data["activation_error"] = _mean_difference(traces, others)
+        with progress.task("reference in torch", total=2 * steps) as task:
+            traces, noisy = (_traces(program, executor, tokens, task) for executor in (exact, disturbed))
+        data = {"prefill": PREFILL, "windows": chosen, "traces": traces, "disturbed": noisy}
         (folder / DECODER_FILE).write_text(json.dumps(data), encoding="utf-8")
         return
-    with progress.task("reference in torch", total=1) as task:
-        inputs = sample_inputs(program, seed, batch=SAMPLES)
-        outputs = executor.run({name: torch.from_numpy(value) for name, value in inputs.items()})
-        task.advance()
+    inputs = sample_inputs(program, seed, batch=SAMPLES, text=text)
+    tensors = {name: torch.from_numpy(value) for name, value in inputs.items()}
     arrays = {f"in.{name}": value for name, value in inputs.items()}
-    arrays |= {f"out.{name}": value.numpy() for name, value in outputs.items()}
+    with progress.task("reference in torch", total=2) as task:
+        for kind, executor in (("out", exact), ("disturbed", disturbed)):
+            arrays |= {f"{kind}.{name}": value.float().numpy() for name, value in executor.run(tensors).items()}
+            task.advance()
     np.savez(folder / SAMPLE_FILE, **arrays)  # type: ignore[arg-type]
-
-
-def _mean_difference(some: list[dict[str, list[float]]], others: list[dict[str, list[float]]]) -> float:
-    pairs = zip(some, others, strict=True)
-    return float(np.mean([np.abs(np.subtract(a["logprob"], b["logprob"])) for a, b in pairs]))
 
 
 def _traces(program: Program, executor: Executor, tokens: torch.Tensor, task: Task) -> list[dict[str, list[float]]]:

@@ -10,9 +10,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
+from compile_sparse.compiler.verify.same_model import departures, was_compared
+
 __all__ = ["GAIN", "Decision", "Verdict", "decide", "workload_speedup", "wrong_model"]
 
-Verdict = Literal["faster", "smaller-only", "slower", "no-gain", "refused", "unverified"]
+Verdict = Literal["faster", "smaller-only", "slower", "no-gain", "quality-lost", "refused", "unverified"]
 GAIN = 1.03
 """Smallest speed ratio called faster; a ratio of at most 0.97 is called slower."""
 LOSS = 0.97
@@ -27,34 +29,21 @@ class Decision(NamedTuple):
     why: str
 
 
-def decide(report: Mapping[str, Any], *, fidelity_bound: float = 0.99) -> Decision:
+def decide(report: Mapping[str, Any], *, quantized: bool = False) -> Decision:
     """Judge a report (plain data of ``report.json``; its own ``verdict`` is ignored).
 
     Args:
         report: measurements; ``performance`` and ``fidelity`` may be absent or None.
-        fidelity_bound: lowest top-1 agreement, 0 to 1, between the runtime and the program run in torch.
+        quantized: whether a pass changed numerics.
     """
     performance = report.get("performance")
     if not performance:
         return Decision("unverified", "Nothing was measured in the runtime.")
     fidelity = report.get("fidelity") or {}
-    agreement = fidelity.get("top1_agreement")
-    if agreement is None:
+    if not was_compared(fidelity):
         return Decision("unverified", "The runtime's output was not compared with the program's.")
-    if not agreement >= fidelity_bound:
-        return Decision(
-            "unverified",
-            f"The runtime agrees with the program on {agreement:.1%} of top-1 answers, below {fidelity_bound:.1%}: "
-            "its speed is that of a different model.",
-        )
-    difference, allowed = fidelity.get("mean_abs_logprob_diff"), fidelity.get("logprob_bound")
-    if allowed is not None and not (difference is not None and difference <= allowed):
-        found = "no numbers" if difference is None else f"a mean log-probability difference of {difference:.3g} nats"
-        return Decision(
-            "unverified",
-            f"The runtime gives {found} from the program, more than the {allowed:.3g} nats that its rounding explains: its speed "
-            "is that of a different model.",
-        )
+    if departed := departures(fidelity, quantized=quantized):
+        return Decision("unverified", f"{departed[0].why} The speed is that of a different model.")
     speed = workload_speedup(performance)
     if speed is None:
         return Decision("unverified", "The speed of baseline and artifact could not be compared.")
@@ -71,30 +60,20 @@ def decide(report: Mapping[str, Any], *, fidelity_bound: float = 0.99) -> Decisi
     return Decision("no-gain", f"Neither speed nor size changed measurably: {said}; bytes {ratio:.2f}x.")
 
 
-def wrong_model(report: Mapping[str, Any], fidelity_bound: float) -> list[dict[str, Any]]:
-    """A failed gate when the runtime demonstrably computes something else than the program; nothing otherwise.
+def wrong_model(report: Mapping[str, Any], *, quantized: bool) -> list[dict[str, Any]]:
+    """A failed gate for each way in which the runtime demonstrably computes something else than the program.
 
     It needs no asking for: an artifact that loads and answers wrongly must not pass a pipeline.
     """
-    fidelity = report.get("fidelity") or {}
-    agreement, bound = fidelity.get("top1_agreement"), fidelity_bound
-    if agreement is None:
-        return []
-    name, value = "fidelity_top1", agreement
-    difference, allowed = fidelity.get("mean_abs_logprob_diff"), fidelity.get("logprob_bound")
-    if allowed is not None and not (difference is not None and difference <= allowed):
-        name, value, bound = "fidelity_logprob", difference, allowed
-    elif agreement >= fidelity_bound:
-        return []
     return [
         {
-            "gate": f"{name}{'>=' if name == 'fidelity_top1' else '<='}{bound:.4g} (always checked)",
-            "value": value,
-            "bound": value,
+            "gate": f"{found.metric}{found.sign}{found.bound:.4g} (always checked)",
+            "value": found.value,
+            "bound": found.value,
             "passed": False,
-            "why": "The runtime loads the artifact and computes something else than the program. "
-            f"Measured {'no number' if value is None else format(value, '.4g')}.",
+            "why": f"The runtime loads the artifact and computes something else than the program. {found.why}",
         }
+        for found in departures(report.get("fidelity") or {}, quantized=quantized)
     ]
 
 

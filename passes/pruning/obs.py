@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +12,12 @@ from compile_sparse.compiler.errors import ModelError
 __all__ = ["Consumer", "Removal", "removal_order"]
 
 DAMPING = 1e-2
-"""Added to the diagonal of the second moment, as a share of its mean."""
-LARGEST_STEPS = 512
-"""Units are removed one by one up to this many steps; wider groups lose several per step."""
+"""Added to the diagonal of the second moment, as a share of each element: a few large inputs must not hide the others."""
+FLOOR = 1e-9
+"""Added as well, as a share of the mean: inputs that the text never drives."""
+DELAYED = 64
+"""Inputs that go before the tables are brought up to date."""
+TINY = 1e-300
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,15 @@ class Removal:
     cost: torch.Tensor
 
 
-def removal_order(consumers: list[Consumer], size: int, remove: int, *, quota: torch.Tensor | None = None) -> Removal:
-    """Choose ``remove`` of ``size`` units greedily.
+def removal_order(
+    consumers: list[Consumer],
+    size: int,
+    remove: int,
+    *,
+    quota: torch.Tensor | None = None,
+    advance: Callable[[int], None] = lambda steps: None,
+) -> Removal:
+    """Choose ``remove`` of ``size`` units greedily, one by one.
 
     For unit ``u`` with inputs ``B`` and ``G = (C + damp I)^-1`` over the inputs still there, removing ``B`` and refitting the
     rest raises the squared output error by ``tr(W_B G_BB^-1 W_B^T)``; afterwards ``W <- W - W_B G_BB^-1 G_B`` and
@@ -60,6 +71,7 @@ def removal_order(consumers: list[Consumer], size: int, remove: int, *, quota: t
         remove: how many go.
         quota: ``[size]`` int64: outer position of each unit; every outer position then loses equally many. ``remove`` must be
             a multiple of their number.
+        advance: told of every unit that was chosen.
 
     Raises:
         ModelError: CS2503 when activations or weights are not finite.
@@ -69,13 +81,12 @@ def removal_order(consumers: list[Consumer], size: int, remove: int, *, quota: t
     taken = torch.zeros(0 if quota is None else int(quota.max()) + 1, dtype=torch.bool)  # in this round
     order: list[int] = []
     cost: list[float] = []
-    at_once = max(1, -(-remove // LARGEST_STEPS)) if quota is None else 1
     while len(order) < remove:
         total = torch.stack([layer.costs(gone) for layer in layers]).sum(0)
         total[gone if quota is None else gone | taken[quota]] = torch.inf
-        chosen = total.argsort(stable=True)[: min(at_once, remove - len(order))]
-        order += chosen.tolist()
-        cost += total[chosen].tolist()
+        chosen = int(total.argmin())
+        order.append(chosen)
+        cost.append(float(total[chosen]))
         gone[chosen] = True
         if quota is not None:
             taken[quota[chosen]] = True
@@ -83,26 +94,35 @@ def removal_order(consumers: list[Consumer], size: int, remove: int, *, quota: t
                 taken[:] = False
         for layer in layers:
             layer.remove(chosen)
+        advance(1)
     return Removal(torch.tensor(order), torch.tensor(cost, dtype=torch.float64))
 
 
 class _Layer:
-    """One consumer's energy and inverse second moment, updated as inputs go."""
+    """One consumer's energy ``E`` and inverse second moment ``G``, updated as inputs go.
+
+    With ``u = G_p / sqrt(G_pp)`` and ``a = (E_p - E_pp G_p / (2 G_pp)) / sqrt(G_pp)``, rows ``p`` of the tables as they then are,
+    removing input ``p`` is ``G <- G - u u^T``, ``E <- E - a u^T - u a^T``. Each step needs one row and the diagonals only, so
+    updates wait, as in LAPACK's pivoted Cholesky factorisation: a row is brought up to date when it is read, and the tables by
+    one GEMM when ``DELAYED`` updates are due.
+    """
 
     def __init__(self, consumer: Consumer, size: int) -> None:
         self.energy, self.inverse = consumer.energy.clone(), _inverse(consumer.second_moment)
-        self.units = consumer.units
-        present = self.units >= 0
-        self.single = bool((torch.bincount(self.units[present], minlength=size) == 1).all())
-        self.inputs = [] if self.single else [(self.units == unit).nonzero().flatten() for unit in range(size)]
-        if self.single:
-            self.place = torch.empty(size, dtype=torch.long)
-            self.place[self.units[present]] = present.nonzero().flatten()
+        inputs, double = len(self.inverse), torch.float64
+        self.left, self.lost = torch.empty(DELAYED, inputs, dtype=double), torch.empty(DELAYED, inputs, dtype=double)
+        self.waiting = 0
+        self.energies, self.variances = self.energy.diagonal().clone(), self.inverse.diagonal().clone()
+        present = consumer.units >= 0
+        counts = torch.bincount(consumer.units[present], minlength=size)
+        self.inputs = present.nonzero().flatten()[consumer.units[present].argsort(stable=True)].split(counts.tolist())
+        self.single = torch.cat(self.inputs) if bool((counts == 1).all()) else None
 
     def costs(self, gone: torch.Tensor) -> torch.Tensor:
         """Error each unit's removal would add; meaningless where it is already gone."""
-        if self.single:
-            return self.energy.diagonal()[self.place] / self.inverse.diagonal()[self.place].clamp_min(1e-300)
+        if self.single is not None:
+            return self.energies[self.single] / self.variances[self.single].clamp_min(TINY)
+        self._update()
         found = torch.zeros(len(gone), dtype=torch.float64)
         for unit in (~gone).nonzero().flatten().tolist():  # units of several inputs are heads: tens, not thousands
             block = self.inputs[unit]
@@ -110,20 +130,30 @@ class _Layer:
                 found[unit] = torch.linalg.solve(self.inverse[block][:, block], self.energy[block][:, block]).trace()
         return found
 
-    def remove(self, chosen: torch.Tensor) -> None:
-        """Take the units' inputs away and let the others replace them."""
-        block = self.place[chosen] if self.single else torch.cat([self.inputs[unit] for unit in chosen.tolist()])
-        if not len(block):
-            return
-        rows = self.inverse[block]
-        solved = torch.linalg.solve(rows[:, block], rows)  # G_BB^-1 G_B
-        moved = self.energy[:, block] @ solved
-        self.energy += solved.t() @ self.energy[block][:, block] @ solved - moved - moved.t()
-        self.inverse -= rows.t() @ solved
-        for table in (self.energy, self.inverse):
-            table[block] = 0.0
-            table[:, block] = 0.0
-        self.inverse[block, block] = 1.0
+    def remove(self, unit: int) -> None:
+        """Take a unit's inputs away and let the others replace them. One after the other is the same as all at once."""
+        for place in self.inputs[unit].tolist():
+            if self.waiting == DELAYED:
+                self._update()
+            self._remove(place)
+
+    def _remove(self, place: int) -> None:
+        lost, left = self.lost[: self.waiting], self.left[: self.waiting]
+        row = self.inverse[place] - left[:, place] @ left
+        energy = self.energy[place] - lost[:, place] @ left - left[:, place] @ lost
+        root = row[place].clamp_min(TINY).sqrt()
+        new = row / root
+        moved = (energy - (0.5 * energy[place] / root) * new) / root
+        self.left[self.waiting], self.lost[self.waiting] = new, moved
+        self.waiting += 1
+        self.variances -= new.square()
+        self.energies -= 2.0 * moved * new
+
+    def _update(self) -> None:
+        lost, left = self.lost[: self.waiting], self.left[: self.waiting]
+        self.inverse.addmm_(left.t(), left, alpha=-1.0)
+        self.energy.addmm_(lost.t(), left, alpha=-1.0).addmm_(left.t(), lost, alpha=-1.0)
+        self.waiting = 0
 
 
 def _inverse(second: torch.Tensor) -> torch.Tensor:
@@ -134,10 +164,10 @@ def _inverse(second: torch.Tensor) -> torch.Tensor:
             why="Activations on the calibration text are not finite.",
             hint="Check the model's weights, or set criterion: magnitude.",
         )
-    scale = float(second.diagonal().mean()) or 1.0
+    diagonal = second.diagonal()
+    floor = FLOOR * (float(diagonal.mean()) or 1.0)
     damping, failed = DAMPING, torch.tensor(1)
     while int(failed):
-        damped = second + damping * scale * torch.eye(len(second), dtype=second.dtype)
-        factor, failed = torch.linalg.cholesky_ex(damped)
+        factor, failed = torch.linalg.cholesky_ex(second + torch.diag(damping * diagonal + damping / DAMPING * floor))
         damping *= 10.0
     return torch.cholesky_inverse(factor)

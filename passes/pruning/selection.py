@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,15 +13,17 @@ from compile_sparse.compiler.axes.analysis import Analysis
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.axes.selection import Keep
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.extension.pass_contract import PassContext
 from compile_sparse.compiler.ir.linears import Linear, find_linears
+from compile_sparse.compiler.ir.nodes import fake_tensor
+from compile_sparse.compiler.ir.program import Program
 from compile_sparse.passes.criteria.positions import axis_of
 from compile_sparse.passes.criteria.registry import CRITERIA
 from compile_sparse.passes.pruning.groups import Prunable
 from compile_sparse.passes.pruning.obs import Consumer, Removal, removal_order
 from compile_sparse.passes.reconstruction.matching import objective_of
 from compile_sparse.passes.statistics.gram import Gram, each_gram
+from compile_sparse.passes.statistics.norms import feature_norms
 
 __all__ = ["Choice", "keep_table", "kept_sizes", "outer_of", "rank_by_obs", "rank_by_score", "with_closed_form"]
 
@@ -106,43 +108,58 @@ def rank_by_obs(
 ) -> list[Choice]:
     """Greedy OBS on the inputs of each group's consumers; see ``removal_order``.
 
+    Errors are relative to the residual sum that they enter, token by token, because the next norm divides by that; those of
+    layers that feed none, to the mean square of their own outputs where costs are compared.
+
     Args:
         analysis, prunables: what is ranked; all from ``with_closed_form``.
         context: calibration text and progress.
-        global_ranking: rank as far as the smallest size it may choose, and make costs comparable across groups: error relative to
-            the energy of the residual stream it enters, because the next norm divides by that.
+        global_ranking: rank as far as the smallest size it may choose, with costs that can be compared across groups.
         nested: leaf -> outer group, where each outer position chooses its own.
     """
     linears = {linear.node.name: linear for linear in find_linears(analysis.program)[0]}
     readers = {p.group.leaf: [linears[c.node] for c in p.group.consumers] for p in prunables}
     names = {linear.input.name for found in readers.values() for linear in found}
-    energies = (
-        _energies(analysis, [r for found in readers.values() for r in found], context) if global_ranking else None
-    )
+    relative_to, alone = _residual_sums(analysis.program, [r for found in readers.values() for r in found])
+    energies = _energies(analysis.program, alone, context) if global_ranking and alone else {}
+    counts = {
+        p.group.leaf: _removals(p, nested.get(p.group.leaf), as_far_as_possible=global_ranking) for p in prunables
+    }
     waiting, grams, choices = list(prunables), dict[str, Gram](), list[Choice]()
-    with context.progress.task("choose what to remove", total=len(prunables)) as task:
-        for name, gram in each_gram(analysis.program, names, _text(context), context.progress):
+    with context.progress.task("choose what to remove", total=sum(counts.values())) as task:
+        for name, gram in each_gram(analysis.program, names, _text(context), context.progress, relative_to=relative_to):
             grams[name] = gram
             ready = [p for p in waiting if all(r.input.name in grams for r in readers[p.group.leaf])]
             for prunable in ready:
                 leaf = prunable.group.leaf
-                choices.append(_obs(analysis, prunable, readers[leaf], grams, energies, nested.get(leaf)))
-                task.advance()
+                consumers, size, quota = _consumers(
+                    analysis, prunable.group, readers[leaf], grams, energies, nested.get(leaf)
+                )
+                removal = removal_order(consumers, size, counts[leaf], quota=quota, advance=task.advance)
+                choices.append(_choice(prunable, removal, nested.get(leaf)))
             waiting = [p for p in waiting if p not in ready]
             needed = {reader.input.name for p in waiting for reader in readers[p.group.leaf]}
             grams = {name: gram for name, gram in grams.items() if name in needed}
     return choices
 
 
-def _obs(
+def _removals(prunable: Prunable, outer: Group | None, *, as_far_as_possible: bool) -> int:
+    """Units that are ranked: those that go, or all that could."""
+    least, size = prunable.kept, prunable.group.size
+    if as_far_as_possible:
+        least = max(prunable.step, size // LEAST_SHARE // prunable.step * prunable.step)
+    return (size - least) * (outer.size if outer is not None else 1)
+
+
+def _consumers(
     analysis: Analysis,
-    prunable: Prunable,
+    group: Group,
     readers: Sequence[Linear],
     grams: Mapping[str, Gram],
-    energies: Mapping[str, float] | None,
+    energies: Mapping[str, float],
     outer: Group | None,
-) -> Choice:
-    group, weights = prunable.group, analysis.program.weights
+) -> tuple[list[Consumer], int, torch.Tensor | None]:
+    """What ``removal_order`` takes: the consumers, the number of units and the quota."""
     inputs: dict[str, Consumer] = {}
     quota, size = None, group.size
     for reader in readers:
@@ -153,42 +170,39 @@ def _obs(
             size = outer.size * group.size
             units = torch.where(units >= 0, rows * group.size + units, units)
             quota = torch.arange(size) // group.size
-        importance = 1.0 if energies is None else 1.0 / max(energies[reader.node.name], 1e-300)
-        weight = weights.load(reader.tensor).float()
-        energy = (weight.t() @ weight if reader.axis == 1 else weight @ weight.t()).double() * importance
+        gram, weight = grams[reader.input.name], analysis.program.weights.load(reader.tensor).float()
+        energy = (weight.t() @ weight if reader.axis == 1 else weight @ weight.t()).double()
+        if reader.node.name in energies:
+            outputs = weight.shape[1 - reader.axis]
+            energy *= gram.count * outputs / max(energies[reader.node.name], 1e-300)
         if reader.input.name in inputs:
             energy += inputs[reader.input.name].energy
-        inputs[reader.input.name] = Consumer(energy, grams[reader.input.name].second, units)
-    least = prunable.kept
-    if energies is not None:
-        least = max(prunable.step, group.size // LEAST_SHARE // prunable.step * prunable.step)
-    count = (group.size - least) * (outer.size if outer is not None else 1)
-    removal = removal_order(list(inputs.values()), size, count, quota=quota)
+        inputs[reader.input.name] = Consumer(energy, gram.second, units)
+    return list(inputs.values()), size, quota
+
+
+def _choice(prunable: Prunable, removal: Removal, outer: Group | None) -> Choice:
     if outer is not None:  # one cost per round, which takes one position from every outer one
         removal = Removal(removal.order, removal.cost.view(-1, outer.size).sum(1))
     return Choice(prunable, removal, outer)
 
 
-def _energies(analysis: Analysis, readers: Sequence[Linear], context: PassContext) -> dict[str, float]:
-    """Linear node -> sum of squares, over the text, of the residual sum it feeds (or of its own output)."""
-    program = analysis.program
+def _residual_sums(program: Program, readers: Sequence[Linear]) -> tuple[dict[str, str], list[Linear]]:
+    """Input of each reader -> the residual sum its output enters, and the readers whose outputs enter none."""
     order = {node: place for place, node in enumerate(program.graph.nodes)}
-    places = {reader.node.name: objective_of(reader, order).value.name for reader in readers}
-    sums = dict.fromkeys(places.values(), 0.0)
+    found: dict[str, str] = {}
+    for reader in readers:
+        objective = objective_of(reader, order)
+        if objective.others and fake_tensor(objective.value).shape[-1] == fake_tensor(reader.node).shape[-1]:
+            found[reader.input.name] = objective.value.name
+    return found, [reader for reader in readers if reader.input.name not in found]
 
-    def observer(name: str) -> Callable[[torch.Tensor], None]:
-        def observe(value: torch.Tensor) -> None:
-            sums[name] += float(torch.linalg.vector_norm(value, dtype=torch.float64)) ** 2
 
-        return observe
-
-    executor, observers = Executor(program), {name: observer(name) for name in sums}
-    text = _text(context)
-    with context.progress.task("measure the residual stream", total=len(text)) as task:
-        for inputs in text.feeds(program):
-            executor.run(inputs, observe=observers)
-            task.advance()
-    return {node: sums[place] for node, place in places.items()}
+def _energies(program: Program, readers: Sequence[Linear], context: PassContext) -> dict[str, float]:
+    """Linear node -> sum of squares of its output over the text."""
+    places = [(reader.node.name, -1) for reader in readers]
+    norms = feature_norms(program, places, _text(context), context.progress)
+    return {name: float(norm.square().sum()) for (name, _), norm in norms.items()}
 
 
 def _text(context: PassContext) -> CalibrationStream:

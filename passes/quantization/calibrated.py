@@ -15,8 +15,12 @@ from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.passes.quantization.weights import Weight
 from compile_sparse.passes.statistics.gram import Gram, each_gram
+from compile_sparse.passes.statistics.norms import feature_norms
 
-__all__ = ["calibrated_weights"]
+__all__ = ["calibrated_weights", "input_powers"]
+
+POWER_WINDOWS = 16
+TINY = 1e-300
 
 
 def calibrated_weights(
@@ -55,6 +59,28 @@ def calibrated_weights(
             grams = {name: each for name, each in grams.items() if name in needed}
             del gram  # before the next one is summed
     return found
+
+
+def input_powers(
+    program: Program, linears: Sequence[Linear], calibration: CalibrationStream, progress: Progress
+) -> dict[tuple[str, int], torch.Tensor]:
+    """``E[x_j^2]``, ``[K]`` float64, of the inputs of every weight, by tensor and contraction dimension.
+
+    On at most ``POWER_WINDOWS`` windows, spread over the text: a mean per input settles long before a matrix of them does.
+
+    Args:
+        program: what the text runs through.
+        linears: layers of that program.
+        calibration, progress: the text, and where the work is reported.
+    """
+    text = calibration.spread(POWER_WINDOWS)
+    norms = feature_norms(program, ((linear.input.name, -1) for linear in linears), text, progress)
+    sums: dict[tuple[str, int], torch.Tensor] = {}
+    for linear in linears:
+        key, squares = (linear.tensor, linear.axis), norms[linear.input.name, -1].square()
+        sums[key] = sums[key] + squares if key in sums else squares
+    # Of several inputs the sum, of rows too: how they count against each other is all that matters.
+    return {key: total / max(float(total.mean()), TINY) for key, total in sums.items()}
 
 
 def _moment(grams: Sequence[Gram]) -> torch.Tensor:

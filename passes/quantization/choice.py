@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 
@@ -169,7 +170,7 @@ def _measured(
             if node.name not in readers:
                 continue
             seen: list[torch.Tensor] = []
-            walk.advance(node, inclusive=True, watch={node.name: _collector(seen)})
+            walk.advance(node, inclusive=True, watch={node.name: partial(_note, seen)})
             for linear in readers[node.name]:
                 found = errors.setdefault((linear.tensor, linear.axis), {})
                 _measure(program, linear, torch.cat(seen), candidates, context, ranges, found)
@@ -223,11 +224,8 @@ def _measure(
             return
 
 
-def _collector(seen: list[torch.Tensor]) -> Callable[[int, torch.Tensor], None]:
-    def take(_: int, value: torch.Tensor) -> None:
-        seen.append(_rows(value))
-
-    return take
+def _note(seen: list[torch.Tensor], place: int, value: torch.Tensor) -> None:
+    seen.append(_rows(value))
 
 
 def _rows(value: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from compile_sparse.compiler.ir.ops.quantization import FP4_MAX, FP8_MAX, to_fp8
-from compile_sparse.compiler.ir.quantization_grid import QuantizationGrid
+from compile_sparse.compiler.ir.quantization_grid import QuantizationGrid, as_stored
 from compile_sparse.compiler.ir.quantization_schemes import WeightFormat
 
 __all__ = ["as_stored", "fitted_grid"]
@@ -42,24 +42,19 @@ def fitted_grid(
         return QuantizationGrid(fmt, shape, as_stored(_squares(rows, fmt.block).abs().amax((1, 3)) / FP8_MAX))
     if fmt.kind == "fp8" and fmt.per_tensor:
         assert shared is not None
-        return QuantizationGrid(fmt, shape, as_stored(shared / FP8_MAX, stored).repeat(shape[0]))
+        return QuantizationGrid(fmt, shape, as_stored(shared / FP8_MAX, stored).repeat(shape[0]), stored=stored)
     if fmt.kind == "fp8" or not fmt.group:
         top = FP8_MAX if fmt.kind == "fp8" else 2 ** (bits - 1) - 1
-        return QuantizationGrid(fmt, shape, as_stored(rows.abs().amax(dim=1) / top, stored))
+        return QuantizationGrid(fmt, shape, as_stored(rows.abs().amax(dim=1) / top, stored), stored=stored)
     groups = _grouped(rows, fmt.group)
     if fmt.symmetric:
         peak = groups.gather(2, groups.abs().argmax(dim=2, keepdim=True)).squeeze(2)
-        return QuantizationGrid(fmt, shape, as_stored(peak / -(2 ** (bits - 1)), stored))
+        return QuantizationGrid(fmt, shape, as_stored(peak / -(2 ** (bits - 1)), stored), stored=stored)
     top = 2**bits - 1
     low, high = groups.amin(2).clamp_max(0), groups.amax(2).clamp_min(0)
     scale = as_stored((high - low) / top, stored)
-    return QuantizationGrid(fmt, shape, scale, torch.round(-low / scale).clamp_(0, top).to(torch.int8))
-
-
-def as_stored(scale: torch.Tensor, stored: torch.dtype = torch.float32) -> torch.Tensor:
-    """Scales as float32 values that ``stored`` can hold; 1 where that is zero."""
-    rounded = scale.to(stored).to(torch.float32)
-    return torch.where(rounded == 0, torch.ones_like(rounded), rounded)
+    zero_point = torch.round(-low / scale).clamp_(0, top).to(torch.int8)
+    return QuantizationGrid(fmt, shape, scale, zero_point, stored=stored)
 
 
 def _grouped(rows: torch.Tensor, group: int) -> torch.Tensor:

@@ -16,7 +16,7 @@ from compile_sparse.compiler.ir.ops.quantization import FP4_MAX, FP8_MAX
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import WeightFormat
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, DowncastTensor, LastComputed, TensorSource
-from compile_sparse.passes.quantization.scales import fitted_grid
+from compile_sparse.passes.quantization.scales import as_stored, fitted_grid
 
 __all__ = ["NVFP4_TOP", "Quantized", "Weight", "weights_of"]
 
@@ -67,6 +67,10 @@ class Weight:
         zeros = rows == 0 if self.sparse else None
         grid = fitted_grid(rows, self.format, self.stored, self.shared.load() if self.shared is not None else None)
         codes, grid = quantizer.quantize(rows, grid, statistics=statistics, zeros=zeros)
+        if self.format.kind == "int" and not torch.equal(grid.scale, as_stored(grid.scale, self.stored)):
+            raise _broken(
+                quantizer, self.tensor, f"Its scales are no values of {self.stored}, in which they are stored."
+            )
         made = {"codes": codes, "scale": grid.scale}
         if grid.zero_point is not None:
             made["zero_point"] = grid.zero_point
@@ -78,13 +82,19 @@ class Weight:
             raise _broken(quantizer, self.tensor, f"It made {shapes}, the format is {self._shapes()}.")
         return made
 
-    def on_demand(self, quantizer: Quantizer, memory: Quantized) -> dict[str, TensorSource]:
-        """The tensors, quantized when they are written; ``memory`` is shared by the weights of a model."""
+    def on_demand(
+        self, quantizer: Quantizer, memory: Quantized, power: torch.Tensor | None = None
+    ) -> dict[str, TensorSource]:
+        """The tensors, quantized when they are written; ``memory`` is shared by the weights of a model.
+
+        Args:
+            power: mean squares of the inputs, for a quantizer that weighs them.
+        """
         if isinstance(self.source, AbsentTensor):
             return self.absent()
 
         def part(key: str) -> torch.Tensor:
-            return memory.get((self.tensor, self.axis), lambda: self.computed(quantizer))[key]
+            return memory.get((self.tensor, self.axis), lambda: self.computed(quantizer, power))[key]
 
         return self._complete(
             {key: DerivedTensor(shape, dtype, partial(part, key)) for key, (shape, dtype) in self._shapes().items()}

@@ -3,8 +3,9 @@
 For a linear ``y = W x + b`` of the pruned program, with ``x`` as the pruned network now produces it and ``t`` the dense
 program's value at the same place (the residual sum it feeds, else its own output):
 
-    W' = W + argmin_D  sum_tokens | t - other - W x - b - D x |^2 + damp |D|^2
+    W' = W + argmin_D  sum_tokens w | t - other - W x - b - D x |^2 + damp |D|^2
 
+where a token of a residual sum counts by ``w``, one over its mean square there: the next norm divides by that.
 A layer that lost inputs thus passes their work to the inputs it kept, and every layer on the residual stream also repairs
 what earlier ones lost. Closed form, no training; each node runs once per batch for either program.
 
@@ -34,7 +35,7 @@ class Refitted:
     Attributes:
         program: the pruned program with new weights.
         layers: number of linear layers that changed.
-        residual: share of what their outputs lacked (sum of squares over all of them) that is left.
+        residual: share of what their outputs lacked (sum of squares over all of them, weighted as in the fit) that is left.
     """
 
     program: Program
@@ -106,7 +107,7 @@ def _correction(visit: LayerVisit, dampings: Sequence[float] | None) -> Correcti
     """Of the weight (and bias) with one of ``dampings``, or without them of the bias alone."""
     weight, bias = visit.weight, visit.bias
     regression = Regression(weight.shape[1], weight.shape[0], intercept=bias is not None)
-    for x, target in zip(visit.inputs(), visit.targets(), strict=True):
+    for x, target, counts in zip(visit.inputs(), visit.targets(), visit.weights(), strict=True):
         missing = target - x @ weight.t()
-        regression.add(x, missing if bias is None else missing - bias)
+        regression.add(x, missing if bias is None else missing - bias, counts)
     return regression.mean_shift() if dampings is None else regression.solve(dampings)

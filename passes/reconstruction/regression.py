@@ -13,7 +13,9 @@ from compile_sparse.compiler.errors import ModelError
 __all__ = ["DAMPINGS", "Correction", "Regression"]
 
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
-"""Ridge penalties tried, as shares of the mean square input."""
+"""Ridge penalties tried, as shares of each input's own mean square: the scale that an input happens to have does not matter."""
+FLOOR = 1e-9
+"""Added to every penalty, as a share of the mean over inputs: those that the text never drives keep their weights."""
 HELD_OUT = 5
 """One row in this many only judges the penalties."""
 
@@ -25,7 +27,7 @@ class Correction:
     Attributes:
         weight: ``D: [N, K]`` float64; None to leave the weight alone.
         bias: ``[N]`` float64; None without an intercept.
-        missing, left: ``sum |r|^2`` over all rows, before and after.
+        missing, left: ``sum w |r|^2`` over all rows, before and after.
     """
 
     weight: torch.Tensor | None
@@ -54,12 +56,12 @@ class _Sums:
 
 
 class Regression:
-    """Least-squares correction ``D`` of a weight: ``min_D  sum_t |r_t - D x_t|^2 + damp |D|^2``.
+    """Least-squares correction ``D`` of a weight: ``min_D  sum_t w_t |r_t - D x_t|^2 + damp sum_j C_jj |D_j|^2``.
 
     ``x_t: [K]`` is what the layer receives, ``r_t: [N]`` what its output lacks. The correction is shrunk towards zero, so a
     direction the calibration text never excites keeps its old weight. How much, the text itself says: a fifth of every batch is
     held out, the penalty that repairs it best is taken, and the final fit uses all rows. Where no penalty repairs what was held
-    out, there is too little text for this layer and its weight stays. One Cholesky factorisation of ``C = sum x x^T [K, K]``
+    out, there is too little text for this layer and its weight stays. One Cholesky factorisation of ``C = sum w x x^T [K, K]``
     per penalty serves all ``N`` rows (layer-wise reconstruction: arXiv:2208.11580).
 
     Args:
@@ -72,11 +74,15 @@ class Regression:
         size = inputs + int(intercept)
         self._fitted, self._held = _Sums(size, outputs), _Sums(size, outputs)
 
-    def add(self, x: torch.Tensor, missing: torch.Tensor) -> None:
-        """Accumulate rows ``x: [T, K]`` and ``missing: [T, N]``. GEMMs in float32, sums in float64."""
+    def add(self, x: torch.Tensor, missing: torch.Tensor, weights: torch.Tensor | None = None) -> None:
+        """Accumulate rows ``x: [T, K]`` and ``missing: [T, N]``, which count by ``weights: [T, 1]``. GEMMs in float32, sums in
+        float64.
+        """
         x, missing = x.float(), missing.float()
         if self._intercept:
             x = torch.cat([x, x.new_ones(x.shape[0], 1)], dim=1)
+        if weights is not None:
+            x, missing = x * weights.sqrt(), missing * weights.sqrt()
         # Neighbouring rows are one text: a contiguous part, not every fifth. The tail, because first tokens are special.
         fitted = x.shape[0] - x.shape[0] // HELD_OUT
         self._fitted.add(x[:fitted], missing[:fitted])
@@ -108,7 +114,7 @@ class Regression:
         return Correction(solution[:-1].t(), solution[-1], missing, left)
 
     def mean_shift(self) -> Correction:
-        """The intercept alone, ``mean r``. Needs ``intercept``."""
+        """The intercept alone, the (weighted) mean of ``r``. Needs ``intercept``."""
         solution = torch.zeros_like(self._fitted.cross)
         count = self._fitted.second[-1, -1] + self._held.second[-1, -1]
         solution[-1] = (self._fitted.cross[-1] + self._held.cross[-1]) / count
@@ -123,11 +129,11 @@ class Regression:
         cross = torch.stack([part.cross for part in parts]).sum(0)
         diagonal = second.diagonal()
         scale = float(diagonal[: self._inputs].mean()) or 1.0
-        diagonal[: self._inputs] += damping * scale
+        diagonal[: self._inputs] += damping * diagonal[: self._inputs] + FLOOR * scale
         diagonal[self._inputs :] *= 1.0 + 1e-9
         factor, failed = torch.linalg.cholesky_ex(second)
         while int(failed):  # rank-deficient beyond what the penalty covers
-            damping = max(10.0 * damping, 1e-8)
+            damping = max(10.0 * damping, 10.0 * FLOOR)
             diagonal[: self._inputs] += damping * scale
             factor, failed = torch.linalg.cholesky_ex(second)
         return torch.cholesky_solve(cross, factor)

@@ -32,6 +32,7 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.passes.reconstruction.dense_values import DenseValues
 from compile_sparse.passes.reconstruction.matching import Objective, objective_of
+from compile_sparse.passes.statistics.row_weights import row_weights
 
 __all__ = ["Gather", "LayerVisit", "Walk", "own_bias"]
 
@@ -72,6 +73,14 @@ class LayerVisit:
             for term in terms:
                 target = target - term
             yield target
+
+    def weights(self) -> Iterator[torch.Tensor | None]:
+        """How much the rows of each batch count, ``[T, 1]``: ``row_weights`` of the dense residual sum; None, alike, where the
+        layer answers for its own output.
+        """
+        width = self.weight.shape[0]
+        for value in self._dense(self.objective.value, width):
+            yield row_weights(value) if self.objective.others else None
 
     def dense_inputs(self) -> Iterator[torch.Tensor]:
         """``[T, K]`` of each batch: the dense network's value at the place of ``inputs``. Needs ``Walk(dense_inputs=True)``.

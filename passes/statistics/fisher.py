@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 
 import torch
 
@@ -107,7 +106,7 @@ def _mean_over_tokens(
 
         return observe
 
-    text = _spread(calibration, max_windows)
+    text = calibration if max_windows is None else calibration.spread(max_windows)
     module, observers = ProgramModule(program, trainable=()), {name: observer(name) for name in widths}
     with progress.task("differentiate layer outputs", total=len(text)) as task:
         for inputs in text.feeds(program):
@@ -116,10 +115,3 @@ def _mean_over_tokens(
             (loss * (ids.numel() - ids.shape[0])).backward()  # of the mean over predicted tokens, the sum
             task.advance()
     return {name: total / text.tokens for name, total in sums.items()}
-
-
-def _spread(calibration: CalibrationStream, most: int | None) -> CalibrationStream:
-    windows = calibration.windows
-    if most is None or most >= len(windows):
-        return calibration
-    return replace(calibration, windows=tuple(windows[place * len(windows) // most] for place in range(most)))

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import fx
 
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.layerwise import LayerwiseExecutor
+from compile_sparse.compiler.execution.layerwise import LayerwiseExecutor, Watcher
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress, Task
+from compile_sparse.passes.statistics.row_weights import row_weights
 
 __all__ = ["Gram", "each_gram"]
 
 
 @dataclass(frozen=True)
 class Gram:
-    """Sums over ``count`` rows (tokens) of a value ``x: [..., K]``, float64.
+    """Sums over ``count`` rows (tokens) of a value ``x: [..., K]``, float64; weighted where ``each_gram`` was asked to.
 
     Attributes:
         second: ``sum x x^T``, ``[K, K]``, symmetric and positive semidefinite.
@@ -47,7 +48,12 @@ class Gram:
 
 
 def each_gram(
-    program: Program, nodes: Iterable[str], calibration: CalibrationStream, progress: Progress
+    program: Program,
+    nodes: Iterable[str],
+    calibration: CalibrationStream,
+    progress: Progress,
+    *,
+    relative_to: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, Gram]]:
     """Grams of the values of ``nodes`` over the last dimension, in graph order, each distinct node once.
 
@@ -63,29 +69,70 @@ def each_gram(
             node (query, key and value) share one Gram.
         calibration: the text.
         progress: one step per node and batch; the caller's work between two Grams counts in its time.
+        relative_to: node -> later node with as many rows, a residual sum: rows are summed with its ``row_weights``.
 
     Raises:
         KeyError: a name is not in the graph.
     """
-    wanted = set(nodes)
+    wanted, others = set(nodes), relative_to or {}
     found = [node for node in program.graph.nodes if node.name in wanted]
     if missing := wanted - {node.name for node in found}:
         raise KeyError(f"not in the graph: {', '.join(sorted(missing))}")
+    by_name = {node.name: node for node in program.graph.nodes}
     walk = LayerwiseExecutor(program, calibration.feeds(program))
     with progress.task("observe inputs", total=len(found) * walk.batches) as task:
+        observers = {node.name: _Observer(node, others.get(node.name), task) for node in found}
+        watch = _watchers(observers)
         for node in found:
-            yield node.name, _gram(walk, node, task)
+            observer = observers.pop(node.name)
+            walk.advance(by_name[observer.last], inclusive=True, watch=watch)
+            yield node.name, observer.finish()
 
 
-def _gram(walk: LayerwiseExecutor, node: fx.Node, task: Task) -> Gram:
-    sums = _Sums(int(node.meta["val"].shape[-1]))
+class _Observer:
+    """Sums of one node's value; of its rows as they count for a later value, where there is one."""
 
-    def take(batch: int, value: torch.Tensor) -> None:
-        sums.add(value)
-        task.advance()
+    def __init__(self, node: fx.Node, relative_to: str | None, task: Task) -> None:
+        self.name, self.last = node.name, relative_to or node.name
+        self._width, self._task = int(node.meta["val"].shape[-1]), task
+        self._waiting: dict[int, torch.Tensor] = {}
+        self._sums: _Sums | None = None
 
-    walk.advance(node, inclusive=True, watch={node.name: take})
-    return Gram(sums.second, sums.total, sums.count)
+    def see(self, batch: int, value: torch.Tensor) -> None:
+        if self.last == self.name:
+            self._add(value, None)
+        else:
+            self._waiting[batch] = value
+
+    def see_last(self, batch: int, value: torch.Tensor) -> None:
+        self._add(self._waiting.pop(batch), row_weights(value))
+
+    def finish(self) -> Gram:
+        sums, self._sums = self._sums or _Sums(self._width), None
+        return Gram(sums.second, sums.total, sums.count)
+
+    def _add(self, value: torch.Tensor, weights: torch.Tensor | None) -> None:
+        self._sums = self._sums or _Sums(self._width)
+        self._sums.add(value, weights)
+        self._task.advance()
+
+
+def _watchers(observers: Mapping[str, _Observer]) -> dict[str, Watcher]:
+    """What is to be called with the value of each node: branches side by side may reach one Gram before another is done."""
+    seen: dict[str, list[Watcher]] = {}
+    for observer in observers.values():
+        seen.setdefault(observer.name, []).append(observer.see)
+        if observer.last != observer.name:
+            seen.setdefault(observer.last, []).append(observer.see_last)
+
+    def together(watchers: list[Watcher]) -> Watcher:
+        def watch(batch: int, value: torch.Tensor) -> None:
+            for each in watchers:
+                each(batch, value)
+
+        return watch
+
+    return {name: together(watchers) for name, watchers in seen.items()}
 
 
 class _Sums:
@@ -96,8 +143,10 @@ class _Sums:
         self.total = torch.zeros(width, dtype=torch.float64)
         self.count = 0
 
-    def add(self, value: torch.Tensor) -> None:
+    def add(self, value: torch.Tensor, weights: torch.Tensor | None) -> None:
         rows = value.reshape(-1, value.shape[-1]).float()
-        self.second += rows.T @ rows
-        self.total += rows.sum(dim=0, dtype=torch.float64)
+        root = None if weights is None else weights.sqrt()
+        scaled = rows if root is None else rows * root
+        self.second += scaled.T @ scaled
+        self.total += (scaled if root is None else scaled * root).sum(dim=0, dtype=torch.float64)
         self.count += rows.shape[0]

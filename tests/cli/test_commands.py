@@ -49,7 +49,18 @@ def test_every_option_arrives(api, shell):
         ),
         *("--kv-cache", "fp8", "--concurrency", "1,8", "--tensor-parallel", "2"),
         *("--precision", "bf16", "--max-length", "64", "--engine", "none", "--emit", "triton", "--require-sparse", "3"),
-        *("--workload", "prompt=8", "--gate", "decode_tok_s>=1.2x", "--gate", "ppl[en]<=1.1x", "--out", "O"),
+        *(
+            "--max-quality-loss",
+            "1.2x",
+            "--workload",
+            "prompt=8",
+            "--gate",
+            "decode_tok_s>=1.2x",
+            "--gate",
+            "ppl[en]<=1.1x",
+            "--out",
+            "O",
+        ),
         *("--no-verify", "--seed", "3", "--force", "--allow-useless", "--verify-each"),
     )
     assert code == 0, err
@@ -77,6 +88,7 @@ def test_every_option_arrives(api, shell):
         "calibration_samples": 4,
         "sequence_length": 32,
         "eval": {"en": "e", "pl": "p"},
+        "max_quality_loss": "1.2x",
         "workload": "prompt=8",
         "gates": ("decode_tok_s>=1.2x", "ppl[en]<=1.1x"),
         "out": "O",
@@ -160,7 +172,7 @@ def test_explain_of_what_compile_would_refuse_exits_4(api, shell):
 def test_verify(api, shell):
     code, out, _ = shell(
         *("verify", "A", "--eval", "en=e", "--workload", "batch=2", "--concurrency", "2,4"),
-        *("--gate", "parameters<=1x", "--model", "M"),
+        *("--gate", "parameters<=1x", "--model", "M", "--max-quality-loss", "2x"),
     )
     assert code == 0
     assert out.splitlines()[-1] == "out/report.json"
@@ -169,6 +181,7 @@ def test_verify(api, shell):
     options.pop("progress")
     assert options == {
         "eval": {"en": "e"},
+        "max_quality_loss": "2x",
         "workload": "batch=2",
         "concurrency": "2,4",
         "gates": ("parameters<=1x",),

@@ -36,9 +36,9 @@ def test_long_work_shows_that_it_is_alive(monkeypatch):
             now[0] += 1.0
             task.advance(2)
     assert stream.getvalue().splitlines() == [
-        "calibrating: 20 of 100",
-        "calibrating: 40 of 100",
-        "calibrating: 60 of 100",
+        "calibrating: 20 of 100, about 40 s left",
+        "calibrating: 40 of 100, about 30 s left",
+        "calibrating: 60 of 100, about 20 s left",
         "calibrating: done in 30.0 s",
     ]
 

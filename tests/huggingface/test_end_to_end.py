@@ -51,6 +51,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_decoder(llama: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "artifact"
     words = ["--target", "hf", "--prune", "channels=0.25", "--calibration", text, "--eval", f"a={text}", *SMALL]
+    words += ["--max-quality-loss", "1000x"]
     assert run([str(word) for word in ["compile", llama, *words, "--out", out, "--json"]]) == 0
     report = json.loads(capsys.readouterr().out)
     assert report["fidelity"]["top1_agreement"] == 1.0

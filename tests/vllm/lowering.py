@@ -67,7 +67,7 @@ def artifact(
     done = cast_weights(done, dtype)
     (out / "model").mkdir(parents=True)
     lowered = VllmBackend().lower(change(done), goal, out / "model", QUIET)
-    write_reference(done, out, text=windows, seed=0, progress=QUIET, windows=4, dense=cast_weights(program, dtype))
+    write_reference(done, out, text=windows, precision=goal.baseline_precision, seed=0, progress=QUIET, windows=4)
     return done, lowered
 
 

@@ -22,6 +22,7 @@ from compile_sparse.compiler.artifact.report import Fidelity
 from compile_sparse.compiler.capture import capture_model
 from compile_sparse.compiler.errors import EnvironmentFailure
 from compile_sparse.compiler.extension.pass_contract import Pass
+from compile_sparse.compiler.extension.run_settings import DEFAULT_SETTINGS
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
 from compile_sparse.compiler.ir.weights import DerivedTensor
@@ -29,7 +30,8 @@ from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.runtimes.client import Worker
 from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 from compile_sparse.compiler.runtimes.messages import Benchmark
-from compile_sparse.compiler.verify.fidelity import check_fidelity, fidelity_bound
+from compile_sparse.compiler.verify.fidelity import check_fidelity
+from compile_sparse.compiler.verify.layers import check_layers, observed_calls
 from compile_sparse.compiler.verify.verdict import wrong_model
 from compile_sparse.passes.low_rank import LowRank
 from compile_sparse.passes.mask import Sparsify
@@ -40,7 +42,7 @@ from compile_sparse.passes.quantize import Quantize
 from tests.random_weights import randomised
 from tests.vllm.conftest import small_config
 from tests.vllm.emulated_kernel import write_plugin
-from tests.vllm.lowering import artifact, here, load
+from tests.vllm.lowering import artifact, here, load, text
 
 QUIET = SilentProgress()
 GLOBAL = PruneChannels(fraction=0.25, allocation="global", compensation="none")
@@ -60,17 +62,15 @@ def worker(runtime: RuntimeRecord, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.fixture(scope="module")
-def noise(worker: Worker, program: Program, tmp_path_factory: pytest.TempPathFactory) -> float:
-    """Mean log-probability difference of the dense model, in vLLM's precision on this machine."""
+def dense(worker: Worker, program: Program, tmp_path_factory: pytest.TempPathFactory) -> Fidelity:
+    """The dense model's, in vLLM's precision on this machine."""
     folder = tmp_path_factory.mktemp("dense")
-    artifact(program, [], folder)
-    load(worker, "dense", folder)
-    found = check_fidelity(worker, "dense", folder, QUIET, dense=True)
-    assert found.top1_agreement == 1.0
-    # bfloat16 keeps 8 bits: differences far above mean that vLLM computes another model.
-    assert found.mean_abs_logprob_diff is not None
-    assert found.mean_abs_logprob_diff < 0.1
-    return found.mean_abs_logprob_diff
+    lowered, _ = artifact(program, [], folder)
+    found = judge(worker, "dense", folder, lowered)
+    assert is_right(found), found
+    assert found.layers is not None
+    assert found.layers.checked == 7 * program.config["num_hidden_layers"]
+    return found
 
 
 def eight_bit(runtime: RuntimeRecord, scheme: str = "") -> Quantize:
@@ -86,13 +86,19 @@ def skip_unless_run(scheme: str) -> None:
         pytest.skip(f"{here().name} does not run {scheme}")
 
 
-def judge(worker: Worker, name: str, folder: Path, noise: float) -> Fidelity:
+def judge(worker: Worker, name: str, folder: Path, meant: Program) -> Fidelity:
+    """What verification finds of a folder that ``meant`` should have been lowered to."""
     load(worker, name, folder)
-    return check_fidelity(worker, name, folder, QUIET, noise=noise)
+    found = check_fidelity(worker, name, folder, QUIET)
+    goal = here()
+    seen = VllmBackend().observation(meant, goal, folder / "model", folder, DEFAULT_SETTINGS)
+    calls = observed_calls(seen, text=text(int(meant.config["vocab_size"])), seed=0)
+    layers = check_layers(worker, name, seen, calls, precision=goal.baseline_precision, seed=0, progress=QUIET)
+    return found.model_copy(update={"layers": layers})
 
 
 def is_right(found: Fidelity) -> bool:
-    return not wrong_model({"fidelity": found.model_dump()}, fidelity_bound(quantized=True))
+    return not wrong_model({"fidelity": found.model_dump()}, quantized=True)
 
 
 WEIGHT_ONLY = [name for name, scheme in SCHEMES.items() if not scheme.activations]
@@ -100,25 +106,24 @@ ACTIVATIONS = [name for name, scheme in SCHEMES.items() if scheme.activations]
 
 
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
-def test_weight_only_schemes(worker: Worker, noise: float, program: Program, scheme: str, tmp_path: Path) -> None:
+def test_weight_only_schemes(worker: Worker, program: Program, scheme: str, tmp_path: Path) -> None:
     skip_unless_run(scheme)
-    artifact(program, [Quantize(scheme=scheme)], tmp_path)  # type: ignore[arg-type]
-    found = judge(worker, scheme, tmp_path, noise)
+    done, _ = artifact(program, [Quantize(scheme=scheme)], tmp_path)  # type: ignore[arg-type]
+    found = judge(worker, scheme, tmp_path, done)
     assert is_right(found), found
-    assert found.mean_abs_logprob_diff <= max(2 * noise, 1e-3)  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("scheme", ACTIVATIONS)
 def test_coded_activations_after_pruning(
-    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, scheme: str, tmp_path: Path
+    worker: Worker, program: Program, runtime: RuntimeRecord, scheme: str, tmp_path: Path
 ) -> None:
     skip_unless_run(scheme)
     passes: list[Pass] = [PruneChannels(fraction=0.25), eight_bit(runtime, scheme)]
-    _, lowered = artifact(program, passes, tmp_path)
+    done, lowered = artifact(program, passes, tmp_path)
     assert lowered.form["config"] == {"intermediate_size": 384}
-    found = judge(worker, scheme, tmp_path, noise)
+    found = judge(worker, scheme, tmp_path, done)
     assert is_right(found), found
-    assert found.logprob_bound < 0.3  # type: ignore[operator]
+    assert found.logprob_bound < 0.5  # type: ignore[operator]
 
 
 NOT_UNIFORM: dict[str, list[Pass]] = {
@@ -133,19 +138,19 @@ NOT_UNIFORM: dict[str, list[Pass]] = {
 
 @pytest.mark.parametrize("kind", NOT_UNIFORM)
 def test_layers_of_different_size(
-    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, kind: str, tmp_path: Path
+    worker: Worker, program: Program, runtime: RuntimeRecord, kind: str, tmp_path: Path
 ) -> None:
     passes = NOT_UNIFORM[kind]
     if kind.startswith("heads"):
         config = small_config(hidden_size=512, num_attention_heads=8, num_hidden_layers=2)
         program = capture_model(randomised(hf.LlamaForCausalLM(config)))
-    _, lowered = artifact(program, [*passes, eight_bit(runtime)], tmp_path)
+    done, lowered = artifact(program, [*passes, eight_bit(runtime)], tmp_path)
     assert lowered.form["plugin"] == "vllm_plugin"
-    found = judge(worker, kind, tmp_path, noise)
+    found = judge(worker, kind, tmp_path, done)
     assert is_right(found), found
 
 
-def test_low_rank_layers(worker: Worker, noise: float, program: Program, tmp_path: Path) -> None:
+def test_low_rank_layers(worker: Worker, program: Program, tmp_path: Path) -> None:
     """Experimental: two factors per layer through our plugin; some projections of a fused layer stay whole."""
     ranked = LowRank(fraction=0.3, criterion="loss", allocation="global", compensation="none")
     done, lowered = artifact(program, [ranked], tmp_path)
@@ -155,14 +160,14 @@ def test_low_rank_layers(worker: Worker, noise: float, program: Program, tmp_pat
     ranks = config["quantization_config"]["ranks"]
     stored = {name: source.shape[0] for name, source in done.weights.items() if name.endswith(".inner.weight")}
     assert ranks == {name.removesuffix(".inner.weight"): rank for name, rank in stored.items()}
-    assert is_right(judge(worker, "low rank", tmp_path, noise))
+    assert is_right(judge(worker, "low rank", tmp_path, done))
 
 
-def test_two_of_four(worker: Worker, noise: float, program: Program, tmp_path: Path) -> None:
+def test_two_of_four(worker: Worker, program: Program, tmp_path: Path) -> None:
     """Experimental: values and positions in the file, dense products in vLLM."""
-    _, lowered = artifact(program, [Sparsify(pattern="2:4")], tmp_path)
+    done, lowered = artifact(program, [Sparsify(pattern="2:4")], tmp_path)
     assert lowered.form["weights"] == "2:4 values and positions, experimental"
-    assert is_right(judge(worker, "2:4", tmp_path, noise))
+    assert is_right(judge(worker, "2:4", tmp_path, done))
     with safe_open(tmp_path / "model" / "model.safetensors", "pt") as file:
         values = file.get_slice("model.layers.0.mlp.up_proj.weight_values")
         places = file.get_slice("model.layers.0.mlp.up_proj.weight_indices")
@@ -185,12 +190,12 @@ def _as(config: type[hf.PretrainedConfig], **changes: object) -> hf.PretrainedCo
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_other_families(worker: Worker, noise: float, family: str, tmp_path: Path) -> None:
+def test_other_families(worker: Worker, family: str, tmp_path: Path) -> None:
     """Uneven widths, one branch gone; attention with a window, with biases, with normalised heads."""
     model = capture_model(randomised(FAMILIES[family]()))
-    _, lowered = artifact(model, [GLOBAL], tmp_path)
+    done, lowered = artifact(model, [GLOBAL], tmp_path)
     assert lowered.form["plugin"] == "vllm_plugin"
-    found = judge(worker, family, tmp_path, noise)
+    found = judge(worker, family, tmp_path, done)
     assert is_right(found), found
 
 
@@ -204,13 +209,14 @@ _HONEST = compressed_tensors.pack_codes
 
 
 def test_swapped_nibbles_load_and_are_rejected(
-    worker: Worker, noise: float, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    worker: Worker, program: Program, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compressed_tensors, "pack_codes", _swapped_nibbles)
-    artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path)
-    found = judge(worker, "swapped nibbles", tmp_path, noise)
-    (gate,) = wrong_model({"fidelity": found.model_dump()}, fidelity_bound(quantized=True))
-    assert not gate["passed"]
+    done, _ = artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path)
+    found = judge(worker, "swapped nibbles", tmp_path, done)
+    assert not is_right(found)
+    assert found.layers is not None
+    assert len(found.layers.wrong) == found.layers.checked
     assert found.mean_abs_logprob_diff > 10 * found.logprob_bound  # type: ignore[operator]
 
 
@@ -228,24 +234,22 @@ def _wrong_axis(program: Program) -> Program:
     return replace(program, weights=program.weights.updated(changes))
 
 
-def test_scales_along_the_wrong_axis_load_and_are_rejected(
-    worker: Worker, noise: float, program: Program, tmp_path: Path
-) -> None:
-    artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path, change=_wrong_axis)
-    found = judge(worker, "wrong axis", tmp_path, noise)
+def test_scales_along_the_wrong_axis_load_and_are_rejected(worker: Worker, program: Program, tmp_path: Path) -> None:
+    done, _ = artifact(program, [Quantize(scheme="w4a16-g32")], tmp_path, change=_wrong_axis)
+    found = judge(worker, "wrong axis", tmp_path, done)
     assert not is_right(found)
     assert found.mean_abs_logprob_diff > 10 * found.logprob_bound  # type: ignore[operator]
 
 
 def test_overflowing_int8_products_are_noticed(
-    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, tmp_path: Path
+    worker: Worker, program: Program, runtime: RuntimeRecord, tmp_path: Path
 ) -> None:
     """Without 8-bit dot products vLLM's int8 kernel adds in 16 bits: the check after loading has to see it."""
     if "w8a8" not in here().schemes:
         pytest.skip(f"{here().name} has no w8a8")
-    artifact(program, [Quantize(scheme="w8a8")], tmp_path)
+    done, _ = artifact(program, [Quantize(scheme="w8a8")], tmp_path)
     said = VllmBackend().cannot_run(tmp_path / "model", here())
-    found = judge(worker, "eight bits", tmp_path, noise)
+    found = judge(worker, "eight bits", tmp_path, done)
     if runtime.facts.get("int8_saturates"):
         assert "overflows" in said
         assert not is_right(found)
@@ -254,9 +258,7 @@ def test_overflowing_int8_products_are_noticed(
         assert is_right(found), found
 
 
-def test_speed_of_everything_in_turns(
-    worker: Worker, noise: float, program: Program, runtime: RuntimeRecord, tmp_path: Path
-) -> None:
+def test_speed_of_everything_in_turns(worker: Worker, program: Program, runtime: RuntimeRecord, tmp_path: Path) -> None:
     """Dense, pruned and quantized, 4 bits, layers of different size: every form generates, and is timed in the same rounds."""
     passes: dict[str, list[Pass]] = {
         "pruned": [PruneChannels(fraction=0.25), eight_bit(runtime)],
@@ -276,10 +278,8 @@ def test_speed_of_everything_in_turns(
             assert len(measured.ttft_s) == len(measured.token_s) == 2
 
 
-def test_a_model_that_needs_the_plugin_says_so_without_it(
-    worker: Worker, noise: float, program: Program, tmp_path: Path
-) -> None:
-    _, lowered = artifact(program, [GLOBAL], tmp_path)
+def test_a_model_that_needs_the_plugin_says_so_without_it(worker: Worker, program: Program, tmp_path: Path) -> None:
+    done, lowered = artifact(program, [GLOBAL], tmp_path)
     # What a stranger's artifact brings is not run by us, with or without our own plugin on the path.
     code = tmp_path / "model" / lowered.form["plugin"] / "compile_sparse_vllm" / "__init__.py"
     code.write_text(f"open({str(tmp_path / 'canary')!r}, 'w')\n" + code.read_text())
@@ -288,7 +288,7 @@ def test_a_model_that_needs_the_plugin_says_so_without_it(
         load(bare, "without", tmp_path)
     assert "CompileSparseLlamaForCausalLM" in caught.value.why
     assert "add this model's folder vllm_plugin to PYTHONPATH" in caught.value.why
-    assert judge(worker, "with a stranger's plugin", tmp_path, noise).top1_agreement == 1.0
+    assert judge(worker, "with a stranger's plugin", tmp_path, done).top1_agreement == 1.0
     assert not (tmp_path / "canary").exists()
 
 

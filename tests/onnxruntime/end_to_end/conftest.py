@@ -91,6 +91,7 @@ def command(llama: Path, data: Data, root: Path) -> tuple[object, ...]:
         *(llama, "--target", "ort-cpu", "--prune", "channels=0.25", "--quantize", "w8a8"),
         *("--calibration", data.calibration, "--sequence-length", 64),
         *("--eval", f"en={data.english}", "--eval", f"pl={data.polish}", *SMALL),
+        *("--max-quality-loss", "1000x"),
         *("--out", root / "artifact"),
     )
 

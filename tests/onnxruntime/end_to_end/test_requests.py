@@ -34,6 +34,7 @@ def test_without_a_tokenizer_token_files_work_and_text_does_not(mute: Path, data
     tokens = tmp_path / "tokens.jsonl"
     tokens.write_text("".join(json.dumps({"input_ids": list(range(i, i + 40))}) + "\n" for i in range(3)))
     words = (mute, "--target", "ort-cpu", "--prune", "channels=0.5", "--criterion", "activation", *SMALL)
+    words += ("--max-quality-loss", "1000x")
     found = shell(
         *words, "--calibration", tokens, "--eval", f"ids={tokens}", "--sequence-length", 32, "--out", tmp_path / "out"
     )
@@ -47,13 +48,19 @@ def test_without_a_tokenizer_token_files_work_and_text_does_not(mute: Path, data
 def test_no_data_is_needed(llama: Path, tmp_path: Path) -> None:
     found = shell(llama, "--target", "ort-cpu", "--quantize", "w4a16-g32", *SMALL, "--out", tmp_path / "out")
     assert found.code == 0, found.out
-    assert "quality" not in found.data
+    quality = found.data["quality"]
+    assert quality["known"] is False
+    assert list(quality["slices"]) == ["reference"]
+    assert quality["slices"]["reference"]["kl"] > 0
+    assert "Quality unknown: no evaluation data (--eval)" in found.data["verdict_why"]
     # Nobody said how long evaluation windows are, and the default is longer than this model's context.
     text = lines(tmp_path / "text.jsonl", ["Some text. " * 50])
     again = shell("verify", tmp_path / "out", "--eval", f"en={text}")
     assert again.code == 0, again.out
     # 550 bytes behind a beginning token: four windows of 128, and a last one of 42 + 1.
     assert again.data["quality"]["slices"]["en"]["tokens"] == 550
+    assert again.data["quality"]["known"] is True
+    assert "Quality unknown" not in again.data["verdict_why"]
     assert found.data["fidelity"]["tokens"] == 8 * 63
     assert found.data["model"]["artifact_bytes"]["compiled"] < found.data["model"]["artifact_bytes"]["baseline"]
 

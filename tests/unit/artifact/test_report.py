@@ -157,6 +157,7 @@ def _shown(table):
 
 def test_tables_of_whole_and_minimal_data():
     assert "perplexity [en]" in _shown(report_table(DECODER))
+    assert "agreement with the dense model [en]" in _shown(report_table(DECODER))
     assert "samples/s" in _shown(report_table(ENCODER))
     assert "Not measured." in _shown(report_table(ENCODER))
     assert "refused" in _shown(report_table({"verdict": "refused"}))
@@ -165,6 +166,30 @@ def test_tables_of_whole_and_minimal_data():
         assert _shown(table)
     achieved = {"channels": {"before": 6144, "after": 4608}, "fraction": 0.25}
     assert "channels=6,144 to 4,608" in _shown(plan_table({"passes": [{"name": "p", "achieved": achieved}]}))
+
+
+def test_scores_and_agreement_stand_beside_each_other():
+    scores = {"recall@1": {"baseline": 0.9, "compiled": 0.45}}
+    slices = {
+        "pairs": {"loss": 2.0, "loss_of": "ndcg@10", "scores": scores, "mean_cosine": 0.75, "rank_agreement": 0.5}
+    }
+    slices["pairs"]["note"] = "Means were assumed."
+    report = {
+        **ENCODER,
+        "verdict": "quality-lost",
+        "quality": {"slices": slices, "worst_slice": "pairs", "max_loss": 1.1},
+    }
+    assert _contains(json.loads(Report.model_validate(report).as_json()), report)
+    rows = {line.split("│")[1].strip(): line for line in _shown(report_table(report)).splitlines() if "│" in line}
+    assert [cell.strip() for cell in rows["recall@1 [pairs]"].split("│")[2:5]] == ["0.9000", "0.4500", "0.500x"]
+    assert "note: [pairs]: Means were assumed." in _shown(report_table(report))
+    assert "cosine 0.7500, rank 0.5000" in rows["agreement with the dense model [pairs]"]
+
+
+def test_lost_quality_is_red():
+    console = Console(width=160, record=True, file=open("/dev/null", "w"), force_terminal=True)  # noqa: SIM115
+    console.print(report_table({"verdict": "quality-lost", "verdict_why": "Why."}))
+    assert "\x1b[1;31mquality-lost" in console.export_text(styles=True)
 
 
 def test_markup_in_names_is_text():

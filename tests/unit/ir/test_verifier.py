@@ -157,6 +157,7 @@ def test_the_programs_that_are_broken_below_are_valid(whole: Program, quantized:
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_rule_is_named_with_its_node_and_the_pass(whole: Program, name: str) -> None:
+    verify_program(whole)  # what a call gives is remembered, also by the clone
     damage, rule, part = BROKEN[name]
     with pytest.raises(InvalidProgram, match=f"after my-pass: rule {rule} broken") as caught:
         verify_program(damage(whole.clone()), after="my-pass")

@@ -13,6 +13,7 @@ from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.progress import SilentProgress
+from compile_sparse.passes.reconstruction.matching import objective_of
 from compile_sparse.passes.statistics import gram as module
 from compile_sparse.passes.statistics.gram import each_gram
 from tests.deep import DEPTH, deep_program
@@ -51,6 +52,46 @@ def test_sums_equal_brute_force(captured, name):
         torch.testing.assert_close(gram.total, x.sum(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gram.mean, x.mean(0), rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(gram.covariance, x.T.cov(correction=0), rtol=1e-4, atol=1e-5)
+
+
+def test_rows_count_relative_to_a_later_value(captured):
+    program, stream = captured("llama"), _stream()
+    layers, _ = find_linears(program)
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    sums = {layer.input.name: objective_of(layer, order) for layer in layers}
+    relative_to = {name: found.value.name for name, found in sums.items() if found.others}
+    names = _inputs(program)
+    rows: dict[str, list[torch.Tensor]] = {each: [] for each in {*names, *relative_to.values()}}
+    executor = Executor(program)
+    for feed in stream.feeds(program):
+        executor.run(feed, observe={n: lambda v, n=n: rows[n].append(v.flatten(0, -2).double()) for n in rows})
+
+    found = dict(each_gram(program, names, stream, SilentProgress(), relative_to=relative_to))
+
+    assert list(found) == names and len(relative_to) == len(names) // 2
+    for name, gram in found.items():
+        x, weights = torch.cat(rows[name]), 1.0
+        if name in relative_to:
+            weights = 1.0 / torch.cat(rows[relative_to[name]]).square().mean(1, keepdim=True)
+        torch.testing.assert_close(gram.second, x.T @ (x * weights), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(gram.total, (x * weights).sum(0), rtol=1e-4, atol=1e-4)
+        assert gram.count == len(x)
+
+
+def test_a_later_value_may_lie_behind_other_grams(captured):
+    """Every Gram relative to the last sum of the network: all are waiting when it comes, and all are right."""
+    program, stream = captured("llama"), _stream()
+    layers, _ = find_linears(program)
+    order = {node: place for place, node in enumerate(program.graph.nodes)}
+    last = [found.value.name for found in (objective_of(layer, order) for layer in layers) if found.others][-1]
+    names = _inputs(program)[:-1]
+    found = dict(each_gram(program, names, stream, SilentProgress(), relative_to=dict.fromkeys(names, last)))
+    alone = {
+        name: dict(each_gram(program, [name], stream, SilentProgress(), relative_to={name: last}))[name]
+        for name in (names[0], names[-1])
+    }
+    assert list(found) == names
+    assert all(torch.equal(found[name].second, gram.second) for name, gram in alone.items())
 
 
 def test_layers_that_read_one_value_share_one_gram(tiny_llama_program):

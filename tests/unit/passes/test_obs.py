@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compile_sparse.compiler.errors import ModelError
-from compile_sparse.passes.pruning.obs import DAMPING, Consumer, removal_order
+from compile_sparse.passes.pruning.obs import DAMPING, DELAYED, FLOOR, Consumer, removal_order
 from compile_sparse.passes.reconstruction.regression import Regression
 
 
@@ -31,7 +31,8 @@ def refitted_error(weight: torch.Tensor, second: torch.Tensor, kept: list[int]) 
 
 def damped(x: torch.Tensor) -> torch.Tensor:
     second = x.t() @ x
-    return second + DAMPING * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+    floor = FLOOR * second.diagonal().mean() * torch.eye(len(second), dtype=second.dtype)
+    return second + DAMPING * torch.diag(second.diagonal()) + floor
 
 
 @pytest.mark.parametrize("width", [1, 3])
@@ -53,6 +54,51 @@ def test_each_step_is_the_best_single_removal_and_costs_what_refitting_leaves(wi
 
 def columns(kept: list[int], without: int, width: int) -> list[int]:
     return [u * width + i for u in kept if u != without for i in range(width)]
+
+
+@pytest.mark.parametrize("remove", [5, DELAYED + 1, 2 * DELAYED + 20])
+def test_delayed_updates_are_greedy_removal_from_scratch(remove: int) -> None:
+    """Against tables that are inverted anew after every removal, well beyond the length of one delayed block."""
+    size = 3 * DELAYED
+    weight, x = layer(size, 7, seed=8)
+    x[0] *= 1e3  # one row as large as the first token of a text
+    second = damped(x)
+    told: list[int] = []
+    consumer = Consumer(weight.t() @ weight, x.t() @ x, torch.arange(size))
+    removal = removal_order([consumer], size, remove, advance=told.append)
+    kept = torch.arange(size)
+    for unit, cost in zip(removal.order.tolist(), removal.cost.tolist(), strict=True):
+        refitted = torch.linalg.solve(second[kept][:, kept], second[kept] @ weight.t())
+        costs = refitted.square().sum(1) / torch.linalg.inv(second[kept][:, kept]).diagonal()
+        assert unit == int(kept[costs.argmin()])
+        assert cost == pytest.approx(float(costs.min()), rel=1e-6)
+        kept = kept[kept != unit]
+    assert sum(told) == remove
+
+
+def test_consumers_of_one_axis_count_together() -> None:
+    """Two layers that read the same units with inputs of their own, against the sum of what each would cost."""
+    (first, x), (second, y) = layer(10, 4, seed=9), layer(10, 6, seed=10)
+    both = [Consumer(w.t() @ w, z.t() @ z, torch.arange(10)) for w, z in ((first, x), (second, y))]
+    removal = removal_order(both, 10, 1)
+    costs = [
+        sum(refitted_error(w, damped(z), columns(list(range(10)), unit, 1)) for w, z in ((first, x), (second, y)))
+        for unit in range(10)
+    ]
+    assert int(removal.order[0]) == min(range(10), key=costs.__getitem__)
+    assert float(removal.cost[0]) == pytest.approx(min(costs), rel=1e-6)
+
+
+def test_the_scale_of_an_input_does_not_matter() -> None:
+    """Nor that of a few rows: a thousandfold input, with weights that take it back, is removed in the same turn."""
+    weight, x = layer(12, 5, seed=11)
+    scale = torch.ones(12, dtype=torch.float64)
+    scale[3] = 1e3
+    orders = [
+        removal_order([Consumer(w.t() @ w, z.t() @ z, torch.arange(12))], 12, 8).order
+        for w, z in ((weight, x), (weight / scale, x * scale))
+    ]
+    assert torch.equal(*orders)
 
 
 def test_greedy_is_near_the_best_subset() -> None:
@@ -103,6 +149,24 @@ def test_regression_equals_the_normal_equations() -> None:
     assert found.left / found.missing == pytest.approx(
         float(missing.square().sum() / r.double().square().sum()), rel=1e-3
     )
+
+
+def test_rows_count_by_their_weights() -> None:
+    """Against least squares on rows that stand there as often as they count."""
+    generator = torch.Generator().manual_seed(12)
+    x = torch.randn(60, 4, generator=generator)
+    r = x @ torch.randn(4, 3, generator=generator) + torch.randn(60, 3, generator=generator) + 2.0
+    times = torch.randint(1, 5, (60,), generator=generator)
+    regression = Regression(4, 3, intercept=True)
+    for part in (slice(0, 35), slice(35, 60)):
+        regression.add(x[part], r[part], times[part, None].float())
+    change = regression.solve([0.0])
+    assert change.weight is not None and change.bias is not None
+    repeated = torch.cat([x, torch.ones(60, 1)], 1).repeat_interleave(times, 0).double()
+    wanted = torch.linalg.lstsq(repeated, r.repeat_interleave(times, 0).double()).solution
+    torch.testing.assert_close(torch.cat([change.weight, change.bias[:, None]], 1), wanted.t(), rtol=1e-4, atol=1e-5)
+    shift = regression.mean_shift().bias
+    torch.testing.assert_close(shift, r.repeat_interleave(times, 0).double().mean(0), rtol=1e-5, atol=1e-5)
 
 
 def test_mean_shift_is_the_mean() -> None:

@@ -158,7 +158,7 @@ def test_a_shared_weight_is_quantized_once_for_all_its_inputs(recording: type[Re
     torch.testing.assert_close(statistics, both.t() @ both / 60, rtol=1e-6, atol=1e-6)
 
 
-def test_statistics_do_not_change_what_round_to_nearest_makes(
+def test_round_to_nearest_takes_the_diagonal_of_whole_statistics(
     recording: type[Recording], tiny_llama_program: Program
 ) -> None:
     plain, same = (

@@ -13,8 +13,8 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.pipeline.compilation import judge
 from compile_sparse.compiler.pipeline.runner import run_passes
 from compile_sparse.compiler.recipes.recipe import recipe_from_yaml
-from compile_sparse.compiler.verify.fidelity import fidelity_bound
 from compile_sparse.compiler.verify.measure import Measured
+from compile_sparse.compiler.verify.same_model import TOP1_WITHOUT_NOISE, TOP1_WITHOUT_NOISE_QUANTIZED
 from tests.installing import install
 from tests.support.contexts import context
 from tests.toys import toy_program
@@ -57,7 +57,7 @@ def judged(*sections: PassSection) -> Report:
 def test_a_pass_of_others_gets_the_bound_of_what_it_does(
     monkeypatch: pytest.MonkeyPatch, name: str, accepted: bool
 ) -> None:
-    assert fidelity_bound(quantized=True) < AGREEMENT < fidelity_bound(quantized=False)
+    assert TOP1_WITHOUT_NOISE_QUANTIZED < AGREEMENT < TOP1_WITHOUT_NOISE
     install(monkeypatch, "compile_sparse.passes", {"gptq": Gptq, "quantize-nothing": QuantizeNothing})
     passes = recipe_from_yaml(f"passes: [{name}]").build_passes()
     _, sections = run_passes(toy_program(Linear(torch.ones(3, 4)), [torch.zeros(2, 4)]), passes, context())

@@ -283,14 +283,27 @@ def test_every_data_flag_arrives():
         calibration_samples=4,
         sequence_length=32,
         eval={"en": "e.jsonl"},
+        max_quality_loss="1.25x",
         workload="prompt=16,rounds=7",
         gates=("ppl[en]<=1.1x",),
     )
     assert merged.calibration is not None
     assert merged.calibration.model_dump() == {"file": "c.jsonl", "samples": 4, "sequence_length": 32}
-    assert merged.evaluation.model_dump() == {"slices": {"en": "e.jsonl"}, "samples": 64, "sequence_length": 32}
+    assert merged.evaluation.model_dump() == {
+        "slices": {"en": "e.jsonl"},
+        "samples": None,
+        "sequence_length": 32,
+        "max_loss": 1.25,
+    }
     assert merged.workload == Workload(prompt=16, rounds=7)
     assert merged.gates == ("ppl[en]<=1.1x",)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1.25x", 1.25), ("3", 3.0), (2, 2.0), ("none", None)])
+def test_how_much_quality_may_be_lost(text, value):
+    assert merge_options(max_quality_loss=text).evaluation.max_loss == value
+    assert recipe_from_yaml(f"evaluation: {{max_loss: {text}}}").evaluation.max_loss == value
+    assert Recipe().evaluation.max_loss == 1.1
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0, -0.1, 2, float("nan")])
@@ -314,6 +327,8 @@ def test_fractions_outside_the_open_interval(fraction):
         ({"calibration_samples": 4}, "CS1006"),
         ({"gates": ("ppl[xx]<=1.1x",)}, "CS1012"),
         ({"seed": -1}, "CS1105"),
+        ({"max_quality_loss": "0.9x"}, "CS1105"),
+        ({"max_quality_loss": "much"}, "CS1105"),
         ({"gates": ("nonsense",)}, "CS1011"),
     ],
 )

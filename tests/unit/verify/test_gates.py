@@ -30,6 +30,19 @@ REPORT = {
         }
     },
 }
+PAIRS = {
+    "quality": {
+        "slices": {
+            "pairs": {
+                "loss": 1.25,
+                "mean_cosine": 0.97,
+                "rank_agreement": 0.9,
+                "scores": {"recall@1": {"baseline": 0.8, "compiled": 0.6}, "mrr": {"baseline": 0.9, "compiled": 0.9}},
+            },
+            "labels": {"loss": 1.02, "scores": {"accuracy@5": {"baseline": 0.5, "compiled": 0.49}}, "logit_error": 0.1},
+        }
+    },
+}
 
 
 @pytest.mark.parametrize(
@@ -63,6 +76,28 @@ def test_judgement(gate, value, bound, passed):
     assert result["bound"] == pytest.approx(bound)
     assert result["passed"] is passed
     assert result["why"].endswith(".")
+
+
+@pytest.mark.parametrize(
+    ("gate", "value", "passed"),
+    [
+        ("recall@1[pairs]>=0.6", 0.6, True),
+        ("recall@1[pairs]>=0.98x", 0.75, False),
+        ("mrr[pairs]>=0.98x", 1.0, True),
+        ("accuracy@5[labels]>=0.98x", 0.98, True),
+        ("cosine[pairs]>=0.96", 0.97, True),
+        ("rank_agreement[pairs]>=0.95", 0.9, False),
+        ("logit_error[labels]<=0.1", 0.1, True),
+        ("loss[labels]<=1.1x", 1.02, True),
+        ("worst_slice_loss<=1.1x", 1.25, False),
+        ("recall@5[pairs]>=0.1", None, False),
+        ("ndcg@10[labels]>=0.1x", None, False),
+    ],
+)
+def test_scores_of_data_are_gated(gate, value, passed):
+    (result,) = evaluate_gates([gate], PAIRS)
+    assert result["value"] == (None if value is None else pytest.approx(value))
+    assert result["passed"] is passed
 
 
 def test_a_failure_by_its_bound_says_so():

@@ -7,7 +7,7 @@ import pytest
 
 from compile_sparse.compiler.verify.gates import evaluate_gates
 from compile_sparse.compiler.verify.statistics import ratio_of_rounds
-from compile_sparse.compiler.verify.verdict import decide, workload_speedup
+from compile_sparse.compiler.verify.verdict import decide, workload_speedup, wrong_model
 
 
 def _report(decode=(1.0, 0.95, 1.05), prefill=None, bytes_ratio=1.0, agreement=0.999):
@@ -53,10 +53,23 @@ def test_verdicts(report, verdict):
     assert found.why.endswith(".")
 
 
-def test_fidelity_bound_is_the_callers():
-    report = _report((1.3, 1.2, 1.4), agreement=0.95)
-    assert decide(report, fidelity_bound=0.9).verdict == "faster"
-    assert "95.0%" in decide(report, fidelity_bound=0.99).why
+def test_the_measured_bound_decides_and_without_one_what_passes_did():
+    report = _report((1.3, 1.2, 1.4), agreement=0.98)
+    assert decide(report, quantized=True).verdict == "faster"
+    assert "98.0%" in decide(report).why
+    report["fidelity"]["top1_bound"] = 0.975
+    assert decide(report).verdict == "faster"
+
+
+def test_a_wrong_layer_is_another_model_whatever_the_answers_say():
+    report = _report((1.3, 1.2, 1.4))
+    report["fidelity"]["layers"] = {"checked": 9, "wrong": [{"layer": "h.3.up", "error": 0.02, "bound": 0.001}]}
+    found = decide(report)
+    assert found.verdict == "unverified"
+    assert "1 of 9 layers" in found.why
+    assert "h.3.up (0.02, allowed 0.001)" in found.why
+    (gate,) = wrong_model(report, quantized=False)
+    assert gate["gate"].startswith("wrong_layers<=0")
 
 
 def test_workload_weights_the_phases():
