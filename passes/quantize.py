@@ -47,12 +47,13 @@ class Quantize(Pass):
     How codes ``q`` are chosen is up to a quantizer (``compiler/extension/quantizer_contract.py``), by default ``round(W / s)``.
     They are symmetric, or have a zero point inside the range, so stored zeros stay zero. Scales run along the contraction
     dimension: per output channel, per group, or per block (all schemes are in ``compiler/ir/quantization_schemes.py``).
-    Activations: one scale per token or, on targets that say so, per tensor, found at run time; ``-static`` schemes,
-    ``fp8-tensor`` and ``nvfp4`` fix their range on calibration text, at the largest magnitude or at a percentile of the
-    magnitudes. The output of an int8 GEMM is quantize-dequantized as well where the weight is masked and the target's sparse
-    kernel for the mask must give int8 to be the faster one. The mask of a weight moves to its codes. Which layers: every linear;
-    the lm_head is kept at 8 bits where the scheme says 4, or left in floating point where the target's runtime does not quantize
-    it: it is read once per token like every other layer but decides every token.
+    Activations: one scale per token, found at run time; ``-static`` schemes, ``fp8-tensor`` and ``nvfp4`` fix their range on
+    calibration text, at the largest magnitude or at a percentile of the magnitudes. The output of an int8 GEMM is
+    quantize-dequantized as well where the weight is masked and the target's sparse kernel for the mask must give int8 to be the
+    faster one. The mask of a weight moves to its codes. Which layers: every linear; the lm_head is kept at 8 bits where the
+    scheme says 4, or left in floating point where the target's runtime does not quantize it: it is read once per token like
+    every other layer but decides every token. On targets that have ``fallbacks`` for the scheme, layers whose outputs it would
+    put too far off get one of those or stay in floating point (``passes/quantization/choice.py``).
 
     Leaves alone: embeddings, convolutions, and any linear whose weight is not a stored two-dimensional parameter.
 
@@ -132,18 +133,26 @@ class Quantize(Pass):
             raise _nothing(diagnostics)
         outputs = self._quantized_outputs(edited, linears, context.target)
         ranges = self._ranges(edited, linears, outputs, context) if scheme.static and not context.plan_only else None
-        choices = self._choices(edited, linears, scheme, context, ranges)
+        choices = self._choices(edited, linears, scheme, context, ranges, outputs)
         diagnostics = [*diagnostics, *choices.diagnostics]
-        schemes = {linear: choices.schemes.get((linear.tensor, linear.axis), self.scheme) for linear in linears}
-        linears = [linear for linear in linears if schemes[linear]]
+        schemes = {
+            linear: name
+            for linear in linears
+            if (name := choices.schemes.get((linear.tensor, linear.axis), self.scheme)) is not None
+        }
+        linears = list(schemes)
         if not linears:
             raise _nothing(diagnostics)
-        outputs = [linear for linear in outputs if schemes[linear] == self.scheme]
+        outputs = [
+            linear
+            for linear in outputs
+            if schemes.get(linear) == self.scheme and linear.node.name not in choices.float_outputs
+        ]
         edits, activations, weights = Edits(edited), None, dict[tuple[str, int], Weight]()
         if scheme.activations:
             stored = _scale_type(scheme, context)
             activations = ActivationQuantizer(edits, scheme.activations, ranges=ranges, stored=stored)
-        own = {name: scheme if name == self.scheme else SCHEMES[name] for name in schemes.values() if name}
+        own = {name: scheme if name == self.scheme else SCHEMES[name] for name in schemes.values()}
         for name, each in own.items():
             group = [linear for linear in linears if schemes[linear] == name]
             made_of = weights_of(edited, group, each.weights, _scale_type(each, context))
@@ -153,7 +162,7 @@ class Quantize(Pass):
         made = self._quantized(program, linears, weights, context)
         work = Rewriter(edits, activations)
         for linear in linears:
-            key, rounds_input = (linear.tensor, linear.axis), bool(own[str(schemes[linear])].activations)
+            key, rounds_input = (linear.tensor, linear.axis), bool(own[schemes[linear]].activations)
             work.quantize(linear, weights[key], made[key], rounds_input=rounds_input)
         before = sum(program.weights.elements(linear.tensor) for linear in linears)
         result = work.finish(outputs)
@@ -178,6 +187,7 @@ class Quantize(Pass):
         scheme: Scheme,
         context: PassContext,
         ranges: Mapping[str, float] | None,
+        outputs: Sequence[Linear],
     ) -> Choices:
         """What layers have that the scheme would put too far off."""
         fallbacks = context.target.fallbacks.get(self.scheme)
@@ -187,7 +197,7 @@ class Quantize(Pass):
             instead = " or ".join([*fallbacks, "floating point"])
             note = f"Layers whose outputs {self.scheme} would put too far off, which is measured when compiling, get {instead}."
             return Choices(notes=(note,))
-        return choose_schemes(program, linears, (self.scheme, scheme), context, ranges)
+        return choose_schemes(program, linears, (self.scheme, scheme), context, ranges, outputs)
 
     def _quantized(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -45,11 +45,13 @@ class Choices:
 
     Attributes:
         schemes: those that do not have the scheme asked for.
-        diagnostics: one per such weight.
+        float_outputs: nodes of layers whose output is not to be rounded, although that was asked for.
+        diagnostics: one per such weight or output.
         notes: what was measured.
     """
 
     schemes: Mapping[Key, str | None] = field(default_factory=dict)
+    float_outputs: Collection[str] = ()
     diagnostics: Sequence[Diagnostic] = ()
     notes: Sequence[str] = ()
 
@@ -60,6 +62,7 @@ def choose_schemes(
     asked: tuple[str, Scheme],
     context: PassContext,
     ranges: Mapping[str, float] | None,
+    outputs: Sequence[Linear] = (),
 ) -> Choices:
     """Run the program on a little text and measure each layer in turn, from unrounded inputs.
 
@@ -77,13 +80,14 @@ def choose_schemes(
         asked: name and scheme.
         context: the target says what the fallbacks are.
         ranges: node -> magnitude that the largest code stands for, for static schemes.
+        outputs: layers whose output is about to be rounded to int8 too; where that puts it too far off, it is not.
     """
     name, scheme = asked
     candidates = {name: scheme} | {other: SCHEMES[other] for other in context.target.fallbacks[name]}  # type: ignore[index]
     feeds, source = _feeds(program, context)
     if not feeds:
         return Choices(notes=(f"No layer was measured: {source}. All have {name}.",))
-    errors = _measured(program, linears, candidates, feeds, context, ranges)
+    errors, rounded = _measured(program, linears, candidates, feeds, context, ranges, outputs)
     schemes: dict[Key, str | None] = {}
     diagnostics = []
     for group in _together(linears, by_input=scheme.static):
@@ -101,11 +105,18 @@ def choose_schemes(
             why = f"With {name} its output would be {worst[name]:.1%} off, and {limit:.0%} is the limit (measured on {source})."
             instead = f"It has {chosen} ({worst[chosen]:.1%} off)." if chosen else "It stays in floating point."
             diagnostics.append(Diagnostic(key[0], "CS2210", f"{why} {instead}", "quantize.fallback: none keeps it."))
+    floats = [linear for linear in outputs if schemes.get((linear.tensor, linear.axis), name) == name]
+    floats = [linear for linear in floats if not rounded[linear.node.name] <= DESTROYED]
+    for linear in floats:
+        error = rounded[linear.node.name]
+        why = f"Rounded to int8, its output would be {error:.1%} off, and {DESTROYED:.0%} is the limit (measured on {source})."
+        left = "Its output stays in floating point; a sparse kernel may not be chosen for it."
+        diagnostics.append(Diagnostic(linear.tensor, "CS2210", f"{why} {left}", "quantize.fallback: none rounds it."))
     kept = len(errors) - len(schemes)
     note = f"Chosen by the error of each layer's output on {source}: {kept} weights have {name}"
     counts = [(each, sum(value == each for value in schemes.values())) for each in (*list(candidates)[1:], None)]
     note += "".join(f", {count} {each or 'floating point'}" for each, count in counts if count) + "."
-    return Choices(schemes, diagnostics, (note,))
+    return Choices(schemes, {linear.node.name for linear in floats}, diagnostics, (note,))
 
 
 def _first_within(errors: Mapping[str, float], order: Sequence[str]) -> tuple[str | None, float]:
@@ -142,8 +153,13 @@ def _measured(
     feeds: Iterable[dict[str, torch.Tensor]],
     context: PassContext,
     ranges: Mapping[str, float] | None,
-) -> dict[Key, dict[str, float]]:
-    """Errors by weight and scheme; of the fallbacks only where the scheme asked for is over its limit."""
+    outputs: Sequence[Linear],
+) -> tuple[dict[Key, dict[str, float]], dict[str, float]]:
+    """Errors by weight and scheme, of the fallbacks only where the scheme asked for is over its limit; and by node those of
+    ``outputs`` with their result rounded as well.
+    """
+    rounded: dict[str, float] = {}
+    narrow = {linear.node.name for linear in outputs}
     readers: dict[str, list[Linear]] = {}
     for linear in linears:
         readers.setdefault(linear.input.name, []).append(linear)
@@ -158,8 +174,30 @@ def _measured(
             for linear in readers[node.name]:
                 found = errors.setdefault((linear.tensor, linear.axis), {})
                 _measure(program, linear, torch.cat(seen), candidates, context, ranges, found)
+                if linear.node.name in narrow and ranges is not None:
+                    rounded[linear.node.name] = _with_output(program, linear, torch.cat(seen), candidates, ranges)
             task.advance()
-    return errors
+    return errors, rounded
+
+
+def _with_output(
+    program: Program, linear: Linear, x: torch.Tensor, candidates: Mapping[str, Scheme], ranges: Mapping[str, float]
+) -> float:
+    stored = None if linear.bias is None else program.tensor_of(linear.bias)
+    return layer_error(
+        x,
+        _weight_rows(program, linear),
+        next(iter(candidates.values())),
+        peak=ranges[linear.input.name],
+        bias=None if stored is None else program.weights.load(stored).to(torch.float32),
+        output_peak=ranges[linear.node.name],
+    )
+
+
+def _weight_rows(program: Program, linear: Linear) -> torch.Tensor:
+    """``[N, K]`` float32."""
+    value = program.weights.load(linear.tensor).to(torch.float32)
+    return value if linear.axis == 1 else value.t()
 
 
 def _measure(
@@ -171,8 +209,7 @@ def _measure(
     ranges: Mapping[str, float] | None,
     found: dict[str, float],
 ) -> None:
-    value = program.weights.load(linear.tensor).to(torch.float32)
-    rows = value if linear.axis == 1 else value.t()
+    rows = _weight_rows(program, linear)
     for name, scheme in candidates.items():
         error = layer_error(
             x,

@@ -23,6 +23,8 @@ def layer_error(
     peak: float | None = None,
     rounds_groups: bool = False,
     differences: bool = False,
+    bias: torch.Tensor | None = None,
+    output_peak: float | None = None,
 ) -> float:
     """Mean over tokens of ``|y' - y| / |y|``, with ``y = x W^T`` and ``y'`` of the rounded input and weight; 0 is exact.
 
@@ -36,10 +38,16 @@ def layer_error(
         peak: magnitude that the largest code of a fixed scale stands for.
         rounds_groups: kernels for weights alone round their inputs to 8 bits, one scale per group of weights.
         differences: only differences between the outputs of a token matter, as of logits.
+        bias: ``[N]``, part of ``y`` and not rounded.
+        output_peak: ``y'`` is rounded to int8 as well, with a fixed scale whose largest code stands for this magnitude.
     """
     grid = fitted_grid(rows, scheme.weights, torch.float32)
     rounded = grid.values(grid.codes(rows))
     exact, found = x @ rows.t(), _rounded(x, scheme, peak, rounds_groups) @ rounded.t()
+    if bias is not None:
+        exact, found = exact + bias, found + bias
+    if output_peak is not None:
+        found = ours.fake_quantize(found, "int8-static", _fixed(output_peak))
     if differences:
         exact, found = (y - y.mean(1, keepdim=True) for y in (exact, found))
     length = exact.norm(dim=1)
@@ -48,10 +56,13 @@ def layer_error(
     return float(away.mean())
 
 
+def _fixed(peak: float) -> torch.Tensor:
+    return as_stored(torch.tensor([(peak or 1.0) / 127.0]))
+
+
 def _rounded(x: torch.Tensor, scheme: Scheme, peak: float | None, rounds_groups: bool) -> torch.Tensor:
     if scheme.static:
-        scale = as_stored(torch.tensor([(peak or 1.0) / 127.0]))
-        return ours.fake_quantize(x, scheme.activations, scale)  # type: ignore[no-any-return]
+        return ours.fake_quantize(x, scheme.activations, _fixed(peak or 0.0))  # type: ignore[no-any-return]
     if scheme.activations:
         return ours.fake_quantize(x, scheme.activations)  # type: ignore[no-any-return]
     group = scheme.weights.group

@@ -145,6 +145,47 @@ def test_layers_in_floating_point_give_floats() -> None:
     assert sorted(scales) == ["mild.weight.output_scale", "plain.weight.output_scale"]
 
 
+class Spike(torch.nn.Module):
+    """Two layers on one input, with biases; the first output of ``spiked`` is huge for a token that has features of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.plain, self.spiked = torch.nn.Linear(DEPTH, ROWS), torch.nn.Linear(DEPTH, ROWS)
+        for seed, layer in enumerate((self.plain, self.spiked)):
+            layer.weight.data, layer.bias.data = random(ROWS, DEPTH, seed=seed), random(ROWS, seed=7)
+        self.spiked.weight.data[0] = 0
+        self.spiked.weight.data[0, : DEPTH // 2] = 100 * spiked_inputs()[0, : DEPTH // 2].sign()
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.plain(x), self.spiked(x)
+
+
+def spiked_inputs() -> torch.Tensor:
+    made = random(32, DEPTH, seed=9)
+    made[1:, : DEPTH // 2] = 0
+    return made
+
+
+def test_an_output_with_an_outlier_is_not_rounded() -> None:
+    """One token's output is a thousand times as large as the others', whose codes would all be zero."""
+    entry = {"pattern": "2:4", "pays": True, "why": "Sparse tensor cores.", "int8_outputs": True}
+    goal = target(("w8a8-static",), fallbacks={"w8a8-static": ()}, sparse_patterns=(entry,))
+    program = toy_program(Spike(), [torch.zeros(32, DEPTH)])
+    fed_spikes = context(Fed((), inputs=(spiked_inputs(),)), goal=goal)
+    result = Quantize(scheme="w8a8-static", outputs="all").run(program, fed_spikes)
+    verify_program(result.program)
+    assert set(formats(result.program).values()) == {"int8-static"}
+    assert [name for name in result.program.weights if name.endswith("output_scale")] == ["plain.weight.output_scale"]
+    (said,) = result.diagnostics
+    assert said.where == "spiked.weight" and said.why.startswith("Rounded to int8, its output would be 9")
+    both = Quantize(scheme="w8a8-static", outputs="all", fallback="none").run(program, fed_spikes)
+    assert both.achieved["int8_outputs"] == 2
+    found = Executor(both.program).run({"x0": spiked_inputs()})["y1"]
+    dense = Executor(program).run({"x0": spiked_inputs()})["y1"]
+    lost = ((found - dense).norm(dim=1) / dense.norm(dim=1)).mean()
+    assert said.why.split("would be ")[1].startswith(f"{float(lost):.1%}")
+
+
 def test_a_model_that_is_destroyed_altogether_is_refused() -> None:
     class Wild(torch.nn.Module):
         def __init__(self) -> None:
