@@ -16,7 +16,7 @@ from compile_sparse.compiler.recipes.recipe import recipe_from_yaml
 from compile_sparse.compiler.runtimes.environments import RuntimeRecord
 
 Real = Callable[[str], Path]
-SHORT = "prompt=32,output=8,rounds=2"
+SHORT = "prompt=32,output=8,rounds=3"
 LINEARS = 7 * 30
 
 
@@ -79,7 +79,7 @@ def test_w8a8_of_a_real_embedding_model_finds_what_the_dense_one_finds(real: Rea
         target="ort-cpu",
         recipe=recipe,
         out=tmp_path / "out",
-        workload="batch=2,rounds=2",
+        workload="batch=2,rounds=3",
         eval={"pairs": pairs},
     ).report
     require_right(dict(report), 37)
