@@ -86,6 +86,20 @@ def _turned_scales(program: Program) -> Program:
     return _changed(program, scale, lambda value: value.t().reshape(value.shape))
 
 
+def _one_expert(program: Program) -> Program:
+    """The weights of one expert off by 2 %, where experts are one tensor."""
+    found = [name for name, source in program.weights.items() if len(source.shape) == 3 and name.endswith("gate_up_proj")]
+    if not found:
+        raise LookupError("the program has no experts in one tensor")
+
+    def scale(value: torch.Tensor) -> torch.Tensor:
+        changed = value.clone()
+        changed[-1] *= 1.02
+        return changed
+
+    return _changed(program, found[len(found) // 2], scale)
+
+
 MUTANTS: Mapping[str, Callable[[Program], Program]] = {
     **{
         f"scales of one {kind}_proj x 1.02": _scaled(f"{kind}_proj.weight")
@@ -96,6 +110,7 @@ MUTANTS: Mapping[str, Callable[[Program], Program]] = {
     "one norm's weight dropped": _dropped_norm,
     "neighbours swapped (nibbles)": _swapped_pairs,
     "scales along the wrong axis": _turned_scales,
+    "one expert's weights x 1.02": _one_expert,
 }
 """Name -> change. A change that a program cannot have (no groups) raises LookupError."""
 
@@ -116,5 +131,19 @@ def shifted_rotation(model: Path, first: int = 32) -> None:
             file.write(values.tobytes())
 
 
-FILE_MUTANTS: Mapping[str, Callable[[Path], None]] = {"rotary angles off by one position": shifted_rotation}
+FILE_def _one_expert(program: Program) -> Program:
+    """The weights of one expert off by 2 %, where experts are one tensor."""
+    found = [name for name, source in program.weights.items() if len(source.shape) == 3 and name.endswith("gate_up_proj")]
+    if not found:
+        raise LookupError("the program has no experts in one tensor")
+
+    def scale(value: torch.Tensor) -> torch.Tensor:
+        changed = value.clone()
+        changed[-1] *= 1.02
+        return changed
+
+    return _changed(program, found[len(found) // 2], scale)
+
+
+MUTANTS: Mapping[str, Callable[[Path], None]] = {"rotary angles off by one position": shifted_rotation}
 """Name -> change of a lowered folder."""

@@ -1,6 +1,6 @@
 """How far right artifacts stay below the bounds of verification, and how far wrong ones are beyond.
 
-    python -m benchmarks.fidelity_separation MODEL [--target ort-cpu] [--scheme w8a8 ...] [--out TABLE.md]
+    python -m benchmarks.fidelity_separation MODEL [--target ort-cpu] [--scheme w8a8 ...]
 
 Every scheme is compiled once as it is and once per mutant (``fidelity_mutants.py``). Printed is the largest error of a layer over
 its bound: below 1 the artifact passes.
@@ -70,7 +70,7 @@ def _judged(job: Job, meant: Program, written: Program, scheme: str, mutant: str
         if mutant in FILE_MUTANTS:
             FILE_MUTANTS[mutant](model)
         seen = job.backend.observation(meant, job.target, model, copy, job.settings)
-        calls = observed_calls(seen, text=job.text, seed=0)
+        seen, calls = observed_calls(seen, text=job.text, seed=0)
         rows = max(1, len(calls.windows))
         worker.call(Load("m", str(seen.folder), 1, job.target.device, sequence=calls.longest, sequences=rows))
         found = check_layers(worker, "m", seen, calls, precision=job.precision, seed=0, progress=QUIET)

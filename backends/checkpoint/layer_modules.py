@@ -6,6 +6,7 @@ from collections import Counter
 
 from compile_sparse.backends.checkpoint.checkpoint import stored_names
 from compile_sparse.compiler.ir.gemms import gemm_of
+from compile_sparse.compiler.ir.nodes import traced_module
 from compile_sparse.compiler.ir.program import Program
 
 __all__ = ["layer_modules"]
@@ -24,9 +25,12 @@ def layer_modules(program: Program) -> dict[str, str]:
     names, found = stored_names(program), {}
     for node in program.graph.nodes:
         gemm = gemm_of(node)
-        tensor = program.tensor_of(gemm.weight) if gemm is not None else None
-        name = names.get(tensor or "", "")
-        if name.endswith(_WEIGHT):
+        if gemm is None:
+            continue
+        name = names.get(program.tensor_of(gemm.weight) or "", "")
+        if len(gemm.weight.users) > 1:  # tied: the name is that of the embedding, and the module another
+            found[node.name] = traced_module(node)
+        elif name.endswith(_WEIGHT):
             found[node.name] = name.removesuffix(_WEIGHT)
     uses = Counter(found.values())
-    return {node: module for node, module in found.items() if uses[module] == 1}
+    return {node: module for node, module in found.items() if module and uses[module] == 1}

@@ -110,11 +110,17 @@ class VllmBackend:
     def observation(
         self, program: Program, target: Target, model: Path, scratch: Path, settings: RunSettings
     ) -> Observation:
-        """Linear layers tell their outputs by hooks, those that vLLM merges in parts."""
+        """Linear layers tell their outputs by hooks, those that vLLM merges in parts. On a GPU its engine is one compiled graph,
+        which calls none.
+        """
         from compile_sparse.backends.checkpoint.layer_modules import layer_modules
+        from compile_sparse.backends.vllm.machine import cpu_dtype
         from compile_sparse.backends.vllm.storage import storage_of
 
-        return Observation(model, layer_modules(storage_of(program).view), program)
+        if target.device != "cpu":
+            return Observation(model, {}, program)
+        precision = "fp32" if cpu_dtype() == "float32" else "bf16"
+        return Observation(model, layer_modules(storage_of(program).view), program, precision)
 
     def cannot_run(self, model: Path, target: Target) -> str:
         """A kernel that the registered vLLM lacks on its processor, or has and computes wrongly."""

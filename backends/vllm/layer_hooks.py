@@ -55,7 +55,7 @@ class LayerHooks:
     def _keep(self, parts: Sequence[str], sizes: Sequence[int]) -> Callable[[Any, Any, Any], None]:
         def keep(module: Any, arguments: Any, output: Any) -> None:
             # A copy: the engine writes the next norm's result over it.
-            value = (output[0] if isinstance(output, tuple) else output).detach().float().cpu().numpy().copy()
+            value = (_sum_of(output) if isinstance(output, tuple) else output).detach().float().cpu().numpy().copy()
             edges = np.cumsum(sizes)[:-1]
             self._latest.update(zip(parts, np.split(value.reshape(-1, value.shape[-1]), edges, axis=-1), strict=True))
 
@@ -64,3 +64,9 @@ class LayerHooks:
     def _end_call(self, module: Any, arguments: Any, output: Any) -> None:
         self.calls.append(self._latest)
         self._latest = {}
+
+
+def _sum_of(output: tuple[Any, Any]) -> Any:
+    """Some layers leave adding their bias to what follows, and hand it on."""
+    value, bias = output
+    return value if bias is None else value + bias

@@ -103,7 +103,8 @@ class LayerError(_Section):
 
     layer: str = Field(description="module path, or the node's name where that is not known")
     error: float | None = Field(
-        ge=0, description="length of the difference over that of the output, of nine rows in ten; null: not a number"
+        ge=0,
+        description="length of the difference over that of the output, where it is farthest beyond; null: not a number",
     )
     bound: float = Field(ge=0, description="what rounding explains of that")
 
@@ -112,6 +113,8 @@ class LayerFidelity(_Section):
     """The runtime's layers against the program's, each from the input that the runtime itself had."""
 
     checked: int = Field(ge=0, description="layers compared: GEMMs and convolutions, with what lies before each")
+    processor: str = Field(default="", description="digest of what the processor is and can: kernels follow from it")
+    unseen: int = Field(default=0, ge=0, description="layers with weights whose values the runtime does not show")
     wrong: tuple[LayerError, ...] = Field(default=(), description="beyond their bound, the worst first")
     nearest: LayerError | None = Field(default=None, description="the one nearest to its bound, where none is beyond")
 

@@ -150,11 +150,13 @@ class Observation:
         values: node of the program -> what the worker calls its value in that folder; only what the runtime has.
         program: the compiled program with the rounding that the runtime's kernels are known to do inside made explicit; nodes
             keep their names.
+        precision: that the runtime computes in here, where it is not that of the target: ``fp32``, ``fp16`` or ``bf16``.
     """
 
     folder: Path
     values: Mapping[str, str]
     program: Program
+    precision: str = ""
 
 
 @runtime_checkable

@@ -19,6 +19,7 @@ __all__ = [
     "operator_of",
     "qualified_name",
     "same_dimension",
+    "traced_module",
 ]
 
 
@@ -82,6 +83,12 @@ def insert_call(graph: fx.Graph, target: Any, args: tuple[Any, ...], value: Any 
     node = graph.call_function(target, args)
     node.meta["val"] = target(*fx.node.map_arg(args, lambda a: a.meta["val"])) if value is None else value
     return node
+
+
+def traced_module(node: fx.Node) -> str:
+    """Path of the module whose code a node was traced in; empty when that is not known."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(entry[0]) for entry in reversed(stack.values()) if isinstance(entry, tuple)), "")
 
 
 def module_of(node: fx.Node) -> dict[str, Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -74,7 +76,6 @@ class LoweringRecord(BaseModel):
     limits: tuple[str, ...] = Field(description="what the runtime must respect")
     digests: dict[str, str] = Field(description="file of the artifact -> sha256, computed while it was written")
     sparsity: Sparsity | None = Field(default=None, description="of the report")
-    layers: LayerFidelity | None = Field(default=None, description="of the report's fidelity")
 
 
 class _Build:
@@ -95,13 +96,23 @@ class _Build:
         """The dense program with its weights as they are stored."""
         return cast_weights(self.dense, torch_dtype(self.job.precision))
 
-    def lower(self, staging: Staging, *, verify: bool) -> LoweringRecord:
-        """Run passes, lower into ``staging``, and compare the runtime's layers with the program's where it shows them."""
+    @cached_property
+    def compiled(self) -> Program:
+        """The program after the passes, its weights as they are stored."""
+        return self._passed[0]
+
+    @cached_property
+    def _passed(self) -> tuple[Program, tuple[PassSection, ...]]:
+        context = self.job.context(self.progress)
+        program, sections = run_passes(self.dense, self.job.passes, context, verify_each=self.verify_each)
+        return cast_weights(program, torch_dtype(self.job.precision)), sections
+
+    def lower(self, staging: Staging) -> LoweringRecord:
+        """Run passes and lower into ``staging``."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
         context = job.context(self.progress)
-        program, sections = run_passes(self.dense, job.passes, context, verify_each=self.verify_each)
-        program = cast_weights(program, torch_dtype(job.precision))
+        program, sections = self._passed
         lowered, section = lower_program(
             job.backend, program, context, staging.fresh("model"), text=job.text, verify_each=self.verify_each
         )
@@ -120,7 +131,7 @@ class _Build:
             digests |= {f"{deployment.name}/{name}": digest for name, digest in deployed.files.items()}
             limits += deployed.limits
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
-        layers = self._reference(program, staging, verify=verify)
+        self._reference(program, staging)
         return LoweringRecord(
             passes=(*sections, section),
             parameters=program.parameter_count(),
@@ -131,19 +142,14 @@ class _Build:
             limits=tuple(limits),
             digests=digests,
             sparsity=None if lowered.sparsity is None else Sparsity.model_validate(lowered.sparsity),
-            layers=layers,
         )
 
-    def _reference(self, program: Program, staging: Staging, *, verify: bool) -> LayerFidelity | None:
-        """Write the program's own answers beside the model; how far the runtime's layers are from them, where it shows them."""
-        job, layers, computed = self.job, None, program
+    def _reference(self, program: Program, staging: Staging) -> None:
+        """Write the program's own answers beside the model."""
+        job, computed = self.job, program
         if isinstance(job.backend, ObservedLayers) and job.probe.available:
-            model = staging.folder / "model"
-            with tempfile.TemporaryDirectory(prefix="observed-", dir=staging.root) as scratch:
-                seen = job.backend.observation(program, job.target, model, Path(scratch), job.settings)
+            with _observation(job, program, staging) as seen:
                 computed = seen.program
-                if verify and seen.values and not cannot_measure(job.backend, model, job.target, job.settings):
-                    layers = self._layers(seen)
         write_reference(
             computed,
             staging.folder,
@@ -152,31 +158,46 @@ class _Build:
             seed=job.recipe.seed,
             progress=self.progress,
         )
-        return layers
 
-    def _layers(self, seen: Observation) -> LayerFidelity:
-        """Every layer compared, in a process of the runtime that ends with it."""
-        job = self.job
-        calls = observed_calls(seen, text=job.text, seed=job.recipe.seed)
-        with Worker(job.backend.worker_command(job.target, job.settings)) as worker:
-            load = Load(
-                "observed",
-                str(seen.folder),
-                threads=runtime_threads(job.workload.threads),
-                device=job.target.device,
-                sequence=calls.longest,
-                sequences=max(1, len(calls.windows)),
-            )
-            worker.call(load, timeout=LOAD_TIMEOUT_SECONDS)
-            return check_layers(
-                worker,
-                load.name,
-                seen,
-                calls,
-                precision=job.precision,
-                seed=job.recipe.seed,
-                progress=self.progress,
-            )
+    def layers(self, staging: Staging) -> LayerFidelity | None:
+        """How far the runtime's layers are from the program's, in a process of the runtime that ends with it; None where the
+        runtime shows none.
+        """
+        job, model = self.job, staging.folder / "model"
+        shows = isinstance(job.backend, ObservedLayers) and job.probe.available
+        if not shows or cannot_measure(job.backend, model, job.target, job.settings):
+            return None
+        with _observation(job, self.compiled, staging) as whole:
+            seen, calls = observed_calls(whole, text=job.text, seed=job.recipe.seed)
+            if not seen.values:
+                return None
+            with Worker(job.backend.worker_command(job.target, job.settings)) as worker:
+                load = Load(
+                    "observed",
+                    str(seen.folder),
+                    threads=runtime_threads(job.workload.threads),
+                    device=job.target.device,
+                    sequence=calls.longest,
+                    sequences=max(1, len(calls.windows)),
+                )
+                worker.call(load, timeout=LOAD_TIMEOUT_SECONDS)
+                return check_layers(
+                    worker,
+                    load.name,
+                    seen,
+                    calls,
+                    precision=job.precision,
+                    seed=job.recipe.seed,
+                    progress=self.progress,
+                )
+
+
+@contextmanager
+def _observation(job: Job, program: Program, staging: Staging) -> Iterator[Observation]:
+    """How the layers of what lies in ``staging`` are seen; what is written for it goes with the context."""
+    assert isinstance(job.backend, ObservedLayers)
+    with tempfile.TemporaryDirectory(prefix="observed-", dir=staging.root) as scratch:
+        yield job.backend.observation(program, job.target, staging.folder / "model", Path(scratch), job.settings)
 
 
 def _served_name(job: Job) -> str:
@@ -195,14 +216,14 @@ def compile_job(
     build = _Build(job, progress, verify_each)
     with Staging(out, key=job.key, force=force) as staging:
         stored = staging.completed("lowered")
-        record = build.lower(staging, verify=verify) if stored is None else LoweringRecord.model_validate(stored)
+        record = build.lower(staging) if stored is None else LoweringRecord.model_validate(stored)
         if stored is None:
             staging.complete("lowered", record.model_dump(mode="json"))
         measured, baseline_bytes, why = None, None, "Verification was switched off (--no-verify)."
         if verify:
+            layers = _checked_layers(build, staging)
             measured, baseline_bytes, why = _verified(build, staging.folder, progress)
-        if measured is not None:
-            measured = measured.with_layers(record.layers)
+            measured = measured and measured.with_layers(layers)
         sizes = ModelSection(
             kind=record.kind,
             parameters=Change(baseline=record.dense_parameters, compiled=record.parameters),
@@ -243,6 +264,16 @@ def compile_job(
 
         staging.publish(manifest, known=record.digests)
     return raise_failed_gates(report, out)
+
+
+def _checked_layers(build: _Build, staging: Staging) -> LayerFidelity | None:
+    """What was found layer by layer, now or by a stopped run: a stage of its own, because it may need the passes again."""
+    stored = staging.completed("layers")
+    if stored is None:
+        found = build.layers(staging)
+        staging.complete("layers", {"layers": found and found.model_dump(mode="json")})
+        return found
+    return LayerFidelity.model_validate(stored["layers"]) if stored["layers"] else None
 
 
 def _verified(build: _Build, artifact: Path, progress: Progress) -> tuple[Measured | None, int | None, str]:

@@ -117,7 +117,9 @@ class Job:
     def text(self) -> Sequence[Sequence[int]]:
         """Windows that the artifact is checked on: evaluation text, or that of the calibration, or the packaged sample."""
         evaluated = [window for windows in self.slices.values() for window in windows]
-        return evaluated or (self.calibration.windows if self.calibration else ()) or self.sample
+        given = evaluated or (self.calibration.windows if self.calibration else ())
+        # Windows shorter than a check's would be filled up with drawn ids.
+        return [window for window in given if len(window) >= SAMPLE_TOKENS] or self.sample or given
 
     @cached_property
     def key(self) -> str:

@@ -37,6 +37,7 @@ from compile_sparse.compiler.targets.target import Precision, Target, find_targe
 from compile_sparse.compiler.verify.baseline import baseline_parameters, get_baseline
 from compile_sparse.compiler.verify.gates import parse_gate
 from compile_sparse.compiler.verify.measure import MeasureRequest, cannot_measure, measure, model_bytes
+from compile_sparse.compiler.verify.processor import processor_identity
 from compile_sparse.compiler.verify.reference import DECODER_FILE, SAMPLE_FILE
 
 __all__ = ["verify_artifact"]
@@ -133,8 +134,9 @@ def verify_artifact(
         # The same two models: what was measured on data still holds.
         kept = old.quality.model_copy(update={"max_loss": recipe.evaluation.max_loss})
         measured = replace(measured, quality=kept)
-    if old.fidelity is not None and old.runtime is not None and old.runtime.version == probe.version:
-        measured = measured.with_layers(old.fidelity.layers)  # the same files in the same runtime
+    if old.fidelity is not None and old.runtime is not None and old.fidelity.layers is not None:
+        same_runtime = (old.runtime.version, old.fidelity.layers.processor) == (probe.version, processor_identity())
+        measured = measured.with_layers(old.fidelity.layers if same_runtime else None)
     sizes = ModelSection(
         kind=old.model.kind,
         parameters=Change(baseline=baseline_parameters(baseline), compiled=old.model.parameters.compiled),

@@ -49,23 +49,27 @@ def _decoder(worker: Worker, name: str, reference: Mapping[str, Any], progress: 
     with progress.task("fidelity") as task:
         request = Trace(name, reference["windows"], reference["prefill"])
         found = worker.call(request, on_progress=lambda done, total: task.advance()).windows
-    expected, noisy = ([read(TokenTrace, trace) for trace in reference[key]] for key in ("traces", "disturbed"))
+    expected = [read(TokenTrace, trace) for trace in reference["traces"]]
+    # Artifacts of earlier versions lack it: they have no measured bound.
+    noisy = [read(TokenTrace, trace) for trace in reference.get("disturbed", ())]
     difference = np.abs(_column(expected, "logprob") - _column(found, "logprob"))
     mean = float(difference.mean())
-    noise = float(np.abs(_column(expected, "logprob") - _column(noisy, "logprob")).mean())
-    tie = min(max(2 * mean, TIE_NATS), max(LARGEST_TIE_NATS, 4 * noise))
+    noise = float(np.abs(_column(expected, "logprob") - _column(noisy, "logprob")).mean()) if noisy else None
+    tie = min(max(2 * mean, TIE_NATS), max(LARGEST_TIE_NATS, 4 * (noise or 0.0)))
     real = _column(expected, "margin") >= tie
-    equal, noisy_equal = (_column(expected, "top1") == _column(other, "top1") for other in (found, noisy))
-    counted = bool(real.any()) and bool(np.isfinite(mean))
-    lost = float((~noisy_equal[real]).mean()) if counted else 0.0
+    equal = _column(expected, "top1") == _column(found, "top1")
+    flipped = _column(expected, "top1") != _column(noisy, "top1") if noisy else None
+    finite = bool(np.isfinite(mean))
+    agreement = float(equal[real].mean()) if finite and real.any() else None if finite else 0.0
+    lost = None if flipped is None else float(flipped[real].mean()) if real.any() else 0.0
     return Fidelity(
         tokens=int(difference.size),
         ties=int((~real).sum()),
-        mean_abs_logprob_diff=mean if np.isfinite(mean) else None,
-        logprob_bound=NOISE_FACTOR * noise + LEAST_NATS,
-        max_abs_diff=float(difference.max()) if np.isfinite(mean) else None,
-        top1_agreement=float(equal[real].mean()) if counted else 0.0,
-        top1_bound=max(0.0, 1.0 - LEAST_DISAGREEMENT - NOISE_FACTOR * lost),
+        mean_abs_logprob_diff=mean if finite else None,
+        logprob_bound=None if noise is None else NOISE_FACTOR * noise + LEAST_NATS,
+        max_abs_diff=float(difference.max()) if finite else None,
+        top1_agreement=agreement,
+        top1_bound=None if lost is None else max(0.0, 1.0 - LEAST_DISAGREEMENT - NOISE_FACTOR * lost),
     )
 
 
@@ -84,19 +88,20 @@ def _samples(worker: Worker, name: str, path: Path, progress: Progress) -> Fidel
         task.advance()
     first = next(iter(expected))
     count = int(expected[first].shape[0])
-    bounds = {key: NOISE_FACTOR * _relative(noisy[key], expected[key]) + LEAST_RELATIVE for key in expected}
+    # Artifacts of earlier versions lack what rounding does: they have no measured bound.
+    bounds = {key: NOISE_FACTOR * _relative(value, expected[key]) + LEAST_RELATIVE for key, value in noisy.items()}
     if not all(np.isfinite(found[key]).all() for key in expected):
-        return Fidelity(samples=count, error_bound=bounds[first])
+        return Fidelity(samples=count, error_bound=bounds.get(first, 0.0))
     errors = {key: _relative(found[key], expected[key]) for key in expected}
     # The output that is farthest beyond what rounding explains of it speaks for all.
-    worst = max(errors, key=lambda key: errors[key] / bounds[key])
+    worst = max(errors, key=lambda key: errors[key] / bounds.get(key, 1.0))
     agreement = (_answers(expected[first]) == _answers(found[first])).mean() if first == LOGITS else None
     return Fidelity(
         samples=count,
         max_abs_diff=max(float(np.abs(expected[key] - found[key]).max()) for key in expected),
         mean_cosine=float(cosine(expected[first], found[first]).mean()),
         relative_error=errors[worst],
-        error_bound=bounds[worst],
+        error_bound=bounds.get(worst),
         top1_agreement=None if agreement is None else float(agreement),
     )
 

@@ -12,6 +12,7 @@ import torch
 
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
+from compile_sparse.compiler.ir.nodes import traced_module
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.verify.reference import SAMPLES, sample_inputs
@@ -60,8 +61,7 @@ def require_range(
     beyond = [name for name, value in largest.items() if not value <= limit]
     if not beyond:
         return
-    stack = program.node(beyond[0]).meta.get("nn_module_stack") or {}
-    module = next((str(entry[0]) for entry in reversed(stack.values()) if isinstance(entry, tuple)), "")
+    module = traced_module(program.node(beyond[0]))
     raise Refusal(
         "CS4432",
         "Values of this model are out of the range of float16.",

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
-__all__ = ["Departure", "departures", "was_compared"]
+__all__ = ["Departure", "departures", "not_compared"]
 
 TOP1_WITHOUT_NOISE, TOP1_WITHOUT_NOISE_QUANTIZED = 0.99, 0.97
 """Top-1 agreement that is asked for where nobody measured what rounding does to it, in a report of an earlier version:
 kernels that round activations to 8 bits in their own order may flip near-ties."""
+CONCLUSIVE = {"logprob_bound": 0.5, "error_bound": 0.5}
+LEAST_CONCLUSIVE_TOP1 = 0.7
+"""Bounds of answers beyond which these decide nothing by themselves."""
 MOST_NAMED = 3
 
 
@@ -41,9 +44,16 @@ def departures(fidelity: Mapping[str, Any], *, quantized: bool) -> list[Departur
     return [*_layers(fidelity), *_logprob(fidelity), *_top1(fidelity, quantized), *_outputs(fidelity)]
 
 
-def was_compared(fidelity: Mapping[str, Any]) -> bool:
-    """Whether answers of runtime and program were compared."""
-    return any(fidelity.get(key) is not None for key in ("top1_agreement", "error_bound", "logprob_bound"))
+def not_compared(fidelity: Mapping[str, Any]) -> str:
+    """Why nothing is known of what the runtime computes, a sentence; empty when something is."""
+    if all(fidelity.get(key) is None for key in ("top1_agreement", "error_bound", "logprob_bound")):
+        return "The runtime's output was not compared with the program's."
+    if (fidelity.get("layers") or {}).get("checked"):
+        return ""
+    wide = [name for name, largest in CONCLUSIVE.items() if (fidelity.get(name) or 0.0) > largest]
+    if wide or (fidelity.get("top1_bound") or 1.0) < LEAST_CONCLUSIVE_TOP1:
+        return "Rounding alone may change the model's answers so much that they show nothing, and no layer could be compared."
+    return ""
 
 
 def _layers(fidelity: Mapping[str, Any]) -> Iterator[Departure]:

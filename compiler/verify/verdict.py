@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
-from compile_sparse.compiler.verify.same_model import departures, was_compared
+from compile_sparse.compiler.verify.same_model import departures, not_compared
 
 __all__ = ["GAIN", "Decision", "Verdict", "decide", "workload_speedup", "wrong_model"]
 
@@ -40,8 +40,8 @@ def decide(report: Mapping[str, Any], *, quantized: bool = False) -> Decision:
     if not performance:
         return Decision("unverified", "Nothing was measured in the runtime.")
     fidelity = report.get("fidelity") or {}
-    if not was_compared(fidelity):
-        return Decision("unverified", "The runtime's output was not compared with the program's.")
+    if unknown := not_compared(fidelity):
+        return Decision("unverified", unknown)
     if departed := departures(fidelity, quantized=quantized):
         return Decision("unverified", f"{departed[0].why} The speed is that of a different model.")
     speed = workload_speedup(performance)

@@ -18,6 +18,7 @@ from compile_sparse.compiler.pipeline.job import Job, prepare
 from compile_sparse.compiler.progress import SilentProgress
 from compile_sparse.compiler.recipes.recipe import recipe_from_yaml
 from tests.support.served_models import SMALL, build_served
+from tests.support.tiny_models import build_tiny
 
 MUTANTS = (
     "scales of one q_proj x 1.02",
@@ -51,6 +52,15 @@ def test_right_artifacts_pass_and_each_mutant_is_found(model: tuple[Job, Program
     assert not missed
     # The layer itself is found; those behind it start from the runtime's own values. Rotation is in every block.
     assert all(each.wrong <= 2 for each in wrong if "rotary" not in each.mutant), wrong
+
+
+def test_one_expert_off_by_two_per_cent_is_found(tmp_path: Path) -> None:
+    build_tiny("mixtral").save_pretrained(tmp_path)
+    job = prepare(tmp_path, "ort-cpu", recipe_from_yaml("passes: []"))
+    dense = capture(job.folder, progress=SilentProgress())
+    right, wrong = separations(job, dense, "none", ["one expert's weights x 1.02"])
+    assert (right.wrong, wrong.wrong) == (0, 1)
+    assert wrong.ratio > 10
 
 
 @pytest.mark.parametrize("bits", [4, 8])

@@ -63,7 +63,7 @@ def test_a_real_llama_destroyed_is_not_called_anything_else(real: Real, text: Pa
         compiled(real("smollm2"), "hf", passes, tmp_path / "out", eval={"text": text})
     report = caught.value.result.report
     assert report["verdict"] == "quality-lost"
-    assert report["fidelity"]["layers"]["checked"] == LINEARS
+    assert report["fidelity"]["layers"]["checked"] == LINEARS + 1
     assert report["fidelity"]["layers"]["wrong"] == []
     assert [gate["gate"].split("<")[0] for gate in report["gates"] if not gate["passed"]] == ["worst_slice_loss"]
 

@@ -92,7 +92,7 @@ def judge(worker: Worker, name: str, folder: Path, meant: Program) -> Fidelity:
     found = check_fidelity(worker, name, folder, QUIET)
     goal = here()
     seen = VllmBackend().observation(meant, goal, folder / "model", folder, DEFAULT_SETTINGS)
-    calls = observed_calls(seen, text=text(int(meant.config["vocab_size"])), seed=0)
+    seen, calls = observed_calls(seen, text=text(int(meant.config["vocab_size"])), seed=0)
     layers = check_layers(worker, name, seen, calls, precision=goal.baseline_precision, seed=0, progress=QUIET)
     return found.model_copy(update={"layers": layers})
 
