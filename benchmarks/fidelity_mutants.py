@@ -88,7 +88,9 @@ def _turned_scales(program: Program) -> Program:
 
 def _one_expert(program: Program) -> Program:
     """The weights of one expert off by 2 %, where experts are one tensor."""
-    found = [name for name, source in program.weights.items() if len(source.shape) == 3 and name.endswith("gate_up_proj")]
+    found = [
+        name for name, source in program.weights.items() if len(source.shape) == 3 and name.endswith("gate_up_proj")
+    ]
     if not found:
         raise LookupError("the program has no experts in one tensor")
 
@@ -131,19 +133,5 @@ def shifted_rotation(model: Path, first: int = 32) -> None:
             file.write(values.tobytes())
 
 
-FILE_def _one_expert(program: Program) -> Program:
-    """The weights of one expert off by 2 %, where experts are one tensor."""
-    found = [name for name, source in program.weights.items() if len(source.shape) == 3 and name.endswith("gate_up_proj")]
-    if not found:
-        raise LookupError("the program has no experts in one tensor")
-
-    def scale(value: torch.Tensor) -> torch.Tensor:
-        changed = value.clone()
-        changed[-1] *= 1.02
-        return changed
-
-    return _changed(program, found[len(found) // 2], scale)
-
-
-MUTANTS: Mapping[str, Callable[[Path], None]] = {"rotary angles off by one position": shifted_rotation}
+FILE_MUTANTS: Mapping[str, Callable[[Path], None]] = {"rotary angles off by one position": shifted_rotation}
 """Name -> change of a lowered folder."""
