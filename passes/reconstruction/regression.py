@@ -12,7 +12,7 @@ from compile_sparse.compiler.errors import ModelError
 
 __all__ = ["DAMPINGS", "Correction", "Regression"]
 
-DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
+DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0, 10.0)
 """Ridge penalties tried, as shares of each input's own mean square: the scale that an input happens to have does not matter."""
 FLOOR = 1e-9
 """Added to every penalty, as a share of the mean over inputs: those that the text never drives keep their weights."""

@@ -27,7 +27,7 @@ def one_thread(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def compiled(model: Path, target: str, passes: str, out: Path, **options: Any) -> dict[str, Any]:
-    recipe = recipe_from_yaml(f"passes: [{passes}]\nevaluation: {{samples: 6, sequence_length: 128}}")
+    recipe = recipe_from_yaml(f"passes: [{passes}]\nevaluation: {{samples: 4, sequence_length: 64}}")
     result = compile_sparse.compile(model, target=target, recipe=recipe, out=out, workload=SHORT, **options)
     return dict(result.report)
 

@@ -106,7 +106,9 @@ def context(target: Target | None = None) -> PassContext:
 
 def quantized(program: Program, scheme: str, target: Target | None = None, **options: Any) -> Program:
     """As compiling does it: quantize, then round what is left to bf16."""
-    made = Quantize(scheme=scheme, **options).run(program, context(target)).program  # type: ignore[arg-type]
+    fits = max(map(max, IDS)) < int(program.config["vocab_size"])
+    given = context(target) if fits else any_context(None, goal=target or gpu())
+    made = Quantize(scheme=scheme, **options).run(program, given).program  # type: ignore[arg-type]
     return cast_weights(made, torch.bfloat16)
 
 

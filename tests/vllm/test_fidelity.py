@@ -258,7 +258,9 @@ def test_overflowing_int8_products_are_noticed(
         assert is_right(found), found
 
 
-def test_speed_of_everything_in_turns(worker: Worker, program: Program, runtime: RuntimeRecord, tmp_path: Path) -> None:
+def test_speed_of_everything_in_turns(
+    worker: Worker, dense: Fidelity, program: Program, runtime: RuntimeRecord, tmp_path: Path
+) -> None:
     """Dense, pruned and quantized, 4 bits, layers of different size: every form generates, and is timed in the same rounds."""
     passes: dict[str, list[Pass]] = {
         "pruned": [PruneChannels(fraction=0.25), eight_bit(runtime)],

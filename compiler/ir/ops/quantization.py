@@ -152,8 +152,8 @@ def fake_quantize(x: torch.Tensor, format: str, scale: torch.Tensor | None = Non
     Args:
         x: ``[..., K]``.
         format: ``int8``: one symmetric scale per token (row of K), ``s = max|x| / 127``, and codes ``round(x * (1 / s))``, half
-            to even, all float32: the operations, in this order, of our graphs for ONNX Runtime and of vLLM's kernel for
-            processors; ``fp8``: the same with ``max|x| / 448`` and ``x / s``;
+            to even, all float32, in this order: runtimes compute so, bit for bit;
+            ``fp8``: the same with ``max|x| / 448`` and ``x / s``;
             ``int8-static``, ``fp8-static``: ``scale``, float32 ``[1]``, for everything;
             ``fp8-group``: one scale per 128 elements of a row (the last may be shorter);
             ``fp4``: e2m1 with an e4m3 scale per 16 elements, below the divisor ``scale``, float32 ``[1]``.

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from compile_sparse.compiler.errors import UsageError
-from compile_sparse.compiler.execution.token_windows import _cut, load_tokenizer, read_windows
+from compile_sparse.compiler.execution.token_windows import cut_windows, load_tokenizer, read_windows
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def ids(count: int, start: int = 0) -> dict[str, list[int]]:
     return {"input_ids": list(range(start, start + count))}
 
 
-def test_lines_are_cut_and_never_joined(tmp_path: Path) -> None:
+def test_lines_arecut_windows_and_never_joined(tmp_path: Path) -> None:
     found = read(tmp_path, [ids(19), "", ids(3, 100)])
     assert found == [list(range(8)), list(range(8, 16)), [16, 17, 18], [100, 101, 102]]
 
@@ -141,7 +141,7 @@ def test_tokenizers_are_found_absent_or_damaged(tmp_path: Path, tokenizer: Token
 @given(st.integers(0, 200), st.integers(2, 40), st.booleans())
 def test_windows_keep_order_and_bounds(count: int, length: int, with_beginning: bool) -> None:
     tokens = list(range(1000, 1000 + count))
-    windows = list(_cut(tokens, length, 1 if with_beginning else None))
+    windows = list(cut_windows(tokens, length, 1 if with_beginning else None))
     assert all(2 <= len(window) <= length for window in windows)
     bodies = [window[1:] if with_beginning else window for window in windows]
     kept = [token for body in bodies for token in body]

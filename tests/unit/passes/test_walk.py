@@ -81,6 +81,10 @@ def slow_refit(
             lacks = lacks - x @ weight.T - (0 if bias is None else pruned.weights.load(bias))
             if bias is not None:
                 x = torch.cat([x, torch.ones(len(x), 1)], 1)
+            if goal.others:  # what enters a sum counts relative to the sum's size, token by token
+                total = rows(target)
+                counts = (1 / total.square().mean(1, keepdim=True)).sqrt()
+                x, lacks = x * counts, lacks * counts
             split = len(x) - len(x) // HELD_OUT
             for sums, part in ((fitted, slice(None, split)), (held, slice(split, None))):
                 sums[0] += (x[part].T @ x[part]).double()
@@ -114,7 +118,11 @@ def _equations(layer: Linear, intercept: bool) -> list[torch.Tensor]:
 
 def _solved(second: torch.Tensor, cross: torch.Tensor, damping: float, intercept: bool) -> torch.Tensor:
     width = len(second) - intercept
-    ridge = torch.full((len(second),), damping * float(second.diagonal()[:width].mean()), dtype=torch.float64)
+    diagonal = second.diagonal()[:width]
+    ridge = torch.zeros(len(second), dtype=torch.float64)
+    ridge[:width] = (
+        damping * diagonal + 1e-9 * diagonal.mean()
+    )  # each input by its own size; a little where text has none
     if intercept:
         ridge[-1] = 1e-9 * second[-1, -1]  # not shrunk, but for what keeps the matrix positive definite
     return torch.linalg.solve(second + ridge.diag(), cross)
