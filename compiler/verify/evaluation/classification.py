@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compile_sparse.compiler.artifact.report import Score, Slice
 from compile_sparse.compiler.verify.agreement import finite, logit_error
-from compile_sparse.compiler.verify.evaluation.models import Encoded, Models
+from compile_sparse.compiler.verify.evaluation.models import Models, Texts
 from compile_sparse.compiler.verify.evaluation.scores import accuracy, auc, macro_f1, spearman, top_k
 from compile_sparse.compiler.verify.quality import loss_of_score
 
@@ -23,7 +23,7 @@ IGNORED = -100
 
 
 @dataclass(frozen=True)
-class LabelledText:
+class LabelledText(Texts):
     """Texts with or without labels, for models with logits.
 
     Attributes:
@@ -32,16 +32,7 @@ class LabelledText:
             text for models with one logit; None without labels.
     """
 
-    texts: tuple[Encoded, ...]
     labels: tuple[Any, ...] | None
-
-    @property
-    def longest(self) -> int:
-        return max(len(text.ids) for text in self.texts)
-
-    @property
-    def samples(self) -> int:
-        return len(self.texts)
 
     def measure(self, models: Models, *, seed: int) -> Slice:
         """See ``EvaluationSlice``."""

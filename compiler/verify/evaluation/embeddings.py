@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from compile_sparse.compiler.artifact.report import Score, Slice
 from compile_sparse.compiler.verify.agreement import finite
-from compile_sparse.compiler.verify.evaluation.models import Encoded, Models
+from compile_sparse.compiler.verify.evaluation.models import Encoded, Models, Texts
 from compile_sparse.compiler.verify.evaluation.pooling import Pooling, unit
 from compile_sparse.compiler.verify.evaluation.scores import mrr, ndcg, recall, relevant_ranks, spearman
 from compile_sparse.compiler.verify.quality import loss_of_score
@@ -23,19 +23,10 @@ NDCG = 10
 
 
 @dataclass(frozen=True)
-class Sentences:
+class Sentences(Texts):
     """Texts to embed. The loss is one over the mean cosine to the dense embeddings."""
 
-    texts: tuple[Encoded, ...]
     pooling: Pooling
-
-    @property
-    def longest(self) -> int:
-        return max(len(text.ids) for text in self.texts)
-
-    @property
-    def samples(self) -> int:
-        return len(self.texts)
 
     def measure(self, models: Models, *, seed: int) -> Slice:
         """See ``EvaluationSlice``."""

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compile_sparse.compiler.artifact.report import Score, Slice
 from compile_sparse.compiler.runtimes.messages import WindowScore
-from compile_sparse.compiler.verify.evaluation.models import Encoded, Models
+from compile_sparse.compiler.verify.evaluation.models import Encoded, Models, Texts
 from compile_sparse.compiler.verify.quality import perplexity_slice
 
 __all__ = ["MASKED_SHARE", "MaskedText", "hidden_places"]
@@ -21,7 +21,7 @@ MASKED_SHARE = 0.15
 
 
 @dataclass(frozen=True)
-class MaskedText:
+class MaskedText(Texts):
     """Windows of text. The loss is the ratio of perplexities of hidden tokens; both models see the same ones hidden.
 
     Attributes:
@@ -29,16 +29,7 @@ class MaskedText:
         mask: id of the mask token.
     """
 
-    texts: tuple[Encoded, ...]
     mask: int
-
-    @property
-    def longest(self) -> int:
-        return max(len(text.ids) for text in self.texts)
-
-    @property
-    def samples(self) -> int:
-        return len(self.texts)
 
     def measure(self, models: Models, *, seed: int) -> Slice:
         """See ``EvaluationSlice``."""

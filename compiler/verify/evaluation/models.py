@@ -18,7 +18,7 @@ from compile_sparse.compiler.verify.fidelity import run_samples
 from compile_sparse.compiler.verify.performance import BASELINE, COMPILED
 from compile_sparse.compiler.verify.quality import quality_of
 
-__all__ = ["Answers", "Encoded", "EvaluationSlice", "Models", "measure_evaluation"]
+__all__ = ["Answers", "Encoded", "EvaluationSlice", "Models", "Texts", "measure_evaluation"]
 
 Array = NDArray[Any]
 BATCH = 8
@@ -65,6 +65,21 @@ class EvaluationSlice(Protocol):
     def measure(self, models: Models, *, seed: int) -> Slice:
         """Quality of the compiled model against the dense one."""
         ...
+
+
+@dataclass(frozen=True)
+class Texts:
+    """An evaluation file of texts that are read one by one: what its slices have in common."""
+
+    texts: tuple[Encoded, ...]
+
+    @property
+    def longest(self) -> int:
+        return max(len(text.ids) for text in self.texts)
+
+    @property
+    def samples(self) -> int:
+        return len(self.texts)
 
 
 class Models:

@@ -8,7 +8,7 @@ import numpy as np
 
 from compile_sparse.compiler.artifact.report import Slice
 from compile_sparse.compiler.verify.agreement import finite
-from compile_sparse.compiler.verify.evaluation.models import Encoded, Models
+from compile_sparse.compiler.verify.evaluation.models import Models, Texts
 from compile_sparse.compiler.verify.fidelity import cosine
 from compile_sparse.compiler.verify.quality import loss_of_score
 
@@ -16,18 +16,8 @@ __all__ = ["TextOutputs"]
 
 
 @dataclass(frozen=True)
-class TextOutputs:
+class TextOutputs(Texts):
     """Texts. The loss is one over the mean cosine of what each gives, flattened: outputs of different texts differ in size."""
-
-    texts: tuple[Encoded, ...]
-
-    @property
-    def longest(self) -> int:
-        return max(len(text.ids) for text in self.texts)
-
-    @property
-    def samples(self) -> int:
-        return len(self.texts)
 
     def measure(self, models: Models, *, seed: int) -> Slice:
         """See ``EvaluationSlice``."""
