@@ -20,7 +20,7 @@ def test_a_deep_model_is_planned_in_seconds_and_without_its_weights() -> None:
     assert done.returncode == 0, done.stderr[-2000:]
     found = re.findall(r"^  (.+?) +([\d.]+) CPU s +peak +([\d.]+) GiB$", done.stdout, re.MULTILINE)
     seconds = {step: float(value) for step, value, _ in found}
-    assert seconds["analysis, once more"] < ANALYSIS_S
+    assert seconds["analysis"] < ANALYSIS_S
     assert seconds["plan, rewrite and check"] < REWRITE_S
     assert max(float(peak) for *_, peak in found) < PEAK_GIB
     before, after = (float(value) for value in re.findall(r"([\d.]+) B parameters", done.stdout))
