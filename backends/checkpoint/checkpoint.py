@@ -15,7 +15,7 @@ from compile_sparse.backends.checkpoint.per_layer import per_layer_shape_solutio
 from compile_sparse.backends.checkpoint.shards import SHARD_BYTES, write_shards
 from compile_sparse.backends.checkpoint.solver import Attempt, Solution, shape_solutions, solve
 from compile_sparse.backends.checkpoint.tensors import Tensors, read_tensors
-from compile_sparse.compiler.capture.side_files import copy_side_files
+from compile_sparse.compiler.capture.side_files import write_side_files
 from compile_sparse.compiler.capture.skeleton import quiet_transformers
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.files.digests import digest_file
@@ -94,7 +94,7 @@ def write_checkpoint(
     with progress.task("write weights", total=len(stored)) as task:
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)
     return Checkpoint(
-        files={**files, **copy_side_files(program.source.folder, out, "huggingface")},
+        files={**files, **write_side_files(program, out)},
         changes={".".join(map(str, path)): value for path, value in solution.changes.items()},
         per_layer=solution.per_layer,
         unused=solution.verdict.unused if solution.verdict else (),

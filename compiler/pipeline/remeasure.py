@@ -21,7 +21,6 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, judge, raise_failed_gates
 from compile_sparse.compiler.pipeline.job import (
-    TextReader,
     baseline_key,
     fit_workload,
     longest_window,
@@ -29,6 +28,7 @@ from compile_sparse.compiler.pipeline.job import (
     runtime_threads,
 )
 from compile_sparse.compiler.pipeline.settling import settle_run
+from compile_sparse.compiler.pipeline.text_reader import TextReader
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
 from compile_sparse.compiler.recipes.recipe import Recipe
@@ -106,7 +106,7 @@ def verify_artifact(
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
-    reader = TextReader(config, artifact.model)
+    reader = TextReader(config, artifact.model, recipe.bos)
     slices = reader.slices(recipe) if decoder else {}
     evaluation = read_evaluation(recipe, artifact.model, *read_classes(config, artifact.folder))
     of_baseline = settings.for_baseline(runs_here=True)
@@ -155,8 +155,8 @@ def verify_artifact(
 
 
 def _as_compiled(canonical: Mapping[str, Any]) -> Recipe:
-    """What the artifact was compiled with, from its canonical recipe: workload, options, windows and seed, without data files."""
-    kept = {key: canonical[key] for key in ("workload", "building", "seed") if key in canonical}
+    """What the artifact was compiled with, from its canonical recipe: workload, options, windows and seed, without data."""
+    kept = {key: canonical[key] for key in ("workload", "building", "bos", "seed") if key in canonical}
     return Recipe.model_validate(kept | {"evaluation": {**canonical["evaluation"], "slices": {}}})
 
 
