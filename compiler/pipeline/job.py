@@ -27,6 +27,7 @@ from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.files.cache import cache_key
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.pipeline.settling import settle_run
+from compile_sparse.compiler.pipeline.source_types import source_precision
 from compile_sparse.compiler.pipeline.text_reader import DEFAULT_WINDOW_TOKENS, SAMPLE_TOKENS, TextReader
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.recipe import Recipe
@@ -232,7 +233,13 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     settings = settle_run(
         target,
         recipe.building,
-        RunFacts(workload, longest, longest_window(recipe, longest), causal=is_causal(folder.model_class)),
+        RunFacts(
+            workload,
+            longest,
+            longest_window(recipe, longest),
+            causal=is_causal(folder.model_class),
+            stored=source_precision(folder),
+        ),
     )
     backend = find_backend(target)
     useless = tuple(

@@ -18,7 +18,6 @@ from compile_sparse.compiler.extension.backends import find_backend, options_for
 from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, judge, raise_failed_gates
 from compile_sparse.compiler.pipeline.job import (
     baseline_key,
@@ -28,6 +27,7 @@ from compile_sparse.compiler.pipeline.job import (
     runtime_threads,
 )
 from compile_sparse.compiler.pipeline.settling import settle_run
+from compile_sparse.compiler.pipeline.source_types import as_stored
 from compile_sparse.compiler.pipeline.text_reader import TextReader
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
@@ -85,7 +85,9 @@ def verify_artifact(
     context = context_length(config)
     decoder = old.model.kind == "decoder"
     compiled = _as_compiled(manifest.recipe)
-    settings = replace(_settings_of(compiled, target, context, causal=decoder), verifying=verifying)
+    settings = replace(
+        _settings_of(compiled, target, context, causal=decoder, stored=old.model.precision), verifying=verifying
+    )
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -112,7 +114,7 @@ def verify_artifact(
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
-        lambda: _dense(model, manifest.source.digest, settings.precision_on(target), progress),
+        lambda: _dense(model, manifest.source.digest, target, settings.precision_on(target), progress),
         lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
         text=reader.sample(),
@@ -143,6 +145,8 @@ def verify_artifact(
         artifact_bytes=Change(
             baseline=model_bytes(backend, baseline / "model"), compiled=model_bytes(backend, artifact.model)
         ),
+        source_bytes=old.model.source_bytes,
+        precision=old.model.precision,
         zeros=old.model.zeros,
     )
     changes: dict[str, Any] = {"model": sizes, "gates": ()}
@@ -160,10 +164,12 @@ def _as_compiled(canonical: Mapping[str, Any]) -> Recipe:
     return Recipe.model_validate(kept | {"evaluation": {**canonical["evaluation"], "slices": {}}})
 
 
-def _settings_of(compiled: Recipe, target: Target, context: int | None, *, causal: bool) -> RunSettings:
+def _settings_of(
+    compiled: Recipe, target: Target, context: int | None, *, causal: bool, stored: Precision | None
+) -> RunSettings:
     """What the run that made the artifact chose."""
     workload = fit_workload(compiled.workload, context if causal else None)
-    run = RunFacts(workload, context, longest_window(compiled, context), causal=causal)
+    run = RunFacts(workload, context, longest_window(compiled, context), causal=causal, stored=stored)
     return settle_run(target, compiled.building, run)
 
 
@@ -187,7 +193,7 @@ def _require_complete(artifact: Artifact) -> None:
         )
 
 
-def _dense(model: str | Path | None, digest: str, precision: Precision, progress: Progress) -> Program:
+def _dense(model: str | Path | None, digest: str, target: Target, precision: Precision, progress: Progress) -> Program:
     if model is None:
         raise EnvironmentFailure(
             "CS5008",
@@ -205,4 +211,5 @@ def _dense(model: str | Path | None, digest: str, precision: Precision, progress
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    return cast_weights(capture(folder, progress=progress), torch_dtype(precision))
+    dense = capture(folder, progress=progress)
+    return as_stored(dense, dense, target, precision)
