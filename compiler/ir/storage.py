@@ -57,7 +57,7 @@ def cast_weights(program: Program, dtype: torch.dtype, kept: Mapping[str, torch.
         for name, storage in types.items()
         if storage != torch.float32 and (source := program.weights[name]).dtype == torch.float32
     }
-    return replace(program, weights=program.weights.updated(changes))
+    return replace(program, weights=program.weights.updated(changes)) if changes else program
 
 
 def stored_types(program: Program) -> dict[str, torch.dtype]:
