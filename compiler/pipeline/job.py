@@ -106,6 +106,7 @@ class Job:
             target=self.target,
             progress=progress,
             calibration=self.calibration,
+            sample=CalibrationStream(tuple(map(tuple, self.sample))) if self.sample else None,
             plan_only=plan_only,
             seed=self.recipe.seed,
             contraction_multiple=math.lcm(*(step.contraction_multiple for step in self.passes)),
