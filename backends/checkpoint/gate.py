@@ -43,12 +43,14 @@ class Verdict:
             candidate needs a tensor the program does not have.
         bound: what rounding explains.
         unused: tensors of the candidate that its outputs do not depend on and the program does not have.
+        raised: what the class said where it did not run, in one line.
     """
 
     accepted: bool
     difference: float
     bound: float
     unused: tuple[str, ...] = ()
+    raised: str = ""
 
 
 class Gate:
@@ -81,8 +83,9 @@ class Gate:
         expected, bound = self._expected, self._bound()  # first, so that its own failures are not the candidate's
         try:
             found, read = run_streamed(skeleton, values, self._arguments())
-        except (NeedsAbsent, RuntimeError, ValueError, TypeError, IndexError):
-            return Verdict(False, float("inf"), bound)  # it does not fit together, whatever the shapes
+        except (NeedsAbsent, RuntimeError, ValueError, TypeError, IndexError) as error:
+            # It does not fit together, whatever the shapes.
+            return Verdict(False, float("inf"), bound, raised=next(iter(str(error).splitlines()), type(error).__name__))
         difference = _difference(expected, found)
         unused = tuple(sorted(set(state) - set(values) - read))
         return Verdict(difference <= bound, difference, bound, unused)

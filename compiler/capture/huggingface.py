@@ -40,6 +40,7 @@ def capture(
     *,
     dtype: torch.dtype = torch.float32,
     require_weights: bool = True,
+    image_size: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Program:
     """Capture the model in ``folder``; its weights stay on disk.
@@ -48,6 +49,7 @@ def capture(
         folder: an opened model folder.
         dtype: type the weights are converted to when they are loaded.
         require_weights: False for planning: a folder without safetensors then gives a program of shapes only.
+        image_size: height and width of images; None: the config's.
         progress: where the three steps are reported.
 
     Raises:
@@ -67,7 +69,7 @@ def capture(
     mode = new_fake_mode()
     model = build_skeleton(folder.model_class, folder.config, dtype, mode)
     sources = bind_weights(model, checkpoint or None)
-    program = _capture(model, folder.config, sources, mode, progress or SilentProgress())
+    program = _capture(model, folder.config, sources, mode, progress or SilentProgress(), image_size)
     return replace(program, source=ModelSource(folder.path))
 
 
@@ -86,9 +88,10 @@ def _capture(
     sources: Mapping[str, TensorSource],
     mode: torch._subclasses.FakeTensorMode,
     progress: Progress,
+    image_size: tuple[int, int] | None = None,
 ) -> Program:
     with quiet_transformers(), progress.task("capture", total=3) as task:
-        sample = sample_for(model, mode)
+        sample = sample_for(model, mode, image_size)
         task.advance()
         exported = _export(model, sample)
         task.advance()

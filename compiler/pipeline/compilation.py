@@ -86,7 +86,7 @@ class _Build:
 
     @cached_property
     def dense(self) -> Program:
-        program = capture(self.job.folder, progress=self.progress)
+        program = capture(self.job.folder, image_size=self.job.settings.image_size, progress=self.progress)
         if self.verify_each:
             verify_program(program)
         return program

@@ -14,6 +14,7 @@ import torch
 
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
+from compile_sparse.compiler.capture.tasks import task_of
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
@@ -232,6 +233,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     target = find_target(target_name)  # a wrong name is said before the model is opened
     passes = recipe.build_passes()
     folder = open_folder(model)
+    _require_images(recipe, folder.model_class)
     text = TextReader(folder.config.to_dict(), folder.path)
     longest = context_length(folder.config.to_dict())
     context = longest if is_causal(folder.model_class) else None
@@ -279,8 +281,19 @@ def read_evaluation(
     if is_causal(model_class):
         return {}
     wanted = recipe.evaluation
-    reader = EvaluationReader(folder, config, model_class, wanted.sequence_length)
+    reader = EvaluationReader(folder, config, model_class, wanted.sequence_length, recipe.building.image_size)
     return {name: reader.read(Path(file), wanted.samples) for name, file in wanted.slices.items()}
+
+
+def _require_images(recipe: Recipe, model_class: type) -> None:
+    if recipe.building.image_size is not None and task_of(model_class) != "vision":
+        raise UsageError(
+            "CS1062",
+            f"{model_class.__name__} reads no images.",
+            where="--image-size",
+            why="It chooses the size of the images a model takes.",
+            hint="Leave it out.",
+        )
 
 
 def longest_window(recipe: Recipe, context: int | None) -> int:

@@ -112,7 +112,7 @@ def verify_artifact(
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
-        lambda: _dense(model, manifest.source.digest, settings.precision_on(target), progress),
+        lambda: _dense(model, manifest.source.digest, settings, settings.precision_on(target), progress),
         lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
         text=reader.sample(),
@@ -187,7 +187,9 @@ def _require_complete(artifact: Artifact) -> None:
         )
 
 
-def _dense(model: str | Path | None, digest: str, precision: Precision, progress: Progress) -> Program:
+def _dense(
+    model: str | Path | None, digest: str, settings: RunSettings, precision: Precision, progress: Progress
+) -> Program:
     if model is None:
         raise EnvironmentFailure(
             "CS5008",
@@ -205,4 +207,4 @@ def _dense(model: str | Path | None, digest: str, precision: Precision, progress
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    return cast_weights(capture(folder, progress=progress), torch_dtype(precision))
+    return cast_weights(capture(folder, image_size=settings.image_size, progress=progress), torch_dtype(precision))

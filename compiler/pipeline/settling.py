@@ -24,5 +24,6 @@ def settle_run(target: Target, building: Building, run: RunFacts) -> RunSettings
     return RunSettings(
         precision=None if same else building.precision,
         tensor_parallel=run.workload.tensor_parallel,
+        image_size=building.image_size,
         options=options_for(target, building.options).settle(target, run),
     )

@@ -34,7 +34,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         see ``group_rows``), ``bytes`` and ``parameters`` before and after, ``gain`` (bounds on the speed-up, see
         ``speedup_bound``), ``runtime`` (what the backend says about the result) and ``refusals``.
     """
-    dense = capture(job.folder, require_weights=False, progress=progress)
+    dense = capture(job.folder, require_weights=False, image_size=job.settings.image_size, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
     context = job.context(progress, plan_only=True)
     program, sections = dense, []
