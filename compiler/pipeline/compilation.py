@@ -202,7 +202,7 @@ def _observation(job: Job, program: Program, staging: Staging) -> Iterator[Obser
 
 def _served_name(job: Job) -> str:
     """The model's folder, in letters that every serving system takes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.path.resolve().name).strip("-_")[:128] or "model"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.name).strip("-_")[:128] or "model"
 
 
 def compile_job(
@@ -251,7 +251,7 @@ def compile_job(
         def manifest(files: dict[str, FileEntry]) -> Manifest:
             return Manifest(
                 tool=Tool(version=TOOL_VERSION),
-                source=Source(name=job.folder.path.name, digest=job.source_digest),
+                source=Source(name=job.folder.name, digest=job.source_digest, commit=job.folder.commit),
                 recipe=job.canonical_recipe,
                 target=job.target.name,
                 passes=record.passes,

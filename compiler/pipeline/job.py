@@ -290,7 +290,7 @@ def longest_window(recipe: Recipe, context: int | None) -> int:
 
 def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
     """What the zeros would amount to in this model, from the headers of its weight files."""
-    tensors = read_checkpoint(folder.path, torch.float32).values()
+    tensors = read_checkpoint(folder.weight_files(required=False), torch.float32).values()
     weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
     if not weights:
         return ""
