@@ -32,6 +32,7 @@ __all__ = [
     "RuntimeSection",
     "Score",
     "Slice",
+    "SourceSection",
     "SparseLayer",
     "SparseProfile",
     "SparseProfileLayer",
@@ -360,6 +361,22 @@ class Sparsity(_Section):
         return self.model_copy(update={"profiles": profiles or None})
 
 
+class SourceSection(_Section):
+    """The dense program against the model's own class, loaded by transformers from the same files."""
+
+    model_class: str = Field(description="of transformers")
+    tensors: int = Field(default=0, ge=0, description="equal, bit for bit, to what transformers loads")
+    difference: float | None = Field(
+        default=None, ge=0, description="of the outputs of one forward, relative to their largest value"
+    )
+    bound: float | None = Field(default=None, ge=0, description="what rounding explains of that")
+    not_run: str = Field(default="", description="why there was no forward; empty when there was one")
+    unused: tuple[str, ...] = Field(
+        default=(), description="stored tensors that the model does not use; the first hundred"
+    )
+    skips: tuple[DiagnosticEntry, ...] = ()
+
+
 class GateResult(_Section):
     """A judged gate; see ``verify/gates.py``."""
 
@@ -379,6 +396,7 @@ class Report(_Section):
     verdict_why: str = ""
     runtime: RuntimeSection | None = None
     model: ModelSection
+    source: SourceSection | None = None
     passes: tuple[PassSection, ...] = ()
     fidelity: Fidelity | None = None
     performance: Performance | None = None

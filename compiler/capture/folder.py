@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compile_sparse.compiler.capture.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter
 from compile_sparse.compiler.capture.config_file import as_loaded, read_config, rejected, rejections
 from compile_sparse.compiler.capture.hub import find_model, hub_id_of
 from compile_sparse.compiler.capture.side_files import find_side_files
@@ -29,21 +30,25 @@ class ModelFolder:
         path: the folder.
         config: parsed by the config class of its ``model_type``.
         model_class: the transformers class named by ``architectures``.
+        adapter: folder of a LoRA adapter that is merged into the model in ``path``; None for most.
     """
 
     path: Path
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
+    adapter: Path | None = None
 
     @property
     def name(self) -> str:
         """What people call it: the hub id of a snapshot in the hub's cache, else the folder's name."""
-        return hub_id_of(self.path) or self.path.name
+        named = self.adapter or self.path
+        return hub_id_of(named) or named.name
 
     @property
     def commit(self) -> str:
         """The commit of a snapshot in the hub's cache; empty for any other folder."""
-        return self.path.name if hub_id_of(self.path) else ""
+        named = self.adapter or self.path
+        return named.name if hub_id_of(named) else ""
 
     def weight_files(self, *, required: bool = True) -> list[Path]:
         """The safetensors files that transformers would read; see ``capture.weight_files``."""
@@ -51,7 +56,8 @@ class ModelFolder:
 
     def digest(self) -> str:
         """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
-        return _digest([self.path / "config.json", *self.weight_files(required=False)])
+        own = [self.path / "config.json", *self.weight_files(required=False)]
+        return _digest(own + [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if self.adapter])
 
     def side_files_digest(self) -> str:
         """sha256 over everything else that decides how text becomes token ids, or is copied into an artifact."""
@@ -71,11 +77,14 @@ def open_folder(model: str | Path) -> ModelFolder:
 
     Raises:
         UsageError: CS1002 no such folder; CS1003 config.json missing or unreadable.
-        ModelError: CS2002 the architecture is not one of transformers' own.
+        ModelError: CS2002 the architecture is not one of transformers' own; CS2003 a file of another form; CS2014 values that no
+            model can have; CS2015 an adapter whose base is missing.
     """
     path = find_model(str(model))
+    base = base_of_adapter(path)
+    adapter, path = (None, path) if base is None else (path.resolve(), base)
     raw = read_config(path)
-    return ModelFolder(path.resolve(), *read_classes(raw, path))
+    return ModelFolder(path.resolve(), *read_classes(raw, path), adapter)
 
 
 def is_causal(model_class: type) -> bool:

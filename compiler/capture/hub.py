@@ -18,7 +18,10 @@ _FILES = {
     ".safetensors": ("a weight file", "Give the folder it lies in, with its config.json"),
     **dict.fromkeys(
         (".bin", ".pt", ".pth", ".ckpt"),
-        ("a pickle, which runs code when it is opened", "Convert once in a place you trust, with save_pretrained(FOLDER)"),
+        (
+            "a pickle, which runs code when it is opened",
+            "Convert once in a place you trust, with save_pretrained(FOLDER)",
+        ),
     ),
 }
 

@@ -24,9 +24,9 @@ from compile_sparse.compiler.capture.fold import fold_constants
 from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.functional import is_functional
 from compile_sparse.compiler.capture.normalize import normalize
-from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.samples import Sample, sample_for
 from compile_sparse.compiler.capture.skeleton import build_skeleton, named_key, new_fake_mode, quiet_transformers, untie
+from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
 from compile_sparse.compiler.ir.program import Binding, ModelSource, Program
@@ -54,15 +54,14 @@ def capture(
     Raises:
         ModelError: CS2003 to CS2008, see the modules of this package.
     """
-    files = folder.weight_files(required=require_weights)
-    checkpoint = read_checkpoint(files, dtype)
+    checkpoint = stored_tensors(folder, dtype, required=require_weights)
     mode = new_fake_mode()
     try:
         model = build_skeleton(folder.model_class, folder.config, dtype, mode)
     except ModelError as error:
         raise named_key(folder.model_class, folder.config, error) from error
     config, stored = folder.config, None
-    if files:
+    if checkpoint:
         stored = renamed(model, checkpoint)
         if different := different_ties(model, stored):
             config = copy.deepcopy(config)

@@ -115,7 +115,9 @@ def _read_header(path: Path) -> dict[str, Any]:
             )
         end = stop
     if 8 + length + end != size:
-        raise damaged(path, f"The header describes {8 + length + end} bytes, the file has {size} (truncated or extended).")
+        raise damaged(
+            path, f"The header describes {8 + length + end} bytes, the file has {size} (truncated or extended)."
+        )
     return header
 
 

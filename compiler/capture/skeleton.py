@@ -45,12 +45,9 @@ def build_on_meta(
     Raises:
         ModelError: CS2014 when the class rejects the config's values.
     """
-
     try:
         with torch.device("meta"):
-            return model_class._from_config(
-                copy.deepcopy(config), dtype=dtype, experts_implementation=experts
-            ).eval()
+            return model_class._from_config(copy.deepcopy(config), dtype=dtype, experts_implementation=experts).eval()
     except rejections() as error:
         raise rejected(error, "config.json") from error
 
