@@ -1,6 +1,6 @@
 """LoRA adapters, as peft saves them: found, checked, and merged into the base model's weights when these are loaded.
 
-What is merged is what peft's ``merge_and_unload`` computes: ``W + s B A``, with ``s = alpha / r`` (``alpha / sqrt(r)`` for rslora) and
+What is merged is what peft's ``merge_and_unload`` computes: ``W + s B A``, ``s = alpha / r`` (``alpha / sqrt(r)`` for rslora),
 transposed where the layer stores ``[in, out]``; modules that were trained whole (``modules_to_save``) are replaced.
 Source: ``peft.tuners.lora`` (``LoraConfig``, ``Linear.get_delta_weight``).
 """
@@ -87,14 +87,13 @@ def merged(
     return result
 
 
-def _no(where: str, why: str, hint: str = "") -> NoReturn:
+def _no(where: str, why: str) -> NoReturn:
     raise ModelError(
         "CS2015",
         "This adapter cannot be merged.",
         where=where,
         why=f"{why[0].upper()}{why[1:]}.",
-        hint=hint
-        or "Merge it with peft (model.merge_and_unload()), save the result with save_pretrained, and compile that folder.",
+        hint="Merge it with peft (merge_and_unload), save the result with save_pretrained, and compile that folder.",
     )
 
 

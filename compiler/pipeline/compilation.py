@@ -114,9 +114,9 @@ class _Build:
 
     def source(self) -> SourceSection:
         """The dense program, compared with transformers."""
-        folder = self.job.folder
+        dense, folder = self.dense, self.job.folder
         loaded = load_class(folder.model_class, folder.config, stored_tensors(folder, torch.float32), torch.float32)
-        return check_source(self.dense, loaded, self.progress)
+        return check_source(dense, loaded, self.progress)
 
     def lower(self, staging: Staging) -> LoweringRecord:
         """Run passes and lower into ``staging``."""

@@ -35,9 +35,10 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         accept_useless: do not list what the target cannot exploit as refused.
 
     Returns:
-        Plain data: ``model``, ``source`` (what is to be said about the model's folder), ``passes`` (requested, achieved, skips, notes), ``groups`` (axes that can be removed together,
-        see ``group_rows``), ``bytes`` and ``parameters`` before and after, ``gain`` (bounds on the speed-up, see
-        ``speedup_bound``), ``runtime`` (what the backend says about the result) and ``refusals``.
+        Plain data: ``model``, ``source`` (what is to be said about the model's folder), ``passes`` (requested, achieved, skips,
+        notes), ``groups`` (axes that can be removed together, see ``group_rows``), ``bytes`` and ``parameters`` before and after,
+        ``gain`` (bounds on the speed-up, see ``speedup_bound``), ``runtime`` (what the backend says about the result) and
+        ``refusals``.
     """
     dense = capture(job.folder, require_weights=False, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
