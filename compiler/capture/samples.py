@@ -147,13 +147,20 @@ def _encoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
 def _vision(
     model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode, image_size: tuple[int, int] | None
 ) -> Sample:
-    own, shape = (input_shape(type(model), config, size)[1] for size in (None, image_size))
-    if shape != own and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
-        # Tables of positions are stretched to other sizes when that is asked for. The skeleton is asked here, once and for all:
-        # export would make an input of the flag.
-        model.forward = partial(model.forward, interpolate_pos_encoding=True)  # type: ignore[method-assign]
+    _, shape = input_shape(type(model), config, image_size)
+    stretch_positions(model, image_size)
     pixels = {"pixel_values": torch.zeros(BATCH, *shape)}
     return _plain("vision", model, mode, pixels, {"pixel_values": {0: DYNAMIC}})
+
+
+def stretch_positions(model: PreTrainedModel, image_size: tuple[int, int] | None) -> None:
+    """Have ``model`` stretch its table of positions where images are not of the config's size and its class can.
+
+    It is asked once and for all: export would make an input of the flag.
+    """
+    own, shape = (input_shape(type(model), model.config, size)[1] for size in (None, image_size))
+    if shape != own and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        model.forward = partial(model.forward, interpolate_pos_encoding=True)  # type: ignore[method-assign]
 
 
 def input_shape(

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.artifact.manifest import FileEntry, Manifest, Source, Tool
@@ -22,10 +23,14 @@ from compile_sparse.compiler.artifact.report import (
     PassSection,
     Report,
     RuntimeSection,
+    SourceSection,
     Sparsity,
 )
 from compile_sparse.compiler.artifact.staging import REPORT, Staging
 from compile_sparse.compiler.capture import capture
+from compile_sparse.compiler.capture.loading import load_class
+from compile_sparse.compiler.capture.samples import stretch_positions
+from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.extension.backend_contract import Observation, ObservedLayers, ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
@@ -53,6 +58,7 @@ from compile_sparse.compiler.verify.measure import (
 from compile_sparse.compiler.verify.quality_verdict import lost_quality, with_quality
 from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.same_model import departures
+from compile_sparse.compiler.verify.source_model import check_source
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
@@ -106,6 +112,14 @@ class _Build:
         context = self.job.context(self.progress)
         program, sections = run_passes(self.dense, self.job.passes, context, verify_each=self.verify_each)
         return cast_weights(program, torch_dtype(self.job.precision)), sections
+
+    def source(self) -> SourceSection:
+        """The dense program, compared with transformers."""
+        dense, folder = self.dense, self.job.folder
+        loaded = load_class(folder.model_class, folder.config, stored_tensors(folder, torch.float32), torch.float32)
+        if self.job.settings.image_size:
+            stretch_positions(loaded.model, self.job.settings.image_size)
+        return check_source(dense, loaded, self.progress)
 
     def lower(self, staging: Staging) -> LoweringRecord:
         """Run passes and lower into ``staging``."""
@@ -202,7 +216,7 @@ def _observation(job: Job, program: Program, staging: Staging) -> Iterator[Obser
 
 def _served_name(job: Job) -> str:
     """The model's folder, in letters that every serving system takes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.path.resolve().name).strip("-_")[:128] or "model"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.name).strip("-_")[:128] or "model"
 
 
 def compile_job(
@@ -215,6 +229,7 @@ def compile_job(
     """
     build = _Build(job, progress, verify_each)
     with Staging(out, key=job.key, force=force) as staging:
+        source = _checked_source(build, staging)
         stored = staging.completed("lowered")
         record = build.lower(staging) if stored is None else LoweringRecord.model_validate(stored)
         if stored is None:
@@ -236,6 +251,7 @@ def compile_job(
                 verdict="unverified",
                 verdict_why=why,
                 model=sizes,
+                source=source,
                 passes=record.passes,
                 sparsity=record.sparsity,
                 notes=record.limits,
@@ -251,7 +267,7 @@ def compile_job(
         def manifest(files: dict[str, FileEntry]) -> Manifest:
             return Manifest(
                 tool=Tool(version=TOOL_VERSION),
-                source=Source(name=job.folder.path.name, digest=job.source_digest),
+                source=Source(name=job.folder.name, digest=job.source_digest, commit=job.folder.commit),
                 recipe=job.canonical_recipe,
                 target=job.target.name,
                 passes=record.passes,
@@ -264,6 +280,16 @@ def compile_job(
 
         staging.publish(manifest, known=record.digests)
     return raise_failed_gates(report, out)
+
+
+def _checked_source(build: _Build, staging: Staging) -> SourceSection:
+    """What was found when the dense program was compared with transformers, now or by a stopped run; before any long work."""
+    stored = staging.completed("source")
+    if stored is None:
+        found = build.source()
+        staging.complete("source", found.model_dump(mode="json"))
+        return found
+    return SourceSection.model_validate(stored)
 
 
 def _checked_layers(build: _Build, staging: Staging) -> LayerFidelity | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
-from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
+from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.capture.tasks import task_of
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal, UsageError
@@ -304,7 +304,7 @@ def longest_window(recipe: Recipe, context: int | None) -> int:
 
 def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
     """What the zeros would amount to in this model, from the headers of its weight files."""
-    tensors = read_checkpoint(folder.path, torch.float32).values()
+    tensors = stored_tensors(folder, torch.float32, required=False).values()
     weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
     if not weights:
         return ""
