@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,12 @@ from compile_sparse.backends.checkpoint.per_layer import per_layer_shape_solutio
 from compile_sparse.backends.checkpoint.shards import SHARD_BYTES, write_shards
 from compile_sparse.backends.checkpoint.solver import Attempt, Solution, shape_solutions, solve
 from compile_sparse.backends.checkpoint.tensors import Tensors, read_tensors
-from compile_sparse.compiler.capture.side_files import copy_side_files
+from compile_sparse.compiler.capture.side_files import write_side_files
 from compile_sparse.compiler.capture.skeleton import quiet_transformers
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.files.digests import digest_file
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.storage import stored_form
+from compile_sparse.compiler.ir.storage import commonest_type, stored_form
 from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.compiler.progress import Progress
 
@@ -68,7 +69,7 @@ def write_checkpoint(
         shard_bytes: largest weight file.
         encode: what stands for a tensor in the file (name, tensor -> tensors by name), for quantized and other formats.
         beside: further tensors by name in the file.
-        dtype: what the config calls the model's type; by default the widest floating-point type stored.
+        dtype: what the config calls the model's type; by default the floating-point type of most elements.
 
     Raises:
         ModelError: CS2001 when the program was captured without weights.
@@ -90,11 +91,11 @@ def write_checkpoint(
         {new: made for name, source in plain.items() for new, made in encode(name, source).items()} if encode else plain
     )
     stored |= beside(tensors) if beside else {}
-    files = _write_config(architecture, solution, dtype or _widest(tensors), out)
+    files = _write_config(architecture, solution, dtype or _commonest(tensors), out)
     with progress.task("write weights", total=len(stored)) as task:
         files |= write_shards(out, stored, shard_bytes=shard_bytes, on_tensor=task.advance)
     return Checkpoint(
-        files={**files, **copy_side_files(program.source.folder, out, "huggingface")},
+        files={**files, **write_side_files(program, out)},
         changes={".".join(map(str, path)): value for path, value in solution.changes.items()},
         per_layer=solution.per_layer,
         unused=solution.verdict.unused if solution.verdict else (),
@@ -173,9 +174,9 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
     )
 
 
-def _widest(tensors: Tensors) -> torch.dtype:
-    stored = {stored_form(source).dtype for source in tensors.sources.values()}
-    return max((d for d in stored if d.is_floating_point), key=lambda d: d.itemsize, default=torch.float32)
+def _commonest(tensors: Tensors) -> torch.dtype:
+    sizes = ((stored_form(source).dtype, prod(source.shape)) for source in tensors.sources.values())
+    return commonest_type(sizes) or torch.float32
 
 
 def _write_config(architecture: Architecture, solution: Solution, dtype: torch.dtype, out: Path) -> dict[str, str]:

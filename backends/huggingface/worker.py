@@ -82,13 +82,18 @@ class Model:
         if surplus:
             raise RequestError(f"the model takes no {', '.join(surplus)}")
         with torch.inference_mode():
-            result = self.module(**{name: torch.from_numpy(value) for name, value in feeds.items()})
+            result = self.module(**{name: self._given(value) for name, value in feeds.items()})
         found = {}
         for name, value in result.items():
             leaves = pytree.tree_leaves(value)
             for place, leaf in enumerate(leaves):
                 found[name if len(leaves) == 1 else f"{name}.{place}"] = leaf.float().numpy()
         return found
+
+    def _given(self, value: Array) -> torch.Tensor:
+        """An input; images and audio in the type that the model computes in."""
+        found = torch.from_numpy(value)
+        return found.to(self.module.dtype) if found.is_floating_point() else found
 
 
 def _model_class(config: Mapping[str, Any]) -> type[Any]:

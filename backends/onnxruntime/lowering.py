@@ -20,7 +20,7 @@ from compile_sparse.backends.onnxruntime import emit_activations, emit_norms, li
 from compile_sparse.backends.onnxruntime.dialect import DIALECT
 from compile_sparse.backends.onnxruntime.emit_attention import GROUPED, refuse_attention
 from compile_sparse.backends.onnxruntime.genai import write_genai
-from compile_sparse.compiler.capture.side_files import copy_side_files
+from compile_sparse.compiler.capture.side_files import write_labels, write_side_files
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered
@@ -59,13 +59,14 @@ def write_folder(prepared: Program, out: Path, progress: Progress) -> Lowered:
     grouped = bool(emission.forms.get(GROUPED)) and not emission.forms.get(STANDARD_ATTENTION)
     limits = _limits(emission) if prepared.kind == "decoder" else []
     inputs = [value.name for value in emission.graph.inputs]
+    # Whoever calls the graph needs the tokenizer, the pooling and the preparation of images, and so does measuring it again.
+    files.update(write_side_files(prepared, out))
     if prepared.kind == "decoder":
-        written, why_not = write_genai(prepared, inputs, out, share_buffer=grouped)
+        written, said = write_genai(prepared, inputs, out, share_buffer=grouped)
         files.update(written)
-        limits += [why_not] if why_not else []
+        limits += said
     else:
-        # Whoever calls the graph needs the tokenizer, the pooling and the preparation of images, and so does measuring it again.
-        files.update(copy_side_files(prepared.source.folder, out, "huggingface"))
+        files.update(write_labels(prepared, out))
     manifest = {"schema_version": 1, "kind": prepared.kind, "share_buffer": grouped, "inputs": inputs, "limits": limits}
     text = json.dumps(manifest, indent=2).encode()
     (out / MANIFEST).write_bytes(text)

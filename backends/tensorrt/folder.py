@@ -22,6 +22,7 @@ from compile_sparse.backends.tensorrt.layout import CHECKPOINT, TWIN
 from compile_sparse.backends.tensorrt.options import engine_settings
 from compile_sparse.backends.tensorrt.sparsity.sparse_gate import GemmRow, check_sparsity, require_pattern
 from compile_sparse.backends.tensorrt.sparsity.sparse_report import sparse_report
+from compile_sparse.compiler.capture.side_files import write_labels, write_side_files
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.extension.backend_contract import Lowered
@@ -70,6 +71,9 @@ def write_folder(
     )
     files[DESCRIPTION_FILE] = _write_description(description, out)
     files |= {record.file: record.sha256 for record in engines.records}
+    files |= write_side_files(program, out)
+    if not decoder:
+        files |= write_labels(program, out)
     if engines.twin is not None:
         twin = description.model_copy(update={"engines": (engines.twin,), "sparsity": None})
         files[f"{TWIN}/{DESCRIPTION_FILE}"] = _write_description(twin, out / TWIN)

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from compile_sparse.compiler.capture.side_files import LABELS_FILE, find_side_files
 from compile_sparse.compiler.files.digests import digest_file
 
 __all__ = ["ModelFolder"]
@@ -42,6 +43,14 @@ class ModelFolder:
         if not (link and _linked(self.model / source, path)):
             shutil.copyfile(self.model / source, path)
         self.files[f"{self.name}/{_VERSION}/{name}"] = self.digest(source)
+
+    def place_side_files(self) -> None:
+        """What a client needs to make inputs and to read outputs: tokenizer, processors, tokens that end a text, names of
+        classes; and under which terms the model is used.
+        """
+        labels = [LABELS_FILE] if (self.model / LABELS_FILE).is_file() else []
+        for name in [*(path.relative_to(self.model).as_posix() for path in find_side_files(self.model)), *labels]:
+            self.place(name, name)
 
     def write(self, name: str, text: str) -> None:
         """A new file ``1/name``."""

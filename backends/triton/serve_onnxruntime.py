@@ -29,6 +29,7 @@ def serve_onnxruntime(folder: ModelFolder, device: str, largest_batch: int) -> t
     for name in found.data_files:
         # onnx's own loader takes a second link to a weight file for an attack, in both folders.
         folder.place(name, name, link=False)
+    folder.place_side_files()
     config, batched = with_tensors(found.inputs, found.outputs, 1 if found.coupling else largest_batch)
     caches = [tensor for tensor in found.inputs if tensor.name.startswith(_CACHE)]
     limits = []

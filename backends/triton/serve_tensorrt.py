@@ -30,6 +30,7 @@ def serve_tensorrt(folder: ModelFolder) -> tuple[dict[str, Any], list[str]]:
     largest = min((shape[2][0] for shapes in profiles for shape in shapes.values() if shape[2]), default=0)
     config, batched = with_tensors(_tensors(description.inputs), _tensors(description.outputs), largest)
     folder.place(engine.file, _PLAN)
+    folder.place_side_files()
     group = instances("cuda")
     if len(profiles) > 1:
         group["profile"] = [str(place) for place in range(len(profiles))]

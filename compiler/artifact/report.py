@@ -68,6 +68,14 @@ class ModelSection(Section):
     kind: Kind | None = None
     parameters: Change = Field(description="trained elements")
     artifact_bytes: Change | None = Field(default=None, description="bytes of what the runtime loads")
+    source_bytes: int | None = Field(
+        default=None,
+        ge=0,
+        description="bytes of what the model was compiled from: weight files, config and files beside them",
+    )
+    precision: Literal["fp32", "fp16", "bf16"] | None = Field(
+        default=None, description="of what is not quantized, in the baseline too"
+    )
     zeros: float | None = Field(default=None, ge=0, le=1, description="share of stored weights that are zero, 0 to 1")
 
 

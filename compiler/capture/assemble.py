@@ -132,11 +132,13 @@ def assembled(
     for operation in converter.operations:
         collected = _applied(operation, collected, converter, wanted.get(target))
     dtype = dtypes.pop()
+    stored = {getattr(source, "stored_dtype", None) for found in pieces.values() for source in found}
+    alike = stored.pop() if len(stored) == 1 else None
     first = next((pattern for pattern in collected if pattern in target), None)
     if first is None:
         raise CannotAssemble("its conversion names no tensor of the model")
     before, _, after = target.partition(first)
-    return {before + name + after: _lazy(_only(parts), dtype) for name, parts in collected.items()}
+    return {before + name + after: _lazy(_only(parts), dtype, alike) for name, parts in collected.items()}
 
 
 def _applied(
@@ -200,10 +202,10 @@ def _only(parts: Sequence[_Part]) -> _Part:
     return parts[0]
 
 
-def _lazy(part: _Part, dtype: torch.dtype) -> TensorSource:
+def _lazy(part: _Part, dtype: torch.dtype, stored: torch.dtype | None) -> TensorSource:
     def compute() -> torch.Tensor:
         out = torch.empty(part.shape, dtype=dtype)
         part.write(out)
         return out
 
-    return DerivedTensor(part.shape, dtype, compute)
+    return DerivedTensor(part.shape, dtype, compute, stored)

@@ -61,7 +61,9 @@ class ModelFolder:
 
     def side_files_digest(self) -> str:
         """sha256 over everything else that decides how text becomes token ids, or is copied into an artifact."""
-        return _digest(find_side_files(self.path))
+        paths = find_side_files(self.path)
+        places = "\0".join(path.relative_to(self.path).as_posix() for path in paths)
+        return hashlib.sha256(f"{places}\0{_digest(paths)}".encode()).hexdigest()
 
 
 def _digest(paths: Iterable[Path]) -> str:

@@ -25,7 +25,7 @@ from compile_sparse.compiler.capture.folder import is_causal
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.program import Input, ModelKind, Output
 
-__all__ = ["Sample", "input_shape", "sample_for"]
+__all__ = ["Sample", "input_shape", "sample_for", "stretch_positions"]
 
 BATCH, QUERY, PAST = 2, 3, 5
 DYNAMIC = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]

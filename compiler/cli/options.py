@@ -100,6 +100,10 @@ _RECIPE = (
     click.option("--calibration", metavar="FILE", help="JSONL the model is observed on."),
     click.option("--calibration-samples", metavar="N", type=int, help="Windows of calibration text."),
     click.option("--sequence-length", metavar="N", type=int, help="Tokens per calibration and evaluation window."),
+    click.option(
+        "--bos", metavar="tokenizer|always|never",
+        help="Whether windows cut from text begin with the beginning-of-sequence token.  [default: as the tokenizer does]",
+    ),
     *_MEASUREMENT,
     click.option(
         "--require-sparse", metavar="N", type=int,

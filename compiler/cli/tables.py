@@ -125,7 +125,8 @@ def _measurements(report: Mapping[str, Any]) -> Table:
 
 def _sizes(data: Mapping[str, Any]) -> Table:
     table = _table("expected size", "", "baseline", "compiled", "ratio")
-    for row in _size_rows({"parameters": data.get("parameters"), "artifact_bytes": data.get("bytes")}):
+    sizes = {"parameters": data.get("parameters"), "artifact_bytes": data.get("bytes")}
+    for row in _size_rows(sizes | {"source_bytes": data.get("source_bytes")}):
         table.add_row(*row)
     return table
 
@@ -135,6 +136,10 @@ def _size_rows(model: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:
         if change := model.get(key):
             before, after = change["baseline"], change["compiled"]
             yield label, show(before), show(after), f"{after / before:.3f}x" if before else ""
+    source, change = model.get("source_bytes"), model.get("artifact_bytes")
+    if source and change:
+        after = change["compiled"]
+        yield "bytes, beside the source's files", _bytes(source), _bytes(after), f"{after / source:.3f}x"
 
 
 def _speed_rows(report: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str]]:

@@ -12,7 +12,7 @@ from typing import ClassVar, Self
 
 from pydantic import BaseModel, ConfigDict
 
-from compile_sparse.compiler.targets.target import Target
+from compile_sparse.compiler.targets.target import Precision, Target
 from compile_sparse.compiler.targets.workload import Workload
 
 __all__ = ["BackendOptions", "RunFacts", "Vouched"]
@@ -27,12 +27,14 @@ class RunFacts:
         context: the model's longest sequence in tokens, or None when its config states none.
         longest_window: tokens of the longest text the artifact will be checked on.
         causal: whether the model generates, and so has a key-value cache.
+        stored: precision of the model's weight files; None where they are not there, or of another type.
     """
 
     workload: Workload
     context: int | None = None
     longest_window: int = 0
     causal: bool = True
+    stored: Precision | None = None
 
 
 @dataclass(frozen=True)

@@ -84,12 +84,13 @@ class DerivedTensor:
     """A tensor computed from others when it is loaded.
 
     ``compute`` must be pure and give exactly ``shape`` and ``dtype``; ``load`` checks both, because a wrong shape here would
-    surface much later as a wrong answer.
+    surface much later as a wrong answer. ``stored_dtype`` is the type in the source's file, for what is put together from there.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     compute: Callable[[], torch.Tensor]
+    stored_dtype: torch.dtype | None = None
 
     def load(self) -> torch.Tensor:
         value = self.compute()

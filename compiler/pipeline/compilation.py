@@ -34,11 +34,12 @@ from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.extension.backend_contract import Observation, ObservedLayers, ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype, zero_share
+from compile_sparse.compiler.ir.storage import zero_share
 from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.pipeline.job import Job, baseline_key, runtime_threads
 from compile_sparse.compiler.pipeline.lowering import lower_program
 from compile_sparse.compiler.pipeline.runner import run_passes
+from compile_sparse.compiler.pipeline.source_types import as_stored, source_bytes
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.result import CompileResult
 from compile_sparse.compiler.runtimes.client import Worker
@@ -100,7 +101,7 @@ class _Build:
     @cached_property
     def baseline(self) -> Program:
         """The dense program with its weights as they are stored."""
-        return cast_weights(self.dense, torch_dtype(self.job.precision))
+        return as_stored(self.dense, self.dense, self.job.target, self.job.precision)
 
     @cached_property
     def compiled(self) -> Program:
@@ -111,7 +112,7 @@ class _Build:
     def _passed(self) -> tuple[Program, tuple[PassSection, ...]]:
         context = self.job.context(self.progress)
         program, sections = run_passes(self.dense, self.job.passes, context, verify_each=self.verify_each)
-        return cast_weights(program, torch_dtype(self.job.precision)), sections
+        return as_stored(program, self.dense, self.job.target, self.job.precision), sections
 
     def source(self) -> SourceSection:
         """The dense program, compared with transformers."""
@@ -243,6 +244,8 @@ def compile_job(
             kind=record.kind,
             parameters=Change(baseline=record.dense_parameters, compiled=record.parameters),
             artifact_bytes=_change(baseline_bytes, model_bytes(job.backend, staging.folder / "model")),
+            source_bytes=source_bytes(job.folder),
+            precision=job.precision,
             zeros=record.zeros,
         )
         report = judge(

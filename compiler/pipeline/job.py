@@ -13,14 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
+from compile_sparse.compiler.capture.side_files import check_folder
 from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.capture.tasks import task_of
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
-from compile_sparse.compiler.execution.calibration_arrays import read_arrays
-from compile_sparse.compiler.execution.sample_text import SAMPLE_TEXT
-from compile_sparse.compiler.execution.token_windows import cut_windows, load_tokenizer, read_windows
 from compile_sparse.compiler.extension.backend_contract import Backend, Probe
 from compile_sparse.compiler.extension.backend_options import RunFacts
 from compile_sparse.compiler.extension.backends import find_backend
@@ -30,6 +28,8 @@ from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.files.cache import cache_key
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.pipeline.settling import settle_run
+from compile_sparse.compiler.pipeline.source_types import source_precision
+from compile_sparse.compiler.pipeline.text_reader import DEFAULT_WINDOW_TOKENS, SAMPLE_TOKENS, TextReader
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.recipe import Recipe
 from compile_sparse.compiler.targets.target import Precision, Target, find_target
@@ -43,7 +43,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Job",
-    "TextReader",
     "baseline_key",
     "fit_workload",
     "longest_window",
@@ -51,11 +50,6 @@ __all__ = [
     "read_evaluation",
     "runtime_threads",
 ]
-
-UNLIMITED = 1 << 30
-DEFAULT_WINDOW_TOKENS = 256
-SAMPLE_TOKENS = 64
-DEFAULT_WINDOWS = 64
 
 
 @dataclass(frozen=True)
@@ -234,14 +228,21 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     passes = recipe.build_passes()
     folder = open_folder(model)
     _require_images(recipe, folder.model_class)
-    text = TextReader(folder.config.to_dict(), folder.path)
+    check_folder(folder.path)
+    text = TextReader(folder.config.to_dict(), folder.path, recipe.bos)
     longest = context_length(folder.config.to_dict())
     context = longest if is_causal(folder.model_class) else None
     workload = fit_workload(recipe.workload, context)
     settings = settle_run(
         target,
         recipe.building,
-        RunFacts(workload, longest, longest_window(recipe, longest), causal=is_causal(folder.model_class)),
+        RunFacts(
+            workload,
+            longest,
+            longest_window(recipe, longest),
+            causal=is_causal(folder.model_class),
+            stored=source_precision(folder),
+        ),
     )
     backend = find_backend(target)
     useless = tuple(
@@ -312,64 +313,3 @@ def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
         f"In this model: {step.zero_fraction:.0%} of {weights:,} matrix weights would be zero, the file would keep all "
         f"{4 * weights / 1e6:,.1f} MB of them in fp32, and no multiplication would be skipped."
     )
-
-
-class TextReader:
-    """Reads data files of a recipe as windows of a model's token ids.
-
-    Args:
-        config: the model's config as plain data.
-        folder: where tokenizer files are, or None.
-    """
-
-    def __init__(self, config: Mapping[str, Any], folder: Path | None) -> None:
-        self._context = context_length(config) or UNLIMITED
-        self._vocabulary = int(config.get("vocab_size") or 0)
-        self._tokenizer = load_tokenizer(folder)
-        beginning = config.get("bos_token_id")
-        usable = isinstance(beginning, int) and 0 <= beginning < self._vocabulary
-        self._beginning = beginning if usable else None
-
-    def _read(self, file: str, samples: int, length: int | None) -> list[list[int]]:
-        if not self._vocabulary:
-            raise UsageError(
-                "CS1038",
-                "This model does not read text.",
-                where=Path(file).name,
-                why="It has no vocabulary.",
-                hint="Leave evaluation files out; agreement with the dense model is measured instead.",
-            )
-        return read_windows(
-            Path(file),
-            samples=samples,
-            length=length or min(DEFAULT_WINDOW_TOKENS, self._context),
-            vocabulary=self._vocabulary,
-            context=self._context,
-            tokenizer=self._tokenizer,
-            beginning=self._beginning,
-        )
-
-    def calibration(self, recipe: Recipe) -> CalibrationStream | None:
-        """Windows the passes observe, or None when the recipe has no calibration file."""
-        wanted = recipe.calibration
-        if wanted is None:
-            return None
-        if not self._vocabulary or wanted.file.endswith(".npz"):
-            return CalibrationStream((), arrays=read_arrays(Path(wanted.file), wanted.samples))
-        windows = self._read(wanted.file, wanted.samples, wanted.sequence_length)
-        return CalibrationStream(tuple(tuple(w) for w in windows))
-
-    def slices(self, recipe: Recipe) -> dict[str, list[list[int]]]:
-        """Evaluation windows by slice name."""
-        wanted = recipe.evaluation
-        samples = wanted.samples or DEFAULT_WINDOWS
-        return {name: self._read(file, samples, wanted.sequence_length) for name, file in wanted.slices.items()}
-
-    def sample(self) -> list[list[int]]:
-        """Windows of the packaged text; none for a model without a tokenizer, or one whose tokenizer does not fit."""
-        if self._tokenizer is None or not self._vocabulary:
-            return []
-        length = min(SAMPLE_TOKENS, self._context)
-        encoded = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in SAMPLE_TEXT]
-        windows = [window for ids in encoded for window in cut_windows(ids, length, self._beginning)]
-        return [window for window in windows if len(window) == length and max(window) < self._vocabulary]

@@ -18,10 +18,8 @@ from compile_sparse.compiler.extension.backends import find_backend, options_for
 from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.ir.model_facts import context_length
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.ir.storage import cast_weights, torch_dtype
 from compile_sparse.compiler.pipeline.compilation import SOURCE_CONFIG, judge, raise_failed_gates
 from compile_sparse.compiler.pipeline.job import (
-    TextReader,
     baseline_key,
     fit_workload,
     longest_window,
@@ -29,6 +27,8 @@ from compile_sparse.compiler.pipeline.job import (
     runtime_threads,
 )
 from compile_sparse.compiler.pipeline.settling import settle_run
+from compile_sparse.compiler.pipeline.source_types import as_stored
+from compile_sparse.compiler.pipeline.text_reader import TextReader
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.recipes.flags import merge_options
 from compile_sparse.compiler.recipes.recipe import Recipe
@@ -85,7 +85,9 @@ def verify_artifact(
     context = context_length(config)
     decoder = old.model.kind == "decoder"
     compiled = _as_compiled(manifest.recipe)
-    settings = replace(_settings_of(compiled, target, context, causal=decoder), verifying=verifying)
+    settings = replace(
+        _settings_of(compiled, target, context, causal=decoder, stored=old.model.precision), verifying=verifying
+    )
     backend = find_backend(target)
     probe = backend.probe(target)
     if not probe.available:
@@ -106,13 +108,13 @@ def verify_artifact(
     for text in gates:
         parse_gate(text)
     measured_workload = fit_workload(recipe.workload, context if decoder else None)
-    reader = TextReader(config, artifact.model)
+    reader = TextReader(config, artifact.model, recipe.bos)
     slices = reader.slices(recipe) if decoder else {}
     evaluation = read_evaluation(recipe, artifact.model, *read_classes(config, artifact.folder))
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
-        lambda: _dense(model, manifest.source.digest, settings, settings.precision_on(target), progress),
+        lambda: _dense(model, manifest.source.digest, target, settings, progress),
         lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
         text=reader.sample(),
@@ -143,6 +145,8 @@ def verify_artifact(
         artifact_bytes=Change(
             baseline=model_bytes(backend, baseline / "model"), compiled=model_bytes(backend, artifact.model)
         ),
+        source_bytes=old.model.source_bytes,
+        precision=old.model.precision,
         zeros=old.model.zeros,
     )
     changes: dict[str, Any] = {"model": sizes, "gates": ()}
@@ -155,15 +159,17 @@ def verify_artifact(
 
 
 def _as_compiled(canonical: Mapping[str, Any]) -> Recipe:
-    """What the artifact was compiled with, from its canonical recipe: workload, options, windows and seed, without data files."""
-    kept = {key: canonical[key] for key in ("workload", "building", "seed") if key in canonical}
+    """What the artifact was compiled with, from its canonical recipe: workload, options, windows and seed, without data."""
+    kept = {key: canonical[key] for key in ("workload", "building", "bos", "seed") if key in canonical}
     return Recipe.model_validate(kept | {"evaluation": {**canonical["evaluation"], "slices": {}}})
 
 
-def _settings_of(compiled: Recipe, target: Target, context: int | None, *, causal: bool) -> RunSettings:
+def _settings_of(
+    compiled: Recipe, target: Target, context: int | None, *, causal: bool, stored: Precision | None
+) -> RunSettings:
     """What the run that made the artifact chose."""
     workload = fit_workload(compiled.workload, context if causal else None)
-    run = RunFacts(workload, context, longest_window(compiled, context), causal=causal)
+    run = RunFacts(workload, context, longest_window(compiled, context), causal=causal, stored=stored)
     return settle_run(target, compiled.building, run)
 
 
@@ -187,9 +193,7 @@ def _require_complete(artifact: Artifact) -> None:
         )
 
 
-def _dense(
-    model: str | Path | None, digest: str, settings: RunSettings, precision: Precision, progress: Progress
-) -> Program:
+def _dense(model: str | Path | None, digest: str, target: Target, settings: RunSettings, progress: Progress) -> Program:
     if model is None:
         raise EnvironmentFailure(
             "CS5008",
@@ -207,4 +211,5 @@ def _dense(
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    return cast_weights(capture(folder, image_size=settings.image_size, progress=progress), torch_dtype(precision))
+    dense = capture(folder, image_size=settings.image_size, progress=progress)
+    return as_stored(dense, dense, target, settings.precision_on(target))

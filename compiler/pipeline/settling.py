@@ -20,9 +20,10 @@ def settle_run(target: Target, building: Building, run: RunFacts) -> RunSettings
     """
     target.require_gpus(run.workload.tensor_parallel)
     target.require_precision(building.precision)
-    same = building.precision == target.baseline_precision
+    own = run.stored if target.keeps_precision and run.stored in target.precisions else None
+    precision = building.precision or own
     return RunSettings(
-        precision=None if same else building.precision,
+        precision=None if precision == target.baseline_precision else precision,
         tensor_parallel=run.workload.tensor_parallel,
         image_size=building.image_size,
         options=options_for(target, building.options).settle(target, run),

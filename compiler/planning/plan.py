@@ -14,9 +14,10 @@ from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.ir.model_facts import layer_count
-from compile_sparse.compiler.ir.storage import cast_weights, stored_bytes, torch_dtype
+from compile_sparse.compiler.ir.storage import stored_bytes
 from compile_sparse.compiler.pipeline.job import Job
 from compile_sparse.compiler.pipeline.runner import run_passes
+from compile_sparse.compiler.pipeline.source_types import as_stored, source_bytes
 from compile_sparse.compiler.planning.axis_shares import group_rows
 from compile_sparse.compiler.planning.speedup_bound import speedup_bound
 from compile_sparse.compiler.planning.token_cost import token_cost
@@ -36,9 +37,9 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
 
     Returns:
         Plain data: ``model``, ``source`` (what is to be said about the model's folder), ``passes`` (requested, achieved, skips,
-        notes), ``groups`` (axes that can be removed together, see ``group_rows``), ``bytes`` and ``parameters`` before and after,
-        ``gain`` (bounds on the speed-up, see ``speedup_bound``), ``runtime`` (what the backend says about the result) and
-        ``refusals``.
+        notes), ``groups`` (axes that can be removed together, see ``group_rows``), ``source_bytes``, ``bytes`` and ``parameters``
+        before and after, ``gain`` (bounds on the speed-up, see ``speedup_bound``), ``runtime`` (what the backend says about the
+        result) and ``refusals``.
     """
     dense = capture(job.folder, require_weights=False, image_size=job.settings.image_size, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
@@ -52,8 +53,8 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
             refusals.append(replace(refused, where=refused.where or step.name).as_dict())
             continue
         sections += [section.model_dump(mode="json") for section in done]
-    dtype = torch_dtype(job.precision)
-    dense, program = cast_weights(dense, dtype), cast_weights(program, dtype)
+    captured = dense
+    dense, program = (as_stored(each, captured, job.target, job.precision) for each in (dense, program))
     with progress.task("axes", total=1) as task:
         analysis = analyse(dense, interface_may_change=changeable_roles(job.target))
         groups = group_rows(analysis, token_cost(dense, tokens=1 if dense.kind == "decoder" else job.workload.prompt))
@@ -74,6 +75,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         "source": [each.as_dict() for each in unused_tensors(_unused(job))],
         "passes": sections,
         "groups": groups,
+        "source_bytes": source_bytes(job.folder),
         "bytes": {"baseline": stored_bytes(dense), "compiled": stored_bytes(program)},
         "parameters": {"baseline": dense.parameter_count(), "compiled": program.parameter_count()},
         "gain": speedup_bound(dense, program, job.target, prompt=job.workload.prompt),

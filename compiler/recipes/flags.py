@@ -45,6 +45,7 @@ class Flags:
     calibration: str | Path | None = None
     calibration_samples: int | None = None
     sequence_length: int | None = None
+    bos: str | None = None
     eval: Mapping[str, str | Path] | None = None
     max_quality_loss: str | float | None = None
     workload: str | Mapping[str, Any] | Workload | None = None
@@ -108,8 +109,9 @@ def merge_options(recipe: Recipe | None = None, **options: Any) -> Recipe:
         data["building"]["image_size"] = flags.image_size
     data["building"]["emit"] = tuple(dict.fromkeys((*base.building.emit, *(flags.emit or ()))))
     data["building"] |= of_backends
-    if flags.seed is not None:
-        data["seed"] = flags.seed
+    for name in ("bos", "seed"):
+        if (value := getattr(flags, name)) is not None:
+            data[name] = value
     try:
         merged = Recipe.model_validate(data).model_copy(update={"passes": passes})
     except ValidationError as error:

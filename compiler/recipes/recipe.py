@@ -40,7 +40,16 @@ from compile_sparse.compiler.targets.workload import Workload
 from compile_sparse.compiler.verify.gates import parse_gate
 from compile_sparse.compiler.verify.quality import MAX_LOSS
 
-__all__ = ["Calibration", "Evaluation", "PassRequest", "Recipe", "built_in_recipes", "load_recipe", "recipe_from_yaml"]
+__all__ = [
+    "Beginning",
+    "Calibration",
+    "Evaluation",
+    "PassRequest",
+    "Recipe",
+    "built_in_recipes",
+    "load_recipe",
+    "recipe_from_yaml",
+]
 
 
 class _Model(BaseModel):
@@ -114,6 +123,9 @@ class Calibration(_Model):
     )
 
 
+Beginning = Literal["tokenizer", "always", "never"]
+
+
 def _times(value: Any) -> Any:
     """``1.10x``, as on the command line, is the number 1.10, and ``none`` no number."""
     if value == "none":
@@ -169,6 +181,11 @@ class Recipe(_Model):
     building: Building = Field(default_factory=Building, description="what is written, and in which precision")
     gates: tuple[Annotated[str, AfterValidator(_gate)], ...] = Field(
         default=(), description="conditions that must hold, e.g. 'decode_tok_s>=1.2x'"
+    )
+    bos: Beginning = Field(
+        default="tokenizer",
+        description="what windows cut from calibration and evaluation text begin with; tokenizer: what the model's tokenizer "
+        "puts before a text, if anything; always: the beginning-of-sequence token where the tokenizer adds none; never: the text",
     )
     seed: int = Field(default=0, ge=0, le=2**63 - 1, description="for anything random, 0 to 2^63-1")
 

@@ -88,6 +88,11 @@ class Target(BaseModel):
     precisions: tuple[Precision, ...] = Field(
         default=(), description="what --precision may choose instead; empty: the baseline's only"
     )
+    keeps_precision: bool = Field(
+        default=False,
+        description="whether the model's own type is the one where --precision says nothing, if it is among the precisions; what "
+        "is stored then keeps its type tensor by tensor",
+    )
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
     compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")
     hardware: Hardware | None = Field(default=None, description="peaks from the vendor's datasheet")

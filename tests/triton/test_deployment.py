@@ -77,6 +77,7 @@ def test_the_deployment_writes_for_its_target(lowered: Lowered, tmp_path: Path) 
     done = TritonDeployment().write(model, out, name="bert", target=target, largest_batch=4, known={})
     config = parsed((out / "bert" / "config.pbtxt").read_text(encoding="utf-8"))
     assert (config.name, config.max_batch_size) == ("bert", 4)
-    assert set(done.files) == {"bert/config.pbtxt", "bert/1/model.onnx", "bert/1/model.onnx.data"}
+    names = ("config.pbtxt", "1/model.onnx", "1/model.onnx.data", "1/config.json")
+    assert set(done.files) == {f"bert/{name}" for name in names}
     with pytest.raises(Refusal, match="CS4620"):
         TritonDeployment().write(model, tmp_path / "t", name="x", target=find_target("null"), largest_batch=4, known={})

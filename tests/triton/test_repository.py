@@ -67,7 +67,8 @@ def test_a_gpu_is_asked_for(lowered: Lowered) -> None:
 def test_every_file_is_told_with_its_digest(lowered: Lowered) -> None:
     folder, written, _ = repository(lowered("bert"))
     assert written.files == digests(folder)
-    assert set(written.files) == {f"served/{name}" for name in ("config.pbtxt", "1/model.onnx", "1/model.onnx.data")}
+    names = ("config.pbtxt", "1/model.onnx", "1/model.onnx.data", "1/config.json")
+    assert set(written.files) == {f"served/{name}" for name in names}
 
 
 def test_weights_have_one_name_each(lowered: Lowered) -> None:

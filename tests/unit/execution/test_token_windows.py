@@ -47,13 +47,13 @@ def test_a_last_piece_below_a_quarter_is_dropped_but_a_short_line_is_kept(tmp_pa
 
 def test_the_beginning_token_starts_every_window_of_text_once(tmp_path: Path, tokenizer: Tokenizer) -> None:
     (a,) = tokenizer.encode("a").ids
-    found = read(tmp_path, [{"text": "a" * 10}], tokenizer=tokenizer, beginning=0, length=6)
+    found = read(tmp_path, [{"text": "a" * 10}], tokenizer=tokenizer, beginning=(0,), length=6)
     assert found == [[0] + [a] * 5, [0] + [a] * 5]
 
 
 def test_token_files_are_taken_as_they_are(tmp_path: Path, tokenizer: Tokenizer) -> None:
-    assert read(tmp_path, [ids(3, 5)], beginning=1) == [[5, 6, 7]]
-    assert read(tmp_path, [ids(3, 5)], beginning=1, tokenizer=tokenizer) == [[5, 6, 7]]
+    assert read(tmp_path, [ids(3, 5)], beginning=(1,)) == [[5, 6, 7]]
+    assert read(tmp_path, [ids(3, 5)], beginning=(1,), tokenizer=tokenizer) == [[5, 6, 7]]
 
 
 def test_text_becomes_the_tokenizers_ids(tmp_path: Path, tokenizer: Tokenizer) -> None:
@@ -141,7 +141,7 @@ def test_tokenizers_are_found_absent_or_damaged(tmp_path: Path, tokenizer: Token
 @given(st.integers(0, 200), st.integers(2, 40), st.booleans())
 def test_windows_keep_order_and_bounds(count: int, length: int, with_beginning: bool) -> None:
     tokens = list(range(1000, 1000 + count))
-    windows = list(cut_windows(tokens, length, 1 if with_beginning else None))
+    windows = list(cut_windows(tokens, length, (1,) if with_beginning else ()))
     assert all(2 <= len(window) <= length for window in windows)
     bodies = [window[1:] if with_beginning else window for window in windows]
     kept = [token for body in bodies for token in body]
