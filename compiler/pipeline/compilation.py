@@ -74,6 +74,7 @@ class LoweringRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    source: SourceSection = Field(description="of the report")
     passes: tuple[PassSection, ...] = Field(description="of the report; the last one is the lowering itself")
     parameters: int = Field(description="trained elements of what was lowered")
     dense_parameters: int = Field(description="the same of the dense model")
@@ -126,6 +127,7 @@ class _Build:
         """Run passes and lower into ``staging``."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
+        source = self.source()  # before any long work
         context = job.context(self.progress)
         program, sections = self._passed
         lowered, section = lower_program(
@@ -148,6 +150,7 @@ class _Build:
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
         self._reference(program, staging)
         return LoweringRecord(
+            source=source,
             passes=(*sections, section),
             parameters=program.parameter_count(),
             dense_parameters=self.dense.parameter_count(),
@@ -230,7 +233,6 @@ def compile_job(
     """
     build = _Build(job, progress, verify_each)
     with Staging(out, key=job.key, force=force) as staging:
-        source = _checked_source(build, staging)
         stored = staging.completed("lowered")
         record = build.lower(staging) if stored is None else LoweringRecord.model_validate(stored)
         if stored is None:
@@ -254,7 +256,7 @@ def compile_job(
                 verdict="unverified",
                 verdict_why=why,
                 model=sizes,
-                source=source,
+                source=record.source,
                 passes=record.passes,
                 sparsity=record.sparsity,
                 notes=record.limits,
@@ -283,16 +285,6 @@ def compile_job(
 
         staging.publish(manifest, known=record.digests)
     return raise_failed_gates(report, out)
-
-
-def _checked_source(build: _Build, staging: Staging) -> SourceSection:
-    """What was found when the dense program was compared with transformers, now or by a stopped run; before any long work."""
-    stored = staging.completed("source")
-    if stored is None:
-        found = build.source()
-        staging.complete("source", found.model_dump(mode="json"))
-        return found
-    return SourceSection.model_validate(stored)
 
 
 def _checked_layers(build: _Build, staging: Staging) -> LayerFidelity | None:
