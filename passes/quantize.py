@@ -84,8 +84,8 @@ class Quantize(Pass):
     )
     quantizer: Annotated[str, AfterValidator(_known)] = Field(
         default="rtn",
-        description="how codes are chosen; rtn: round to nearest, with calibration text on scales searched for the least error "
-        "of outputs; others by installed packages",
+        description="how codes are chosen; rtn: round to nearest, for models of text on scales searched for the least error of "
+        "outputs; others by installed packages",
     )
     calibrator: Literal["min-max", "percentile"] = Field(
         default="min-max",
@@ -212,8 +212,9 @@ class Quantize(Pass):
         quantizer, memory = find_quantizer(self.quantizer), Quantized()
         if not quantizer.needs_statistics:
             powers = dict[tuple[str, int], torch.Tensor]()
-            if quantizer.weighs_inputs and context.calibration is not None and not context.plan_only:
-                powers = input_powers(program, linears, context.calibration, context.progress)
+            text = context.calibration or context.sample
+            if quantizer.weighs_inputs and text is not None and not context.plan_only:
+                powers = input_powers(program, linears, text, context.progress)
             return {key: weight.on_demand(quantizer, memory, powers.get(key)) for key, weight in weights.items()}
         if context.plan_only or context.calibration is None:
             return {key: weight.absent() for key, weight in weights.items()}

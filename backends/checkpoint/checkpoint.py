@@ -154,9 +154,11 @@ def _refusal(architecture: Architecture, tensors: Tensors, attempt: Attempt, *, 
             ", ".join(f"{'.'.join(map(str, path))}={value}" for path, value in nearest.changes.items())
             or "the config as it is"
         )
-        why = (
-            f"With {fields} every tensor has its shape, but outputs differ by {verdict.difference:.1%} of their "
-            "largest value: the class computes a number from the size that changed (a scale, frequencies, heads per width)."
+        why = f"With {fields} every tensor has its shape, but " + (
+            f"the class does not run: {verdict.raised}"
+            if verdict.raised
+            else f"outputs differ by {verdict.difference:.1%} of their largest value: the class computes a number from the "
+            "size that changed (a scale, frequencies, heads per width)."
         )
     elif attempt.invalid:
         said = attempt.invalid[0].strip().splitlines()[-1].strip() if attempt.invalid[0].strip() else "no reason given"

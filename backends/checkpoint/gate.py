@@ -10,27 +10,27 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from math import sqrt
 from typing import Any
 
 import torch
 from torch import fx
 from transformers import PreTrainedModel
 
-from compile_sparse.backends.checkpoint.streamed import NeedsAbsent, run_streamed
-from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
-from compile_sparse.compiler.ir.edit import op_name
-from compile_sparse.compiler.ir.gemms import multiplies
-from compile_sparse.compiler.ir.model_facts import context_length
+from compile_sparse.compiler.execution.executor import Executor
+from compile_sparse.compiler.execution.streamed import NeedsAbsent, run_streamed
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.weights import AbsentTensor, DerivedTensor, ResidentTensor, TensorSource, WeightStore
-from compile_sparse.compiler.verify.reference import sample_inputs
+from compile_sparse.compiler.verify.class_outputs import (
+    class_arguments,
+    largest_difference,
+    program_inputs,
+    rounding_bound,
+    without_cache,
+)
 
 __all__ = ["Gate", "Verdict"]
 
-BATCH, TOKENS = 2, 24
 _HALF = (torch.float16, torch.bfloat16)
-_ATTENTION = "scaled_dot_product_attention"
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,14 @@ class Verdict:
             candidate needs a tensor the program does not have.
         bound: what rounding explains.
         unused: tensors of the candidate that its outputs do not depend on and the program does not have.
+        raised: what the class said where it did not run, in one line.
     """
 
     accepted: bool
     difference: float
     bound: float
     unused: tuple[str, ...] = ()
+    raised: str = ""
 
 
 class Gate:
@@ -78,61 +80,24 @@ class Gate:
         state = skeleton.state_dict()
         for name in zero & set(state):
             values[name] = ResidentTensor(torch.zeros((), dtype=state[name].dtype).expand(state[name].shape))
-        expected, bound = self._expected, self._bound()  # first, so that its own failures are not the candidate's
+        # First, so that its own failures are not the candidate's.
+        expected, bound = self._expected, rounding_bound(self._program)
         try:
-            found, read = run_streamed(skeleton, values, self._arguments())
-        except (NeedsAbsent, RuntimeError, ValueError, TypeError, IndexError):
-            return Verdict(False, float("inf"), bound)  # it does not fit together, whatever the shapes
-        difference = _difference(expected, found)
+            found, read = run_streamed(skeleton, values, class_arguments(self._program, self._inputs))
+        except (NeedsAbsent, RuntimeError, ValueError, TypeError, IndexError) as error:
+            # It does not fit together, whatever the shapes.
+            return Verdict(False, float("inf"), bound, raised=next(iter(str(error).splitlines()), type(error).__name__))
+        difference = largest_difference(expected, found)
         unused = tuple(sorted(set(state) - set(values) - read))
         return Verdict(difference <= bound, difference, bound, unused)
 
     @cached_property
-    def _expected(self) -> dict[str, torch.Tensor]:
-        computed = Executor(self._program, cache_bytes=0).run(self._inputs())
-        caches = {output.name for output in self._program.outputs if output.role.startswith("present")}
-        return {name: value.float() for name, value in computed.items() if name not in caches}
-
-    def _bound(self) -> float:
-        """Rounding in ``n`` GEMMs of up to ``K`` terms each, in another order of summation: about ``eps sqrt(K n)``.
-
-        Rounding errors behave like a random walk (Higham and Mary, "A new approach to probabilistic rounding error analysis",
-        2019); a factor 4 covers the tail.
-        """
-        gemms = sum(multiplies(node) or op_name(node) == _ATTENTION for node in self._program.graph.nodes)
-        longest = max(
-            (max(source.shape) for source in self._program.weights.values() if len(source.shape) > 1), default=1
-        )
-        return 4 * torch.finfo(torch.float32).eps * sqrt(longest * max(1, gemms))
-
     def _inputs(self) -> dict[str, torch.Tensor]:
-        """Inputs of the program; a decoder's cache is empty."""
-        program = self._program
-        if program.kind == "decoder":
-            length = min(TOKENS, context_length(program.config) or TOKENS)
-            draw = torch.Generator().manual_seed(0)
-            vocabulary = int(program.config["vocab_size"])
-            return decoder_inputs(program, torch.randint(0, vocabulary, (BATCH, length), generator=draw))
-        arrays = sample_inputs(program, 0, batch=BATCH, length=TOKENS)
-        return {name: torch.from_numpy(value) for name, value in arrays.items()}
+        return program_inputs(self._program)
 
-    def _arguments(self) -> dict[str, Any]:
-        """The same for the class."""
-        inputs = self._inputs()
-        if self._program.kind != "decoder":
-            return dict(inputs)
-        own = {entry.name for entry in self._program.inputs if entry.role in ("input_ids", "attention_mask")}
-        return {**{name: inputs[name] for name in own}, "use_cache": False}
-
-
-def _difference(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> float:
-    worst = 0.0
-    for name, value in expected.items():
-        if name not in found or found[name].shape != value.shape:
-            return float("inf")
-        error = float((found[name].float() - value).abs().max() / value.abs().max().clamp_min(1e-30))
-        worst = max(worst, error) if error == error else float("inf")
-    return worst
+    @cached_property
+    def _expected(self) -> dict[str, torch.Tensor]:
+        return without_cache(self._program, Executor(self._program, cache_bytes=0).run(self._inputs))
 
 
 def _in_float32(program: Program) -> Program:

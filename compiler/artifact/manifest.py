@@ -52,6 +52,7 @@ class Source(_Section):
 
     name: str = Field(description="folder or hub id as people call it, without local folders")
     digest: str = Field(description="sha256 of its config and weights, hexadecimal")
+    commit: str = Field(default="", description="that a hub id stood for; empty for a folder")
 
 
 class FileEntry(_Section):

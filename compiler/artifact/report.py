@@ -10,7 +10,9 @@ import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from compile_sparse.compiler.artifact.section import DiagnosticEntry, Section, SourceSection
 
 __all__ = [
     "Change",
@@ -32,6 +34,7 @@ __all__ = [
     "RuntimeSection",
     "Score",
     "Slice",
+    "SourceSection",
     "SparseLayer",
     "SparseProfile",
     "SparseProfileLayer",
@@ -41,11 +44,7 @@ __all__ = [
 ]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class RuntimeSection(_Section):
+class RuntimeSection(Section):
     """What executed the artifact."""
 
     name: str
@@ -53,7 +52,7 @@ class RuntimeSection(_Section):
     device: str = ""
 
 
-class Change(_Section):
+class Change(Section):
     """A quantity of the dense baseline and of the compiled model."""
 
     baseline: int = Field(ge=0)
@@ -63,7 +62,7 @@ class Change(_Section):
 Kind = Literal["decoder", "encoder", "vision", "audio"]
 
 
-class ModelSection(_Section):
+class ModelSection(Section):
     """Size of the model."""
 
     kind: Kind | None = None
@@ -80,16 +79,7 @@ class ModelSection(_Section):
     zeros: float | None = Field(default=None, ge=0, le=1, description="share of stored weights that are zero, 0 to 1")
 
 
-class DiagnosticEntry(_Section):
-    """One thing left alone, and why."""
-
-    where: str
-    code: str
-    why: str
-    hint: str = ""
-
-
-class PassSection(_Section):
+class PassSection(Section):
     """What one pass was asked, and did."""
 
     name: str
@@ -106,7 +96,7 @@ class PassSection(_Section):
     notes: tuple[str, ...] = ()
 
 
-class LayerError(_Section):
+class LayerError(Section):
     """One layer of the artifact, computed by the runtime and by the program from the same input."""
 
     layer: str = Field(description="module path, or the node's name where that is not known")
@@ -117,7 +107,7 @@ class LayerError(_Section):
     bound: float = Field(ge=0, description="what rounding explains of that")
 
 
-class LayerFidelity(_Section):
+class LayerFidelity(Section):
     """The runtime's layers against the program's, each from the input that the runtime itself had."""
 
     checked: int = Field(ge=0, description="layers compared: GEMMs and convolutions, with what lies before each")
@@ -127,7 +117,7 @@ class LayerFidelity(_Section):
     nearest: LayerError | None = Field(default=None, description="the one nearest to its bound, where none is beyond")
 
 
-class Fidelity(_Section):
+class Fidelity(Section):
     """The runtime's output against the program run in torch, on the same inputs."""
 
     tokens: int | None = Field(default=None, ge=0, description="decoders: positions compared")
@@ -157,7 +147,7 @@ class Fidelity(_Section):
     )
 
 
-class MeasuredWorkload(_Section):
+class MeasuredWorkload(Section):
     """What was run."""
 
     batch: int = Field(ge=1, description="requests or samples at once")
@@ -167,7 +157,7 @@ class MeasuredWorkload(_Section):
     threads: int | None = Field(default=None, ge=1, description="CPU threads of the runtime")
 
 
-class Percentiles(_Section):
+class Percentiles(Section):
     """A distribution, in the unit of its field."""
 
     p50: float | None = None
@@ -175,7 +165,7 @@ class Percentiles(_Section):
     p99: float | None = None
 
 
-class Speed(_Section):
+class Speed(Section):
     """Performance of one model."""
 
     prefill_tok_s: float | None = Field(default=None, gt=0, description="prompt tokens per second, whole batch")
@@ -194,14 +184,14 @@ class Speed(_Section):
     )
 
 
-class Interval(_Section):
+class Interval(Section):
     """Compiled over baseline, with its 95 % confidence interval."""
 
     value: float = Field(gt=0)
     ci95: tuple[float, float]
 
 
-class Ratios(_Section):
+class Ratios(Section):
     """Compiled over baseline. Rates above 1 are gains; times and bytes below 1 are."""
 
     prefill_tok_s: Interval | None = None
@@ -213,7 +203,7 @@ class Ratios(_Section):
     peak_rss_bytes: Interval | None = None
 
 
-class Level(_Section):
+class Level(Section):
     """Speed with some number of requests at once."""
 
     baseline: Speed
@@ -231,14 +221,14 @@ class Performance(Level):
     )
 
 
-class Score(_Section):
+class Score(Section):
     """A score of both models on the same inputs; higher is better."""
 
     baseline: float
     compiled: float
 
 
-class Slice(_Section):
+class Slice(Section):
     """Quality on one named set of inputs, compiled against baseline."""
 
     loss: float | None = Field(
@@ -274,7 +264,7 @@ class Slice(_Section):
     tokens: int | None = Field(default=None, ge=0, description="predicted tokens")
 
 
-class Quality(_Section):
+class Quality(Section):
     """Quality by slice; the worst is the one with the largest loss."""
 
     slices: dict[str, Slice]
@@ -288,7 +278,7 @@ class Quality(_Section):
     )
 
 
-class SparseLayer(_Section):
+class SparseLayer(Section):
     """A GEMM that was made sparse, as the artifact's graph has it."""
 
     node: str = Field(description="name of its node in the graph")
@@ -300,7 +290,7 @@ class SparseLayer(_Section):
     remarks: tuple[str, ...] = Field(default=(), description="what may keep it from a sparse kernel")
 
 
-class GraphSparsity(_Section):
+class GraphSparsity(Section):
     """What the artifact's graph has, whatever a builder makes of it."""
 
     states: dict[str, int] = Field(description="state -> GEMMs of the whole graph")
@@ -308,7 +298,7 @@ class GraphSparsity(_Section):
     unintended: tuple[str, ...] = Field(default=(), description="GEMMs that have the pattern without being made so")
 
 
-class SparseProfileLayer(_Section):
+class SparseProfileLayer(Section):
     """What a builder did with one GEMM that was made sparse. A missing answer is not known."""
 
     node: str
@@ -317,7 +307,7 @@ class SparseProfileLayer(_Section):
     kernel: bool | None = Field(default=None, description="the built kernel is a sparse one, as its name says")
 
 
-class SparseShape(_Section):
+class SparseShape(Section):
     """GEMMs of one shape that were made sparse and stayed on dense kernels."""
 
     k: int = Field(ge=0)
@@ -327,7 +317,7 @@ class SparseShape(_Section):
     example: str = Field(description="one of them")
 
 
-class SparseProfile(_Section):
+class SparseProfile(Section):
     """What a builder did for one optimization profile, in GEMMs that were made sparse."""
 
     eligible: int | None = Field(default=None, ge=0, description="GEMMs whose zeros the builder saw")
@@ -347,7 +337,7 @@ class SparseProfile(_Section):
     twin: Interval | None = Field(default=None, description="speed over the same model built without sparse kernels")
 
 
-class Sparsity(_Section):
+class Sparsity(Section):
     """Whether zeros that were made in a pattern reach sparse kernels."""
 
     pattern: str = Field(description="N:M along the contracted axis")
@@ -368,7 +358,7 @@ class Sparsity(_Section):
         return self.model_copy(update={"profiles": profiles or None})
 
 
-class GateResult(_Section):
+class GateResult(Section):
     """A judged gate; see ``verify/gates.py``."""
 
     gate: str
@@ -378,7 +368,7 @@ class GateResult(_Section):
     why: str = ""
 
 
-class Report(_Section):
+class Report(Section):
     """The whole file."""
 
     schema_version: Literal[1] = 1
@@ -387,6 +377,7 @@ class Report(_Section):
     verdict_why: str = ""
     runtime: RuntimeSection | None = None
     model: ModelSection
+    source: SourceSection | None = None
     passes: tuple[PassSection, ...] = ()
     fidelity: Fidelity | None = None
     performance: Performance | None = None

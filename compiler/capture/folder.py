@@ -4,23 +4,22 @@ from __future__ import annotations
 
 import hashlib
 import importlib
-import json
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compile_sparse.compiler.capture.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter
+from compile_sparse.compiler.capture.config_file import as_loaded, read_config, rejected, rejections
+from compile_sparse.compiler.capture.hub import find_model, hub_id_of
 from compile_sparse.compiler.capture.side_files import find_side_files
-from compile_sparse.compiler.errors import ModelError, UsageError
+from compile_sparse.compiler.capture.weight_files import weight_files
+from compile_sparse.compiler.errors import ModelError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 __all__ = ["ModelFolder", "find_model_class", "is_causal", "open_folder", "read_classes"]
-
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 
 @dataclass(frozen=True)
@@ -31,15 +30,34 @@ class ModelFolder:
         path: the folder.
         config: parsed by the config class of its ``model_type``.
         model_class: the transformers class named by ``architectures``.
+        adapter: folder of a LoRA adapter that is merged into the model in ``path``; None for most.
     """
 
     path: Path
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
+    adapter: Path | None = None
+
+    @property
+    def name(self) -> str:
+        """What people call it: the hub id of a snapshot in the hub's cache, else the folder's name."""
+        named = self.adapter or self.path
+        return hub_id_of(named) or named.name
+
+    @property
+    def commit(self) -> str:
+        """The commit of a snapshot in the hub's cache; empty for any other folder."""
+        named = self.adapter or self.path
+        return named.name if hub_id_of(named) else ""
+
+    def weight_files(self, *, required: bool = True) -> list[Path]:
+        """The safetensors files that transformers would read; see ``capture.weight_files``."""
+        return weight_files(self.path, getattr(self.config, "transformers_weights", None) or "", required=required)
 
     def digest(self) -> str:
         """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
-        return _digest([self.path / "config.json", *sorted(self.path.glob("*.safetensors"))])
+        own = [self.path / "config.json", *self.weight_files(required=False)]
+        return _digest(own + [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if self.adapter])
 
     def side_files_digest(self) -> str:
         """sha256 over everything else that decides how text becomes token ids, or is copied into an artifact."""
@@ -61,13 +79,14 @@ def open_folder(model: str | Path) -> ModelFolder:
 
     Raises:
         UsageError: CS1002 no such folder; CS1003 config.json missing or unreadable.
-        ModelError: CS2002 the architecture is not one of transformers' own.
+        ModelError: CS2002 the architecture is not one of transformers' own; CS2003 a file of another form; CS2014 values that no
+            model can have; CS2015 an adapter whose base is missing.
     """
-    path = Path(model).expanduser()
-    if not path.is_dir():
-        path = _from_hub(str(model))
-    raw = _read_config(path)
-    return ModelFolder(path.resolve(), *read_classes(raw, path))
+    path = find_model(str(model))
+    base = base_of_adapter(path)
+    adapter, path = (None, path) if base is None else (path.resolve(), base)
+    raw = read_config(path)
+    return ModelFolder(path.resolve(), *read_classes(raw, path), adapter)
 
 
 def is_causal(model_class: type) -> bool:
@@ -98,51 +117,6 @@ def find_model_class(config: PretrainedConfig, name: str) -> type[PreTrainedMode
     return None
 
 
-def _from_hub(model: str) -> Path:
-    why = "The path does not exist."
-    if re.fullmatch(r"[\w.]+:\w+", model):
-        why = "It names Python code, which this version does not run; save the model with save_pretrained."
-    if HUB_ID.fullmatch(model) and not Path(model).parent.exists():
-        from huggingface_hub import snapshot_download
-        from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-        try:
-            # The file patterns leave pickles and remote code behind.
-            return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt"]))
-        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-            why = f"There is no such folder, and the hub gave nothing for this id ({type(error).__name__})."
-    raise UsageError(
-        "CS1002",
-        f"There is no model at {model!r}.",
-        where="MODEL",
-        why=why,
-        hint="Give a folder with config.json and *.safetensors, as save_pretrained writes it.",
-    )
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    file = path / "config.json"
-    if not file.is_file():
-        raise UsageError(
-            "CS1003",
-            "The model folder has no config.json.",
-            where=path.name,
-            why="A Hugging Face folder is recognised by its config.json.",
-            hint="Point MODEL at the folder that save_pretrained wrote.",
-        )
-    try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
-    except (ValueError, RecursionError, OSError) as error:
-        raise UsageError(
-            "CS1003", "config.json cannot be read.", where=str(file.name), why=str(error), hint="Restore the file."
-        ) from error
-    return raw
-
-
 def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
     """The config and the model class that ``raw``, a config.json, describes.
 
@@ -154,7 +128,6 @@ def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, typ
         UsageError, ModelError: see ``open_folder``.
     """
     import transformers
-    from huggingface_hub.errors import StrictDataclassError
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_MAPPING
 
@@ -170,20 +143,16 @@ def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, typ
             why=f"transformers {transformers.__version__} has no class for it.{remote}",
             hint="Use a model type of transformers, or a newer transformers.",
         )
-    try:
-        with quiet_transformers():
-            config = CONFIG_MAPPING[model_type].from_dict(raw)
-    except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
-        raise UsageError(
-            "CS1003",
-            "config.json has values its model type rejects.",
-            where=f"{path.name}/config.json",
-            why=str(error),
-            hint="Compare it with a config of the same model_type.",
-        ) from error
+    where = f"{path.name}/config.json"
+    config_class, values = CONFIG_MAPPING[model_type], as_loaded(raw, where)
+    with quiet_transformers():
+        try:
+            config = config_class.from_dict(dict(values))
+        except rejections() as error:
+            raise rejected(error, where, values, config_class.from_dict) from error
     names = raw.get("architectures") or []
     if names:
-        model_class = find_model_class(config, str(names[0]))
+        model_class = find_model_class(config, names[0])
         if model_class is None:
             raise ModelError(
                 "CS2002",

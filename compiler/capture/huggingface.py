@@ -7,6 +7,7 @@ the same graph then serves analysis, calibration (empty cache), prefill and deco
 
 from __future__ import annotations
 
+import copy
 import logging
 import warnings
 from collections.abc import Mapping
@@ -18,14 +19,14 @@ from torch.export.graph_signature import InputKind
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.exporters.exporter_dynamo import DynamoConfig, DynamoExporter
 
-from compile_sparse.compiler.capture.bind import bind_weights
+from compile_sparse.compiler.capture.bind import bind_weights, different_ties, renamed
 from compile_sparse.compiler.capture.fold import fold_constants
 from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.functional import is_functional
 from compile_sparse.compiler.capture.normalize import normalize
-from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.samples import Sample, sample_for
-from compile_sparse.compiler.capture.skeleton import build_skeleton, new_fake_mode, quiet_transformers
+from compile_sparse.compiler.capture.skeleton import build_skeleton, named_key, new_fake_mode, quiet_transformers, untie
+from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
 from compile_sparse.compiler.ir.program import Binding, ModelSource, Program
@@ -40,6 +41,7 @@ def capture(
     *,
     dtype: torch.dtype = torch.float32,
     require_weights: bool = True,
+    image_size: tuple[int, int] | None = None,
     progress: Progress | None = None,
 ) -> Program:
     """Capture the model in ``folder``; its weights stay on disk.
@@ -48,26 +50,26 @@ def capture(
         folder: an opened model folder.
         dtype: type the weights are converted to when they are loaded.
         require_weights: False for planning: a folder without safetensors then gives a program of shapes only.
+        image_size: height and width of images; None: the config's.
         progress: where the three steps are reported.
 
     Raises:
         ModelError: CS2003 to CS2008, see the modules of this package.
     """
-    checkpoint: Mapping[str, TensorSource] = {}
-    if require_weights or any(folder.path.glob("*.safetensors")):
-        checkpoint = read_checkpoint(folder.path, dtype)
-        if not checkpoint:
-            raise ModelError(
-                "CS2003",
-                "This model has no safetensors weights.",
-                where=folder.path.name,
-                why="The folder has a config.json but no *.safetensors file.",
-                hint="Planning works without weights: 'compile-sparse explain'.",
-            )
+    checkpoint = stored_tensors(folder, dtype, required=require_weights)
     mode = new_fake_mode()
-    model = build_skeleton(folder.model_class, folder.config, dtype, mode)
-    sources = bind_weights(model, checkpoint or None)
-    program = _capture(model, folder.config, sources, mode, progress or SilentProgress())
+    try:
+        model = build_skeleton(folder.model_class, folder.config, dtype, mode)
+    except ModelError as error:
+        raise named_key(folder.model_class, folder.config, error) from error
+    config, stored = folder.config, None
+    if checkpoint:
+        stored = renamed(model, checkpoint)
+        if different := different_ties(model, stored):
+            config = copy.deepcopy(config)
+            untie(model, config, different, mode)
+    sources = bind_weights(model, stored)
+    program = _capture(model, config, sources, mode, progress or SilentProgress(), image_size)
     return replace(program, source=ModelSource(folder.path))
 
 
@@ -86,9 +88,10 @@ def _capture(
     sources: Mapping[str, TensorSource],
     mode: torch._subclasses.FakeTensorMode,
     progress: Progress,
+    image_size: tuple[int, int] | None = None,
 ) -> Program:
     with quiet_transformers(), progress.task("capture", total=3) as task:
-        sample = sample_for(model, mode)
+        sample = sample_for(model, mode, image_size)
         task.advance()
         exported = _export(model, sample)
         task.advance()

@@ -7,7 +7,8 @@ checked here before anything is allocated, so that a truncated or hostile file g
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from compile_sparse.compiler.capture.weight_files import damaged
 from compile_sparse.compiler.errors import ModelError
 
 __all__ = ["StoredTensor", "read_checkpoint"]
 
 MAX_HEADER_BYTES = 100 * 1024 * 1024  # the limit of the safetensors library itself
 MAX_DIMENSIONS = 8
-INDEX_NAME = "model.safetensors.index.json"
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -45,6 +46,8 @@ class StoredTensor:
     shape: tuple[int, ...]
     stored_dtype: torch.dtype
     dtype: torch.dtype
+    seen_finite: set[str] = field(default_factory=set, compare=False, repr=False)
+    """Names of the checkpoint's tensors that were read and found finite: each is looked at once."""
 
     def load(self) -> torch.Tensor:
         try:
@@ -58,17 +61,31 @@ class StoredTensor:
                 why=str(error),
                 hint="The file changed or became unreadable during the run; start again with an intact checkpoint.",
             ) from error
+        if self.name not in self.seen_finite:
+            _require_finite(self.path, self.name, value)
+            self.seen_finite.add(self.name)
         return value.to(self.dtype)
 
 
-def _bad(path: Path, why: str) -> ModelError:
-    return ModelError(
-        "CS2004",
-        "A weight file is damaged.",
+def _require_finite(path: Path, name: str, value: torch.Tensor) -> None:
+    """Refuse NaN and infinity where they enter: later they become scales of NaN, and the runtime is blamed."""
+    if not value.is_floating_point() or not value.numel() or _all_finite(value):
+        return
+    wrong = ~torch.isfinite(value)
+    first = [int(place) for place in wrong.nonzero()[0]]
+    raise ModelError(
+        "CS2013",
+        f"Tensor {name!r} has values that are not finite.",
         where=path.name,
-        why=why,
-        hint="Copy or download the checkpoint again; compare its size with the source.",
+        why=f"{int(wrong.sum()):,} of {value.numel():,} are NaN or infinite, the first at {first}: {float(value[tuple(first)])}.",
+        hint="The checkpoint is damaged, or training diverged; use an earlier one.",
     )
+
+
+def _all_finite(value: torch.Tensor) -> bool:
+    """One pass without a mask: a minimum or maximum of anything with NaN is NaN."""
+    low, high = torch.aminmax(value.float() if value.dtype.itemsize == 1 else value)
+    return bool(torch.isfinite(low) & torch.isfinite(high))
 
 
 def _read_header(path: Path) -> dict[str, Any]:
@@ -76,29 +93,31 @@ def _read_header(path: Path) -> dict[str, Any]:
     with path.open("rb") as handle:
         prefix = handle.read(8)
         if len(prefix) < 8:
-            raise _bad(path, f"The file has {size} bytes; a safetensors file starts with an 8-byte header length.")
+            raise damaged(path, f"The file has {size} bytes; a safetensors file starts with an 8-byte header length.")
         length = int.from_bytes(prefix, "little")
         if length > MAX_HEADER_BYTES:
-            raise _bad(path, f"It declares a header of {length} bytes; the format allows {MAX_HEADER_BYTES}.")
+            raise damaged(path, f"It declares a header of {length} bytes; the format allows {MAX_HEADER_BYTES}.")
         if 8 + length > size:
-            raise _bad(path, f"It declares a header of {length} bytes but has only {size} bytes (truncated).")
+            raise damaged(path, f"It declares a header of {length} bytes but has only {size} bytes (truncated).")
         raw = handle.read(length)
     try:
         header = json.loads(raw.decode("utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise _bad(path, f"The header is not JSON: {error}.") from error
+        raise damaged(path, f"The header is not JSON: {error}.") from error
     if not isinstance(header, dict):
-        raise _bad(path, "The header is not a JSON object.")
+        raise damaged(path, "The header is not a JSON object.")
     header.pop("__metadata__", None)
     end = 0
     for (start, stop), name in sorted((_check_entry(path, name, entry), name) for name, entry in header.items()):
         if start != end:
-            raise _bad(
+            raise damaged(
                 path, f"The data of tensor {name!r} starts at {start}, where {end} is expected (overlap or hole)."
             )
         end = stop
     if 8 + length + end != size:
-        raise _bad(path, f"The header describes {8 + length + end} bytes, the file has {size} (truncated or extended).")
+        raise damaged(
+            path, f"The header describes {8 + length + end} bytes, the file has {size} (truncated or extended)."
+        )
     return header
 
 
@@ -108,64 +127,37 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
         dtype, shape, (start, stop) = entry["dtype"], entry["shape"], entry["data_offsets"]
         numbers = [*shape, start, stop]
     except (TypeError, KeyError, ValueError) as error:
-        raise _bad(path, f"The entry of tensor {name!r} is malformed.") from error
+        raise damaged(path, f"The entry of tensor {name!r} is malformed.") from error
     if not isinstance(dtype, str):
-        raise _bad(path, f"The entry of tensor {name!r} is malformed.")
+        raise damaged(path, f"The entry of tensor {name!r} is malformed.")
     if dtype not in DTYPES:
-        raise _bad(path, f"Tensor {name!r} has the dtype {dtype!r}, which this version does not read.")
+        raise damaged(path, f"Tensor {name!r} has the dtype {dtype!r}, which this version does not read.")
     if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
-        raise _bad(path, f"The entry of tensor {name!r} is malformed.")
+        raise damaged(path, f"The entry of tensor {name!r} is malformed.")
     expected = prod(shape) * DTYPES[dtype].itemsize
     if stop - start != expected:
-        raise _bad(path, f"Tensor {name!r} of shape {shape} needs {expected} bytes, its entry spans {stop - start}.")
+        raise damaged(path, f"Tensor {name!r} of shape {shape} needs {expected} bytes, its entry spans {stop - start}.")
     return start, stop
 
 
-def _shards(folder: Path) -> list[Path]:
-    index = folder / INDEX_NAME
-    if index.is_file():
-        try:
-            mapping = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(mapping.values()))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise _bad(index, f"The index is malformed: {error}.") from error
-        for name in names:
-            # An index that points elsewhere is hostile or broken; either way it is not followed.
-            if not isinstance(name, str) or Path(name).name != name:
-                raise _bad(index, f"The index names a file outside the folder: {name!r}.")
-            if not (folder / name).is_file():
-                raise _bad(index, f"The index names {name!r}, which is missing.")
-        return [folder / name for name in names]
-    return sorted(folder.glob("*.safetensors"))
+def read_checkpoint(files: Sequence[Path], dtype: torch.dtype) -> dict[str, StoredTensor]:
+    """Every tensor of safetensors files; floating-point ones are converted to ``dtype`` on load.
 
-
-def read_checkpoint(folder: Path, dtype: torch.dtype) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files; floating-point ones are converted to ``dtype`` on load.
-
-    Returns an empty mapping when there is no safetensors file.
+    Args:
+        files: see ``weight_files``.
+        dtype: floating-point.
 
     Raises:
-        ModelError: CS2003 pickle files only; CS2004 damaged file or index; a tensor in two shards.
+        ModelError: CS2004 a damaged file; a tensor in two shards.
     """
-    shards = _shards(folder)
-    if not shards:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                "CS2003",
-                "This model has no safetensors weights.",
-                where=str(folder.name),
-                why=f"It has {', '.join(pickles[:3])}: pickle files run code when they are opened, so they are never read.",
-                hint="Convert once in a place you trust: model.save_pretrained(FOLDER) of transformers writes safetensors.",
-            )
-        return {}
     found: dict[str, StoredTensor] = {}
-    for path in shards:
+    seen: set[str] = set()
+    for path in files:
         for name, entry in _read_header(path).items():
             if name in found:
-                raise _bad(path, f"Tensor {name!r} is also in {found[name].path.name}.")
+                raise damaged(path, f"Tensor {name!r} is also in {found[name].path.name}.")
             stored = DTYPES[entry["dtype"]]
             found[name] = StoredTensor(
-                path, name, tuple(entry["shape"]), stored, dtype if stored.is_floating_point else stored
+                path, name, tuple(entry["shape"]), stored, dtype if stored.is_floating_point else stored, seen
             )
     return found

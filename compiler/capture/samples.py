@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from compile_sparse.compiler.capture.folder import is_causal
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.program import Input, ModelKind, Output
 
-__all__ = ["Sample", "input_shape", "sample_for"]
+__all__ = ["Sample", "input_shape", "sample_for", "stretch_positions"]
 
 BATCH, QUERY, PAST = 2, 3, 5
 DYNAMIC = torch.export.Dim.DYNAMIC  # type: ignore[attr-defined]
@@ -49,7 +50,7 @@ class Sample:
     outputs: tuple[Output, ...]
 
 
-def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
+def sample_for(model: PreTrainedModel, mode: FakeTensorMode, image_size: tuple[int, int] | None = None) -> Sample:
     """Build the sample for a fake ``model``.
 
     What a model is follows from its forward and its main input: the configs of encoder-decoders also belong to encoders.
@@ -65,7 +66,7 @@ def sample_for(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
     if "encoder_hidden_states" in accepted and _is_decoder_half(model):
         raise _unsupported(type(model), "it is a decoder without a language-model head")
     if model.main_input_name == "pixel_values":
-        return _vision(model, config, mode)
+        return _vision(model, config, mode, image_size)
     if model.main_input_name == "input_ids":
         return _encoder(model, mode)
     if model.main_input_name == "input_features":
@@ -143,22 +144,39 @@ def _encoder(model: PreTrainedModel, mode: FakeTensorMode) -> Sample:
     return _plain("encoder", model, mode, kwargs, dynamic)
 
 
-def _vision(model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode) -> Sample:
-    _, shape = input_shape(type(model), config)
-    return _plain("vision", model, mode, {"pixel_values": torch.zeros(BATCH, *shape)}, {"pixel_values": {0: DYNAMIC}})
+def _vision(
+    model: PreTrainedModel, config: PretrainedConfig, mode: FakeTensorMode, image_size: tuple[int, int] | None
+) -> Sample:
+    _, shape = input_shape(type(model), config, image_size)
+    stretch_positions(model, image_size)
+    pixels = {"pixel_values": torch.zeros(BATCH, *shape)}
+    return _plain("vision", model, mode, pixels, {"pixel_values": {0: DYNAMIC}})
 
 
-def input_shape(model_class: type, config: PretrainedConfig) -> tuple[str, tuple[int, ...]]:
+def stretch_positions(model: PreTrainedModel, image_size: tuple[int, int] | None) -> None:
+    """Have ``model`` stretch its table of positions where images are not of the config's size and its class can.
+
+    It is asked once and for all: export would make an input of the flag.
+    """
+    own, shape = (input_shape(type(model), model.config, size)[1] for size in (None, image_size))
+    if shape != own and "interpolate_pos_encoding" in inspect.signature(model.forward).parameters:
+        model.forward = partial(model.forward, interpolate_pos_encoding=True)  # type: ignore[method-assign]
+
+
+def input_shape(
+    model_class: type, config: PretrainedConfig, image_size: tuple[int, int] | None = None
+) -> tuple[str, tuple[int, ...]]:
     """Name of the main input of a model of images or audio features, and the shape of one sample, which is fixed at capture:
     position tables and windows depend on it.
 
-    Images are ``[channels, height, width]``, features ``[mel bins, frames]`` with two frames per position, as Whisper has them.
+    Images are ``[channels, height, width]``, of the given height and width or the config's, features ``[mel bins, frames]`` with
+    two frames per position, as Whisper has them.
 
     Raises:
         ModelError: CS2007 when the config does not say.
     """
     if getattr(model_class, "main_input_name", "") == "pixel_values":
-        size = getattr(config, "image_size", 224)
+        size: Any = image_size or getattr(config, "image_size", 224)
         height, width = (size, size) if isinstance(size, int) else tuple(size)
         return "pixel_values", (getattr(config, "num_channels", 3), height, width)
     bins, positions = getattr(config, "num_mel_bins", None), getattr(config, "max_source_positions", None)
@@ -192,7 +210,7 @@ def _plain(
             f"{type(model).__name__} cannot be run on its main input alone.",
             where=", ".join(f"{name} {list(value.shape)}" for name, value in kwargs.items()),
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint="Use the encoder or the decoder of the model on its own.",
+            hint="Use the encoder or the decoder of the model on its own, or another size of its input.",
         ) from error
     outputs: list[Output] = []
     for name, value in result.items():

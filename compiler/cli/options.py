@@ -111,6 +111,7 @@ _RECIPE = (
     ),
     click.option("--tensor-parallel", metavar="N", type=int, help="GPUs the model will be split over; sizes stay divisible."),
     click.option("--precision", metavar="NAME", help="Of what is not quantized, where the target has a choice: fp16, bf16."),
+    click.option("--image-size", metavar="N|HxW", help="Models of images: the size the artifact takes, e.g. 224 or 224x320."),
     click.option("--emit", metavar="NAME", multiple=True, help="Also write: triton (a model repository); repeatable."),
     click.option("--seed", metavar="N", type=int, help="For anything random.  [default: 0]"),
     click.option("--allow-useless", is_flag=True, help="Accept what the target cannot exploit."),

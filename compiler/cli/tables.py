@@ -30,6 +30,8 @@ def report_table(report: Mapping[str, Any]) -> RenderableType:
     verdict = str(report.get("verdict", "unverified"))
     head = Text.assemble((verdict, _STYLES.get(verdict, "yellow")), f"  {report.get('verdict_why', '')}")
     parts: list[RenderableType] = [head, _measurements(report)]
+    skips = (report.get("source") or {}).get("skips")
+    parts += [_diagnostics("in the model's folder", skips)] if skips else []
     parts += [_passes(report["passes"])] if report.get("passes") else []
     parts += [_sparsity(report["sparsity"])] if report.get("sparsity") else []
     parts += [_gates(report["gates"])] if report.get("gates") else []
@@ -45,6 +47,7 @@ def plan_table(plan: Mapping[str, Any]) -> RenderableType:
         Text(f"{model.get('kind', 'model')}, {model.get('layers', '?')} layers, for {plan.get('target', '?')}"),
         _sizes(plan),
     ]
+    parts += [_diagnostics("in the model's folder", plan["source"])] if plan.get("source") else []
     parts += [_passes(plan["passes"])] if plan.get("passes") else []
     if groups := plan.get("groups"):
         parts.append(_groups(groups))
@@ -107,6 +110,11 @@ def _measurements(report: Mapping[str, Any]) -> Table:
         *quality_rows(report.get("quality") or {}),
     ):
         table.add_row(*row)
+    if source := report.get("source"):
+        said = "computes what it does" if source.get("difference") is not None else f"not run: {source['not_run']}"
+        table.add_row(
+            escape(f"{source['model_class']} of transformers"), said, f"{source['tensors']:,} tensors equal", ""
+        )
     if (agreement := (report.get("fidelity") or {}).get("top1_agreement")) is not None:
         table.add_row("top-1 agreement with the program", "", f"{agreement:.2%}", "")
     if layers := (report.get("fidelity") or {}).get("layers"):

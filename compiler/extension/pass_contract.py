@@ -33,6 +33,7 @@ class PassContext:
     Attributes:
         target: the contract of the runtime and hardware compiled for.
         calibration: text the model is observed on, or None.
+        sample: a little packaged text, for statistics that any text is better for than none; None for models that read none.
         progress: where long work reports; never None (a silent one exists).
         plan_only: weights are absent or must not be read: decide sizes, not values.
         seed: for anything random.
@@ -45,6 +46,7 @@ class PassContext:
     target: Target
     progress: Progress
     calibration: CalibrationStream | None = None
+    sample: CalibrationStream | None = None
     plan_only: bool = False
     seed: int = 0
     contraction_multiple: int = 1

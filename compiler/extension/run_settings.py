@@ -18,12 +18,14 @@ class RunSettings:
     Attributes:
         precision: of what is not quantized, in the baseline too; None is the target's own.
         tensor_parallel: GPUs the model is split over.
+        image_size: height and width of images, where the model's own are not meant.
         options: settled options of the target's backend (see ``BackendOptions.settle``); None where nothing is known of the run.
         verifying: options of ``compile-sparse verify``, while an artifact is measured again.
     """
 
     precision: Precision | None = None
     tensor_parallel: int = 1
+    image_size: tuple[int, int] | None = None
     options: BackendOptions | None = None
     verifying: BackendOptions | None = None
 
@@ -41,6 +43,7 @@ class RunSettings:
         return {
             "precision": self.precision,
             "tensor_parallel": self.tensor_parallel,
+            "image_size": self.image_size,
             "options": None if self.options is None else self.options.model_dump(mode="json"),
         }
 

@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from compile_sparse.compiler.artifact.manifest import FileEntry, Manifest, Source, Tool
@@ -22,10 +23,14 @@ from compile_sparse.compiler.artifact.report import (
     PassSection,
     Report,
     RuntimeSection,
+    SourceSection,
     Sparsity,
 )
 from compile_sparse.compiler.artifact.staging import REPORT, Staging
 from compile_sparse.compiler.capture import capture
+from compile_sparse.compiler.capture.loading import load_class
+from compile_sparse.compiler.capture.samples import stretch_positions
+from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.errors import GateFailure
 from compile_sparse.compiler.extension.backend_contract import Observation, ObservedLayers, ReferenceRuntime
 from compile_sparse.compiler.ir.program import Program
@@ -54,6 +59,7 @@ from compile_sparse.compiler.verify.measure import (
 from compile_sparse.compiler.verify.quality_verdict import lost_quality, with_quality
 from compile_sparse.compiler.verify.reference import write_reference
 from compile_sparse.compiler.verify.same_model import departures
+from compile_sparse.compiler.verify.source_model import check_source
 from compile_sparse.compiler.verify.verdict import decide, wrong_model
 from compile_sparse.compiler.version import TOOL_VERSION, library_versions
 
@@ -68,6 +74,7 @@ class LoweringRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    source: SourceSection = Field(description="of the report")
     passes: tuple[PassSection, ...] = Field(description="of the report; the last one is the lowering itself")
     parameters: int = Field(description="trained elements of what was lowered")
     dense_parameters: int = Field(description="the same of the dense model")
@@ -87,7 +94,7 @@ class _Build:
 
     @cached_property
     def dense(self) -> Program:
-        program = capture(self.job.folder, progress=self.progress)
+        program = capture(self.job.folder, image_size=self.job.settings.image_size, progress=self.progress)
         if self.verify_each:
             verify_program(program)
         return program
@@ -108,10 +115,19 @@ class _Build:
         program, sections = run_passes(self.dense, self.job.passes, context, verify_each=self.verify_each)
         return as_stored(program, self.dense, self.job.target, self.job.precision), sections
 
+    def source(self) -> SourceSection:
+        """The dense program, compared with transformers."""
+        dense, folder = self.dense, self.job.folder
+        loaded = load_class(folder.model_class, folder.config, stored_tensors(folder, torch.float32), torch.float32)
+        if self.job.settings.image_size:
+            stretch_positions(loaded.model, self.job.settings.image_size)
+        return check_source(dense, loaded, self.progress)
+
     def lower(self, staging: Staging) -> LoweringRecord:
         """Run passes and lower into ``staging``."""
         job = self.job
         job.refuse_deployment(self.dense.kind)
+        source = self.source()  # before any long work
         context = job.context(self.progress)
         program, sections = self._passed
         lowered, section = lower_program(
@@ -134,6 +150,7 @@ class _Build:
         staging.write(SOURCE_CONFIG, (job.folder.path / "config.json").read_bytes())
         self._reference(program, staging)
         return LoweringRecord(
+            source=source,
             passes=(*sections, section),
             parameters=program.parameter_count(),
             dense_parameters=self.dense.parameter_count(),
@@ -203,7 +220,7 @@ def _observation(job: Job, program: Program, staging: Staging) -> Iterator[Obser
 
 def _served_name(job: Job) -> str:
     """The model's folder, in letters that every serving system takes."""
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.path.resolve().name).strip("-_")[:128] or "model"
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", job.folder.name).strip("-_")[:128] or "model"
 
 
 def compile_job(
@@ -239,6 +256,7 @@ def compile_job(
                 verdict="unverified",
                 verdict_why=why,
                 model=sizes,
+                source=record.source,
                 passes=record.passes,
                 sparsity=record.sparsity,
                 notes=record.limits,
@@ -254,7 +272,7 @@ def compile_job(
         def manifest(files: dict[str, FileEntry]) -> Manifest:
             return Manifest(
                 tool=Tool(version=TOOL_VERSION),
-                source=Source(name=job.folder.path.name, digest=job.source_digest),
+                source=Source(name=job.folder.name, digest=job.source_digest, commit=job.folder.commit),
                 recipe=job.canonical_recipe,
                 target=job.target.name,
                 passes=record.passes,

@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compile_sparse.compiler.capture.folder import ModelFolder, is_causal, open_folder
-from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.side_files import check_folder
+from compile_sparse.compiler.capture.stored import stored_tensors
+from compile_sparse.compiler.capture.tasks import task_of
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.execution.calibration import CalibrationStream
@@ -100,6 +101,7 @@ class Job:
             target=self.target,
             progress=progress,
             calibration=self.calibration,
+            sample=CalibrationStream(tuple(map(tuple, self.sample))) if self.sample else None,
             plan_only=plan_only,
             seed=self.recipe.seed,
             contraction_multiple=math.lcm(*(step.contraction_multiple for step in self.passes)),
@@ -225,6 +227,7 @@ def prepare(model: str | Path, target_name: str, recipe: Recipe) -> Job:
     target = find_target(target_name)  # a wrong name is said before the model is opened
     passes = recipe.build_passes()
     folder = open_folder(model)
+    _require_images(recipe, folder.model_class)
     check_folder(folder.path)
     text = TextReader(folder.config.to_dict(), folder.path, recipe.bos)
     longest = context_length(folder.config.to_dict())
@@ -279,8 +282,19 @@ def read_evaluation(
     if is_causal(model_class):
         return {}
     wanted = recipe.evaluation
-    reader = EvaluationReader(folder, config, model_class, wanted.sequence_length)
+    reader = EvaluationReader(folder, config, model_class, wanted.sequence_length, recipe.building.image_size)
     return {name: reader.read(Path(file), wanted.samples) for name, file in wanted.slices.items()}
+
+
+def _require_images(recipe: Recipe, model_class: type) -> None:
+    if recipe.building.image_size is not None and task_of(model_class) != "vision":
+        raise UsageError(
+            "CS1062",
+            f"{model_class.__name__} reads no images.",
+            where="--image-size",
+            why="It chooses the size of the images a model takes.",
+            hint="Leave it out.",
+        )
 
 
 def longest_window(recipe: Recipe, context: int | None) -> int:
@@ -291,7 +305,7 @@ def longest_window(recipe: Recipe, context: int | None) -> int:
 
 def _arithmetic(folder: ModelFolder, step: ZeroingPass) -> str:
     """What the zeros would amount to in this model, from the headers of its weight files."""
-    tensors = read_checkpoint(folder.path, torch.float32).values()
+    tensors = stored_tensors(folder, torch.float32, required=False).values()
     weights = sum(t.shape[0] * t.shape[1] for t in tensors if len(t.shape) == 2)
     if not weights:
         return ""

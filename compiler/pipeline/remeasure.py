@@ -114,7 +114,7 @@ def verify_artifact(
     of_baseline = settings.for_baseline(runs_here=True)
     baseline = get_baseline(
         baseline_key(manifest.source.digest, target, of_baseline, probe.version),
-        lambda: _dense(model, manifest.source.digest, target, settings.precision_on(target), progress),
+        lambda: _dense(model, manifest.source.digest, target, settings, progress),
         lambda program, out: backend.lower(program, target, out, progress, of_baseline),
         progress,
         text=reader.sample(),
@@ -193,7 +193,7 @@ def _require_complete(artifact: Artifact) -> None:
         )
 
 
-def _dense(model: str | Path | None, digest: str, target: Target, precision: Precision, progress: Progress) -> Program:
+def _dense(model: str | Path | None, digest: str, target: Target, settings: RunSettings, progress: Progress) -> Program:
     if model is None:
         raise EnvironmentFailure(
             "CS5008",
@@ -211,5 +211,5 @@ def _dense(model: str | Path | None, digest: str, target: Target, precision: Pre
             why=f"Its digest is {folder.digest()[:12]}..., the artifact's source is {digest[:12]}...",
             hint="Give the model the artifact was compiled from.",
         )
-    dense = capture(folder, progress=progress)
-    return as_stored(dense, dense, target, precision)
+    dense = capture(folder, image_size=settings.image_size, progress=progress)
+    return as_stored(dense, dense, target, settings.precision_on(target))

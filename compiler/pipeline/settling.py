@@ -25,5 +25,6 @@ def settle_run(target: Target, building: Building, run: RunFacts) -> RunSettings
     return RunSettings(
         precision=None if precision == target.baseline_precision else precision,
         tensor_parallel=run.workload.tensor_parallel,
+        image_size=building.image_size,
         options=options_for(target, building.options).settle(target, run),
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.side_files import find_side_files
+from compile_sparse.compiler.capture.weight_files import weight_files
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, commonest_type, precision_of, stored_types, torch_dtype
 from compile_sparse.compiler.targets.target import Precision, Target
@@ -22,13 +24,12 @@ def source_precision(folder: ModelFolder) -> Precision | None:
 
     None for a type that is no precision of a target.
     """
-    return precision_of(_commonest_in(folder.path) or folder.config.dtype)
+    return precision_of(_commonest_in(folder.weight_files(required=False)) or folder.config.dtype)
 
 
 def source_bytes(folder: ModelFolder) -> int:
     """Bytes of what the user has: weight files that are read, config, and side files."""
-    weights = {tensor.path for tensor in read_checkpoint(folder.path, torch.float32).values()}
-    paths = {folder.path / "config.json", *weights, *find_side_files(folder.path)}
+    paths = {folder.path / "config.json", *folder.weight_files(required=False), *find_side_files(folder.path)}
     return sum(path.stat().st_size for path in paths)
 
 
@@ -43,10 +44,12 @@ def as_stored(program: Program, dense: Program, target: Target, precision: Preci
         precision: of everything else.
     """
     dtype, folder = torch_dtype(precision), dense.source.folder
-    keeps = target.keeps_precision and folder is not None and _commonest_in(folder) == dtype
-    return cast_weights(program, dtype, stored_types(dense) if keeps else {})
+    if not target.keeps_precision or folder is None:
+        return cast_weights(program, dtype)
+    files = weight_files(folder, str(dense.config.get("transformers_weights") or ""), required=False)
+    return cast_weights(program, dtype, stored_types(dense) if _commonest_in(files) == dtype else {})
 
 
-def _commonest_in(folder: Path) -> torch.dtype | None:
-    tensors = read_checkpoint(folder, torch.float32).values()
+def _commonest_in(files: Sequence[Path]) -> torch.dtype | None:
+    tensors = read_checkpoint(files, torch.float32).values()
     return commonest_type((tensor.stored_dtype, prod(tensor.shape)) for tensor in tensors)

@@ -5,8 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
+
 from compile_sparse.compiler.axes.analysis import analyse, changeable_roles
 from compile_sparse.compiler.capture import capture
+from compile_sparse.compiler.capture.loading import load_class
+from compile_sparse.compiler.capture.stored import stored_tensors
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal
 from compile_sparse.compiler.ir.model_facts import layer_count
@@ -18,6 +22,7 @@ from compile_sparse.compiler.planning.axis_shares import group_rows
 from compile_sparse.compiler.planning.speedup_bound import speedup_bound
 from compile_sparse.compiler.planning.token_cost import token_cost
 from compile_sparse.compiler.progress import Progress
+from compile_sparse.compiler.verify.source_model import unused_tensors
 
 __all__ = ["plan_job"]
 
@@ -31,11 +36,12 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         accept_useless: do not list what the target cannot exploit as refused.
 
     Returns:
-        Plain data: ``model``, ``passes`` (requested, achieved, skips, notes), ``groups`` (axes that can be removed together,
-        see ``group_rows``), ``source_bytes``, ``bytes`` and ``parameters`` before and after, ``gain`` (bounds on the speed-up,
-        see ``speedup_bound``), ``runtime`` (what the backend says about the result) and ``refusals``.
+        Plain data: ``model``, ``source`` (what is to be said about the model's folder), ``passes`` (requested, achieved, skips,
+        notes), ``groups`` (axes that can be removed together, see ``group_rows``), ``source_bytes``, ``bytes`` and ``parameters``
+        before and after, ``gain`` (bounds on the speed-up, see ``speedup_bound``), ``runtime`` (what the backend says about the
+        result) and ``refusals``.
     """
-    dense = capture(job.folder, require_weights=False, progress=progress)
+    dense = capture(job.folder, require_weights=False, image_size=job.settings.image_size, progress=progress)
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
     context = job.context(progress, plan_only=True)
     program, sections = dense, []
@@ -66,6 +72,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
             "parameters": dense.parameter_count(),
             "layers": layer_count(dense.config),
         },
+        "source": [each.as_dict() for each in unused_tensors(_unused(job))],
         "passes": sections,
         "groups": groups,
         "source_bytes": source_bytes(job.folder),
@@ -75,3 +82,10 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
         "runtime": [skip.as_dict() for skip in said if skip.severity != "error"],
         "refusals": refusals,
     }
+
+
+def _unused(job: Job) -> tuple[str, ...]:
+    """Stored tensors that the model does not use; none for a folder without weights."""
+    folder = job.folder
+    stored = stored_tensors(folder, torch.float32, required=False)
+    return load_class(folder.model_class, folder.config, stored, torch.float32).unused if stored else ()

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Union
+from typing import Annotated, Any, Union
 
 from pydantic import (
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     GetJsonSchemaHandler,
@@ -26,6 +27,26 @@ from compile_sparse.compiler.targets.target import Precision
 __all__ = ["Building", "check_building"]
 
 
+LARGEST_IMAGE = 8192
+
+
+def _height_and_width(value: Any) -> Any:
+    """``224`` is square, ``224x320`` height and width."""
+    if isinstance(value, str):
+        written = value.lower().split("x")
+        if len(written) > 2 or not all(side.isascii() and side.isdigit() for side in written):
+            raise ValueError("an image size is written 224 or 224x320 (height x width)")
+        value = [int(side) for side in written]
+    sides = [value] if isinstance(value, int) and not isinstance(value, bool) else value
+    return (*sides, *sides) if isinstance(sides, (list, tuple)) and len(sides) == 1 else sides
+
+
+_Side = Annotated[int, Field(ge=1, le=LARGEST_IMAGE)]
+ImageSize = Annotated[
+    tuple[_Side, _Side], BeforeValidator(_height_and_width, json_schema_input_type=int | str | list[int])
+]
+
+
 class Building(BaseModel):
     """Options of the artifact itself."""
 
@@ -34,6 +55,10 @@ class Building(BaseModel):
 
     precision: Precision | None = Field(
         default=None, description="of what is not quantized, in the baseline too; null: the target's own"
+    )
+    image_size: ImageSize | None = Field(
+        default=None,
+        description="models of images: height and width the artifact takes, 224 or 224x320; null: the config's image_size",
     )
     emit: tuple[str, ...] = Field(default=(), description="forms written beside the artifact's own, such as triton")
 

@@ -52,6 +52,7 @@ class Flags:
     concurrency: str | Sequence[int] | None = None
     tensor_parallel: int | None = None
     precision: str | None = None
+    image_size: str | int | Sequence[int] | None = None
     emit: Sequence[str] | None = None
     gates: Sequence[str] = ()
     require_sparse: int | None = None
@@ -104,6 +105,8 @@ def merge_options(recipe: Recipe | None = None, **options: Any) -> Recipe:
     data["workload"] = _workload(base.workload, flags)
     if flags.precision is not None:
         data["building"]["precision"] = flags.precision
+    if flags.image_size is not None:
+        data["building"]["image_size"] = flags.image_size
     data["building"]["emit"] = tuple(dict.fromkeys((*base.building.emit, *(flags.emit or ()))))
     data["building"] |= of_backends
     for name in ("bos", "seed"):

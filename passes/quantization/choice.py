@@ -71,8 +71,8 @@ def choose_schemes(
     is tried is held to ``DESTROYED``. Layers that read a value with one fixed scale stay together, because runtimes make one GEMM
     of them; so do all readers of one weight.
 
-    The text is that of calibration; without any, seeded random token ids (or pixels, features), which are enough to tell the
-    layers whose inputs have outliers. Memory: that of ``LayerwiseExecutor`` and one weight.
+    The text is that of calibration, or the packaged sample; without any, seeded random token ids (or pixels, features), which
+    are enough to tell the layers whose inputs have outliers. Memory: that of ``LayerwiseExecutor`` and one weight.
 
     Args:
         program: whose linear layers are ``linears``.
@@ -128,12 +128,13 @@ def _first_within(errors: Mapping[str, float], order: Sequence[str]) -> tuple[st
 
 def _feeds(program: Program, context: PassContext) -> tuple[list[dict[str, torch.Tensor]], str]:
     """Model inputs of about ``TOKENS`` tokens, and what they are."""
-    text = context.calibration
+    text = context.calibration or context.sample
     if text is not None:
         apart, length = max(1, len(text.windows) // WINDOWS), TOKENS // WINDOWS
         short = replace(text, windows=tuple(window[:length] for window in text.windows[::apart][:WINDOWS]))
         batches = short.feeds(program)
-        return list(batches) if text.windows else [next(iter(batches))], "calibration data"
+        source = "the packaged text" if context.calibration is None else "calibration data"
+        return list(batches) if text.windows else [next(iter(batches))], source
     roles = {entry.role for entry in program.inputs}
     if not roles <= _ROLES:
         return [], "there is no calibration data and the model's inputs are of an unknown kind"

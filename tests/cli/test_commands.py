@@ -50,7 +50,8 @@ def test_every_option_arrives(api, shell):
             "pl=p",
         ),
         *("--kv-cache", "fp8", "--concurrency", "1,8", "--tensor-parallel", "2"),
-        *("--precision", "bf16", "--max-length", "64", "--engine", "none", "--emit", "triton", "--require-sparse", "3"),
+        *("--precision", "bf16", "--image-size", "64x96"),
+        *("--max-length", "64", "--engine", "none", "--emit", "triton", "--require-sparse", "3"),
         *(
             "--max-quality-loss",
             "1.2x",
@@ -82,6 +83,7 @@ def test_every_option_arrives(api, shell):
         "concurrency": "1,8",
         "tensor_parallel": 2,
         "precision": "bf16",
+        "image_size": "64x96",
         "max_length": 64,
         "engine": "none",
         "emit": ("triton",),

@@ -43,6 +43,7 @@ def test_w8a8_of_a_real_llama_keeps_its_quality_on_onnxruntime(real: Real, text:
     """One scale per tensor doubled its perplexity: activations of its down projections reach 3,273 where the median is 0.06."""
     report = compiled(real("smollm2"), "ort-cpu", "quantize: {scheme: w8a8}", tmp_path / "out", eval={"text": text})
     require_right(report, LINEARS + 1)
+    assert "on the packaged text" in report["passes"][0]["notes"][0]
     assert report["quality"]["slices"]["text"]["ratio"] < 1.06
     assert report["verdict"] != "quality-lost"
 

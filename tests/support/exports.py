@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature
 from torch.fx._graph_pickler import GraphPickler, Options
+from torch.utils import _pytree as pytree
 from transformers import PreTrainedModel
 
 from compile_sparse.compiler.capture import huggingface
@@ -99,11 +100,13 @@ class Exports:
     @staticmethod
     def key(model: PreTrainedModel, sample: Sample) -> str:
         """Name of the file: everything an export depends on."""
+        leaves = pytree.tree_leaves(sample.kwargs)
         told = {
             "class": f"{type(model).__module__}.{type(model).__qualname__}",
             "config": model.config.to_dict(),
             "tensors": {name: _plain(value) for name, value in model.state_dict(keep_vars=True).items()},
-            "sample": [sample.inputs, sample.outputs, str(sample.dynamic_shapes)],
+            "sample": [sample.inputs, sample.outputs, str(sample.dynamic_shapes), *map(_plain, leaves)],
+            "always": getattr(model.forward, "keywords", {}),  # what the skeleton was told once and for all
             "versions": [sys.version, *map(version, ("torch", "transformers", "sympy"))],
             "code": [
                 file.read_text(encoding="utf-8") for file in sorted(Path(huggingface.__file__).parent.glob("*.py"))

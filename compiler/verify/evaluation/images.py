@@ -22,7 +22,11 @@ PREPARATION = "preprocessor_config.json"
 
 
 def read_images(
-    path: Path, folder: Path | None, class_of: Callable[[str, str], int], samples: int
+    path: Path,
+    folder: Path | None,
+    class_of: Callable[[str, str], int],
+    samples: int,
+    image_size: tuple[int, int] | None = None,
 ) -> tuple[NDArray[np.float32], NDArray[np.int64] | None]:
     """Images ``[N, channels, height, width]`` and their classes ``[N]``; None where they do not lie in folders by class.
 
@@ -31,6 +35,7 @@ def read_images(
         folder: of the model.
         class_of: class of a folder's name; its second argument says where the name was found.
         samples: most images that are read, evenly spaced over the sorted paths.
+        image_size: height and width, where not the description's.
 
     Raises:
         UsageError: CS1059 there is no Pillow, no description of the preparation, or no image; CS1058 a class that is not there.
@@ -51,10 +56,10 @@ def read_images(
         names = [each.parent.name for each in chosen]
         known = {name: class_of(name, f"{path.name}/{name}") for name in sorted(set(names))}
         labels = np.array([known[name] for name in names], np.int64)
-    return _prepared(chosen, folder), labels
+    return _prepared(chosen, folder, image_size), labels
 
 
-def _prepared(files: list[Path], folder: Path) -> NDArray[np.float32]:
+def _prepared(files: list[Path], folder: Path, image_size: tuple[int, int] | None) -> NDArray[np.float32]:
     from PIL import Image, UnidentifiedImageError
     from transformers import AutoImageProcessor
 
@@ -66,14 +71,28 @@ def _prepared(files: list[Path], folder: Path) -> NDArray[np.float32]:
         raise _cannot(
             PREPARATION, str(error).splitlines()[0], "Prepare the images and give an .npz instead."
         ) from error
+    sizes = {} if image_size is None else _sizes(processor, *image_size)
     found = []
     for file in files:
         try:
             with Image.open(file) as image:
-                found.append(processor(images=image.convert("RGB"), return_tensors="np")["pixel_values"][0])
+                found.append(processor(images=image.convert("RGB"), return_tensors="np", **sizes)["pixel_values"][0])
         except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             raise _cannot(f"{file.parent.name}/{file.name}", f"It cannot be read: {error}", "Take it out.") from error
     return np.stack(found).astype(np.float32)
+
+
+def _sizes(processor: Any, height: int, width: int) -> dict[str, Any]:
+    """Options of a processor that make images of another size the same way: what it cuts off stays the same share."""
+    wanted = {"height": height, "width": width}
+    crop, size = (getattr(processor, name, None) for name in ("crop_size", "size"))
+    if not (getattr(processor, "do_center_crop", False) and crop and size):
+        return {"size": wanted, "do_resize": True, "do_center_crop": False}
+    if edge := size.get("shortest_edge"):
+        scale = edge / min(crop["height"], crop["width"])
+        return {"size": {"shortest_edge": round(scale * max(height, width))}, "crop_size": wanted}
+    resized = {side: round(size[side] / crop[side] * wanted[side]) for side in wanted}
+    return {"size": resized, "crop_size": wanted}
 
 
 def _cannot(where: str, why: str, hint: str) -> UsageError:

@@ -63,13 +63,20 @@ class EvaluationReader:
         config: of the model.
         model_class: its class.
         length: tokens per input, or None: 256, or less where the model says so.
+        image_size: height and width the model was captured for, where not the config's.
     """
 
     def __init__(
-        self, folder: Path | None, config: PretrainedConfig, model_class: type, length: int | None = None
+        self,
+        folder: Path | None,
+        config: PretrainedConfig,
+        model_class: type,
+        length: int | None = None,
+        image_size: tuple[int, int] | None = None,
     ) -> None:
         self.task = task_of(model_class)
         self._folder, self._config, self._class, self._length = folder, config, model_class, length
+        self._image_size = image_size
 
     def read(self, path: Path, samples: int | None = None) -> EvaluationSlice:
         """What is measured on ``path``: JSON lines, an ``.npz``, or a folder of images.
@@ -132,11 +139,11 @@ class EvaluationReader:
         return LabelledText(texts, labels.of_texts(lines))
 
     def _arrays(self, path: Path, samples: int | None) -> EvaluationSlice:
-        name, shape = input_shape(self._class, self._config)
+        name, shape = input_shape(self._class, self._config, self._image_size)
         labels: Any
         if path.is_dir() and self.task == "vision":
             class_of = Labels(self._config).of_name
-            pixels, labels = read_images(path, self._folder, class_of, samples or IMAGES)
+            pixels, labels = read_images(path, self._folder, class_of, samples or IMAGES, self._image_size)
             arrays: dict[str, Any] = {name: pixels}
         elif path.suffix == ".npz":
             arrays = read_arrays(path, samples or SAMPLES)
@@ -147,7 +154,10 @@ class EvaluationReader:
         if given is None or given.shape[1:] != shape or set(arrays) != {name}:
             has = ", ".join(f"{key} {list(array.shape)}" for key, array in arrays.items()) or "labels only"
             wanted = f"{name} [samples, {', '.join(map(str, shape))}]"
-            raise self._unfit(path.name, f"It has {has}; the model takes {wanted}, and labels may stand beside it.")
+            size = " (--image-size chooses another)" if self.task == "vision" else ""
+            raise self._unfit(
+                path.name, f"It has {has}; the model takes {wanted}{size}, and labels may stand beside it."
+            )
         if labels is not None:
             labels = self._classes(labels, path.name)
         return LabelledArrays({name: given.astype(np.float32)}, labels)

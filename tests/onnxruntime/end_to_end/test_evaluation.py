@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 import transformers as hf
@@ -99,3 +100,32 @@ def test_a_destroyed_backbone_is_not_called_faster(tmp_path: Path) -> None:
     assert given.code == 3, given.out
     assert given.data["quality"]["known"] is True
     assert given.data["quality"]["slices"]["images"]["samples"] == 5
+
+
+def test_images_of_a_chosen_size(tmp_path: Path) -> None:
+    """The artifact takes them, and gives what the class gives when it stretches its table of positions."""
+    torch.manual_seed(0)
+    model = randomised(hf.ViTModel(hf.ViTConfig(**SIZES, image_size=32, patch_size=8)))
+    model.save_pretrained(tmp_path / "vit")
+    pixels = np.random.default_rng(0).standard_normal((4, 3, 16, 40)).astype(np.float32)
+    np.savez(tmp_path / "images.npz", pixel_values=pixels)
+    words = (tmp_path / "vit", "--target", "ort-cpu", "--image-size", "16x40", "--eval", f"x={tmp_path / 'images.npz'}")
+    found = shell(*words, *QUICK, "--out", tmp_path / "out")
+    assert found.code == 0, found.out
+    assert found.data["quality"]["slices"]["x"]["samples"] == 4
+    with torch.no_grad():
+        expected = model(torch.from_numpy(pixels), interpolate_pos_encoding=True).last_hidden_state.numpy()
+    session = onnxruntime.InferenceSession(tmp_path / "out" / "model" / "model.onnx")
+    given = session.run(["last_hidden_state"], {"pixel_values": pixels})[0]
+    assert np.abs(given - expected).max() <= 1e-5 * np.abs(expected).max()
+    again = shell("verify", tmp_path / "out", "--eval", f"x={tmp_path / 'images.npz'}")
+    assert again.code == 0, again.out
+    # transformers asks for a flag that a folder cannot carry, and says so.
+    refused = shell(tmp_path / "vit", "--target", "hf", "--image-size", "16x40", *QUICK, "--out", tmp_path / "hf")
+    assert (refused.code, refused.error["code"]) == (4, "CS4205")
+    assert "doesn't match model" in refused.error["why"]
+
+
+def test_text_has_no_size_of_images(classifier: Path, tmp_path: Path) -> None:
+    found = shell(classifier, "--target", "ort-cpu", "--image-size", "16", *QUICK, "--out", tmp_path / "out")
+    assert (found.code, found.error["code"]) == (2, "CS1062")

@@ -21,9 +21,10 @@ from transformers.core_model_loading import (
 )
 
 from compile_sparse.compiler.capture.assemble import CannotAssemble, assembled
-from compile_sparse.compiler.capture.bind import bind_weights
+from compile_sparse.compiler.capture.bind import bind_weights, renamed
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.skeleton import build_skeleton, new_fake_mode
+from compile_sparse.compiler.capture.weight_files import weight_files
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.execution.executor import Executor, decoder_inputs
 from compile_sparse.compiler.ir.program import Program
@@ -169,9 +170,9 @@ FUSED = {
 
 
 def stored_and_bound(model: hf.PreTrainedModel, folder: Path) -> tuple[set[str], dict[str, TensorSource]]:
-    stored = read_checkpoint(folder, torch.float32)
+    stored = read_checkpoint(weight_files(folder), torch.float32)
     skeleton = build_skeleton(type(model), model.config, torch.float32, new_fake_mode())
-    return set(stored), bind_weights(skeleton, stored)
+    return set(stored), bind_weights(skeleton, renamed(skeleton, stored))
 
 
 @pytest.mark.parametrize("name", FUSED)

@@ -62,6 +62,26 @@ def test_kind_and_inputs(from_disk: FromDisk, name: str, kind: str, role: str) -
     assert all(value.shape[0] == 2 for value in outputs.values())
 
 
+@pytest.mark.parametrize("name", ["vit", "swin", "convnext"])
+def test_images_of_a_size_that_the_config_does_not_name(saved: Callable[[str], Path], name: str) -> None:
+    """Positions of ViT and windows of Swin depend on it."""
+    program, model = capture(open_folder(saved(name)), image_size=(24, 40)), build_model(name)
+    pixels = torch.from_numpy(sample_inputs(program, seed=0, batch=3, length=1)["pixel_values"])
+    assert pixels.shape == (3, 3, 24, 40)
+    asked = {"interpolate_pos_encoding": True} if name == "vit" else {}
+    with torch.no_grad():
+        expected = model(pixel_values=pixels, **asked)
+    found = Executor(program).run({"pixel_values": pixels})
+    assert found.keys() == expected.keys()
+    for key, value in found.items():
+        assert relative_error(value, expected[key]) <= tolerance(program), key
+
+
+def test_an_image_that_is_too_small(saved: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match=r"CS2008(.|\n)*another size"):
+        capture(open_folder(saved("vit")), image_size=(2, 40))
+
+
 def _relabel(folder: Path, architecture: str) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": [architecture]}))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle  # noqa: TID251 - the trap is one
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+import transformers as hf
 from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import load_file, save_file
 
@@ -144,9 +146,41 @@ def test_an_unreadable_config_is_a_usage_error(tmp_path: Path, text: str | None)
     assert refused(tmp_path, UsageError).code == "CS1003"
 
 
-@pytest.mark.parametrize("changes", [{"hidden_size": "many"}, {"num_attention_heads": 7}, {"hidden_size": -64}])
-def test_values_the_model_rejects_are_a_usage_error(copy_of: CopyOf, changes: dict[str, Any]) -> None:
-    assert refused(configure(copy_of("bert"), **changes), UsageError).code == "CS1003"
+@pytest.mark.parametrize(
+    ("model", "key", "value"),
+    [
+        ("bert", "hidden_size", "many"),
+        ("bert", "hidden_size", -64),
+        ("bert", "num_attention_heads", 7),
+        ("bert", "architectures", "BertModel"),
+        ("bert", "architectures", {"a": "BertModel"}),
+        ("bert", "architectures", [["BertModel"]]),
+        ("bert", "hidden_act", "nope"),
+        ("bert", "vocab_size", 2**64),
+        ("bert", "max_position_embeddings", 2**70),
+        ("llama", "num_attention_heads", 0),
+        ("llama", "num_key_value_heads", 0),
+        ("llama", "pad_token_id", "vocab_size"),
+        ("llama", "rope_parameters", {"rope_type": "nope"}),
+    ],
+)
+def test_a_value_the_model_rejects_is_named_by_its_key(copy_of: CopyOf, model: str, key: str, value: Any) -> None:
+    folder = copy_of(model)
+    if value == "vocab_size":
+        value = json.loads((folder / "config.json").read_text())["vocab_size"]
+    error = refused(configure(folder, **{key: value}))
+    assert (error.code, error.exit_code) == ("CS2014", 4)
+    assert key in error.where
+
+
+def test_floats_that_json_lacks_are_read_as_transformers_writes_them(copy_of: CopyOf) -> None:
+    folder = configure(copy_of("llama"), some_limit=[0.0, {"__float__": "Infinity"}])
+    found = open_folder(folder).config
+    assert found.some_limit == [0.0, float("inf")] == hf.AutoConfig.from_pretrained(folder).some_limit
+
+
+def test_kernels_that_the_config_was_saved_with_do_not_matter(copy_of: CopyOf) -> None:
+    open_folder(configure(copy_of("llama"), _attn_implementation="flash_attention_2", attn_implementation="nope"))
 
 
 @pytest.mark.parametrize("model", ["./missing", "../missing/model", "/nowhere/model", "~/nowhere", "missing", "here/x"])
@@ -175,6 +209,40 @@ def test_a_hub_that_cannot_be_reached_is_the_reason(monkeypatch: pytest.MonkeyPa
 
 def test_a_name_the_hub_would_not_accept_is_a_usage_error() -> None:
     assert refused("some..body/some--model", UsageError).code == "CS1002"
+
+
+def test_a_model_file_instead_of_a_folder_is_named_for_what_it_is(tmp_path: Path) -> None:
+    for name, said in {"a.gguf": "GGUF", "a.onnx": "ONNX", "a.bin": "pickle", "a.safetensors": "weight file"}.items():
+        (tmp_path / name).write_bytes(b"?")
+        error = refused(str(tmp_path / name))
+        assert (error.code, error.exit_code) == ("CS2003", 4)
+        assert said in error.what
+        assert error.hint
+
+
+def test_a_revision_of_a_hub_id_is_asked_for_and_its_commit_is_known(
+    monkeypatch: pytest.MonkeyPatch, saved: Callable[[str], Path], tmp_path: Path
+) -> None:
+    asked: list[Any] = []
+    snapshot = tmp_path / "models--somebody--some-model" / "snapshots" / "c0ffee"
+    shutil.copytree(saved("bert"), snapshot)
+
+    def download(model: str, **options: Any) -> str:
+        asked.append((model, options["revision"], options["allow_patterns"]))
+        return str(snapshot)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    folder = open_folder("somebody/some-model@refs/pr/7")
+    assert asked[0][:2] == ("somebody/some-model", "refs/pr/7")
+    assert {"*.jinja", "LICENSE*"} <= set(asked[0][2])
+    assert (folder.name, folder.commit) == ("somebody/some-model", "c0ffee")
+    assert open_folder("somebody/some-model").model_class is folder.model_class
+    assert asked[1][1] is None
+
+
+def test_a_folder_that_lies_here_has_no_commit(saved: Callable[[str], Path]) -> None:
+    folder = open_folder(saved("bert"))
+    assert (folder.name, folder.commit) == ("bert", "")
 
 
 def test_pickles_and_code_are_not_downloaded(monkeypatch: pytest.MonkeyPatch, copy_of: CopyOf) -> None:

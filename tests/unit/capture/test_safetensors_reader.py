@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from compile_sparse.compiler.capture.safetensors_reader import INDEX_NAME, read_checkpoint
+from compile_sparse.compiler.capture import safetensors_reader
+from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
+from compile_sparse.compiler.capture.weight_files import INDEX_NAME, weight_files
 from compile_sparse.compiler.errors import ModelError
 
 FLOATS = bytes(8)
@@ -31,7 +33,7 @@ GOOD = file_bytes({"w": entry()})
 def test_the_undamaged_file_is_read(tmp_path: Path) -> None:
     """The cases below differ from this one in one respect each."""
     (tmp_path / "model.safetensors").write_bytes(GOOD)
-    (found,) = read_checkpoint(tmp_path, torch.float32).values()
+    (found,) = read_checkpoint(weight_files(tmp_path), torch.float32).values()
     assert torch.equal(found.load(), torch.zeros(2))
 
 
@@ -68,7 +70,7 @@ def test_a_damaged_file_is_named_with_the_reason(tmp_path: Path, name: str) -> N
     raw, reason = DAMAGED[name]
     (tmp_path / "model.safetensors").write_bytes(raw)
     with pytest.raises(ModelError) as caught:
-        read_checkpoint(tmp_path, torch.float32)
+        read_checkpoint(weight_files(tmp_path), torch.float32)
     assert caught.value.code == "CS2004"
     assert caught.value.where == "model.safetensors"
     assert reason in caught.value.why
@@ -82,7 +84,7 @@ def shards(folder: Path, weight_map: Any) -> None:
 
 def test_a_sharded_folder_reads_every_tensor(tmp_path: Path) -> None:
     shards(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
-    found = read_checkpoint(tmp_path, torch.float32)
+    found = read_checkpoint(weight_files(tmp_path), torch.float32)
     assert {name: tensor.path.name for name, tensor in found.items()} == {
         "a": "model-1.safetensors",
         "b": "model-2.safetensors",
@@ -93,7 +95,7 @@ def test_a_sharded_folder_reads_every_tensor(tmp_path: Path) -> None:
 def test_files_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
     shards(tmp_path, {"a": "model-1.safetensors"})
     (tmp_path / "model-2.safetensors").write_bytes(b"garbage")
-    assert set(read_checkpoint(tmp_path, torch.float32)) == {"a"}
+    assert set(read_checkpoint(weight_files(tmp_path), torch.float32)) == {"a"}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +114,7 @@ def test_files_the_index_does_not_name_are_not_read(tmp_path: Path) -> None:
 def test_a_bad_index_is_refused(tmp_path: Path, weight_map: Any, reason: str) -> None:
     shards(tmp_path, weight_map)
     with pytest.raises(ModelError) as caught:
-        read_checkpoint(tmp_path, torch.float32)
+        read_checkpoint(weight_files(tmp_path), torch.float32)
     assert (caught.value.code, caught.value.where) == ("CS2004", INDEX_NAME)
     assert reason in caught.value.why
 
@@ -121,20 +123,20 @@ def test_a_bad_index_is_refused(tmp_path: Path, weight_map: Any, reason: str) ->
 def test_an_unreadable_index_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / INDEX_NAME).write_text(text)
     with pytest.raises(ModelError, match="CS2004"):
-        read_checkpoint(tmp_path, torch.float32)
+        read_checkpoint(weight_files(tmp_path), torch.float32)
 
 
 def test_a_tensor_in_two_shards_is_refused(tmp_path: Path) -> None:
-    for number in (1, 2):
-        save_file({"a": torch.ones(2)}, tmp_path / f"model-{number}.safetensors")
+    shards(tmp_path, {"a": "model-1.safetensors", "b": "model-2.safetensors"})
+    save_file({"a": torch.ones(2)}, tmp_path / "model-2.safetensors")
     with pytest.raises(ModelError, match=r"'a' is also in model-1\.safetensors"):
-        read_checkpoint(tmp_path, torch.float32)
+        read_checkpoint(weight_files(tmp_path), torch.float32)
 
 
 def test_floating_point_is_converted_on_load_and_integers_are_not(tmp_path: Path) -> None:
     half = torch.tensor([1.0, 3.140625, -2e30], dtype=torch.bfloat16)
     save_file({"half": half, "ids": torch.tensor([1, 2])}, tmp_path / "model.safetensors")
-    found = read_checkpoint(tmp_path, torch.float32)
+    found = read_checkpoint(weight_files(tmp_path), torch.float32)
     assert found["half"].dtype == torch.float32
     assert found["half"].stored_dtype == torch.bfloat16
     assert torch.equal(found["half"].load(), half.float())  # every bfloat16 is a float32
@@ -144,7 +146,7 @@ def test_floating_point_is_converted_on_load_and_integers_are_not(tmp_path: Path
 def test_a_file_that_changes_during_the_run_is_a_typed_error(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     file.write_bytes(GOOD)
-    found = read_checkpoint(tmp_path, torch.float32)["w"]
+    found = read_checkpoint(weight_files(tmp_path), torch.float32)["w"]
     file.write_bytes(b"garbage")
     with pytest.raises(ModelError) as caught:
         found.load()
@@ -153,4 +155,35 @@ def test_a_file_that_changes_during_the_run_is_a_typed_error(tmp_path: Path) -> 
 
 
 def test_without_any_weight_file_the_result_is_empty(tmp_path: Path) -> None:
-    assert read_checkpoint(tmp_path, torch.float32) == {}
+    assert weight_files(tmp_path, required=False) == []
+    assert read_checkpoint([], torch.float32) == {}
+    with pytest.raises(ModelError, match="CS2003"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("wrong", ["nan", "inf", "-inf"])
+def test_a_value_that_is_not_finite_is_named_when_it_is_read(tmp_path: Path, dtype: torch.dtype, wrong: str) -> None:
+    value = torch.randn(4, 6).to(dtype)
+    value[2, 3] = value[3, 0] = float(wrong)
+    save_file({"w": value, "good": torch.ones(3)}, tmp_path / "model.safetensors")
+    found = read_checkpoint(weight_files(tmp_path), torch.float32)
+    assert torch.equal(found["good"].load(), torch.ones(3))
+    for _ in range(2):
+        with pytest.raises(ModelError) as caught:
+            found["w"].load()
+        assert (caught.value.code, caught.value.exit_code) == ("CS2013", 4)
+        assert "'w'" in caught.value.what
+        assert "2 of 24 are" in caught.value.why
+        assert f"[2, 3]: {wrong}" in caught.value.why
+
+
+def test_a_tensor_is_searched_for_values_that_are_not_finite_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_file({"w": torch.ones(3)}, tmp_path / "model.safetensors")
+    looked: list[str] = []
+    monkeypatch.setattr(safetensors_reader, "_require_finite", lambda path, name, value: looked.append(name))
+    (found,) = read_checkpoint(weight_files(tmp_path), torch.float32).values()
+    found.load(), found.load()
+    assert looked == ["w"]

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from compile_sparse.compiler.errors import ModelError
+from compile_sparse.compiler.execution.calibration import CalibrationStream
 from compile_sparse.compiler.execution.executor import Executor
 from compile_sparse.compiler.extension.pass_contract import PassContext, PassResult
 from compile_sparse.compiler.ir.edit import op_name
@@ -223,6 +224,14 @@ def test_random_ids_tell_outliers_without_text(tiny_llama_program: Program, plan
     assert "random token ids" in result.notes[0]
     wanted = ["gate_proj", "up_proj"] if planted else []
     assert [each.where.split(".")[-2] for each in result.diagnostics] == wanted
+
+
+def test_packaged_text_is_measured_on_before_random_ids(tiny_llama_program: Program) -> None:
+    sample = CalibrationStream((tuple(range(3, 67)),) * 2)
+    result = Quantize(scheme="w8a8").run(
+        tiny_llama_program, context(sample=sample, goal=target(fallbacks={"w8a8": ("w8a16",)}))
+    )
+    assert "on the packaged text" in result.notes[0]
 
 
 # -- the error

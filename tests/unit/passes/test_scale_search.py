@@ -131,6 +131,16 @@ def test_mean_squares_are_those_of_the_inputs(tiny_llama_program: Program) -> No
         torch.testing.assert_close(found[layer.tensor, layer.axis], wanted / wanted.mean(), rtol=1e-5, atol=1e-7)
 
 
+def test_packaged_text_stands_in_for_calibration(tiny_llama_program: Program) -> None:
+    def scales(**given: CalibrationStream) -> dict[str, torch.Tensor]:
+        made = Quantize(scheme="w4a16").run(tiny_llama_program, context(goal=ALL, **given)).program
+        return {name: made.weights.load(name) for name in made.weights if name.endswith(".scale")}
+
+    calibrated, sampled, neither = scales(calibration=TEXT), scales(sample=TEXT), scales()
+    assert all(torch.equal(scale, calibrated[name]) for name, scale in sampled.items())
+    assert any(not torch.equal(scale, neither[name]) for name, scale in sampled.items())
+
+
 def test_the_zeros_of_a_pattern_stay() -> None:
     generator = torch.Generator().manual_seed(0)
     text = Fed((), inputs=(torch.randn(40, 64, generator=generator),))

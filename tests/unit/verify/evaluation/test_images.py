@@ -59,6 +59,45 @@ def test_a_backbone_takes_images_without_classes(model: Path, tmp_path: Path) ->
     assert (found.samples, found.labels) == (2, None)
 
 
+@pytest.mark.parametrize(
+    ("preparation", "resized", "left", "top"),
+    [
+        ({"size": {"height": 8, "width": 8}}, (12, 16), 0, 0),  # everything is kept
+        ({"size": {"shortest_edge": 8}}, (12, 16), 0, 0),  # nothing is cut off
+        ({"size": {"height": 10, "width": 10}, "do_center_crop": True, "crop_size": 8}, (15, 20), 1, 2),  # 8 of 10
+        (
+            {"size": {"shortest_edge": 10}, "do_center_crop": True, "crop_size": 8},
+            (20, 20),
+            4,
+            2,
+        ),  # the shorter edge fits
+    ],
+)
+def test_images_of_another_size(
+    model: Path, tmp_path: Path, preparation: dict[str, object], resized: tuple[int, int], left: int, top: int
+) -> None:
+    kind = {"image_processor_type": "CLIPImageProcessor", "do_center_crop": False}
+    (model / "preprocessor_config.json").write_text(json.dumps({**PREPARATION, **kind, **preparation}))
+    folder = drawn(tmp_path, "a.png")
+    found = EvaluationReader(model, VIT, hf.ViTModel, image_size=(12, 16)).read(folder)
+    assert isinstance(found, LabelledArrays)
+    # The same by Pillow.
+    image = pytest.importorskip("PIL.Image", reason="Pillow is not installed")
+    height, width = resized
+    pixels = np.asarray(image.open(folder / "a.png").convert("RGB").resize((width, height), image.Resampling.BILINEAR))
+    cut = pixels[left : left + 12, top : top + 16] / 255
+    expected = ((cut - PREPARATION["image_mean"]) / PREPARATION["image_std"]).transpose(2, 0, 1)
+    # One step of a byte: resizing rounds.
+    assert np.abs(found.arrays["pixel_values"][0] - expected).max() <= 1.01 / 255 / min(PREPARATION["image_std"])
+
+
+def test_arrays_must_have_the_size(model: Path, tmp_path: Path) -> None:
+    np.savez(tmp_path / "x.npz", pixel_values=np.zeros((2, 3, 8, 8), np.float32))
+    EvaluationReader(model, VIT, hf.ViTModel).read(tmp_path / "x.npz")
+    with pytest.raises(UsageError, match=r"\[samples, 3, 12, 16\].*--image-size"):
+        EvaluationReader(model, VIT, hf.ViTModel, image_size=(12, 16)).read(tmp_path / "x.npz")
+
+
 def test_what_cannot_be_read_is_said(model: Path, tmp_path: Path) -> None:
     reader = EvaluationReader(model, VIT, hf.ViTForImageClassification)
     folder = drawn(tmp_path, "cat/a.png", "bird/b.png")
