@@ -23,6 +23,10 @@ _SEARCH = (
     *("no_repeat_ngram_size", "min_length"),
 )
 """Options of ``generate()`` that onnxruntime-genai has under the same name."""
+_OTHER_TOKENIZERS = (
+    *(TOKENIZER_CONFIG_FILE, "tokenizer.model", "tokenizer.model.v3", "tekken.json"),
+    *("spiece.model", "vocab.json", "vocab.txt"),
+)
 _UNKNOWN = {
     **dict.fromkeys(("min_p", "epsilon_cutoff", "eta_cutoff", "encoder_no_repeat_ngram_size"), 0),
     **dict.fromkeys(("num_beams", "typical_p", "guidance_scale", "encoder_repetition_penalty"), 1),
@@ -61,7 +65,7 @@ def write_genai(
     files[CONFIG_FILE] = _write_json(
         out / CONFIG_FILE, _config(program, inputs, shapes.pop(), defaults, share_buffer=share_buffer)
     )
-    return files, _left_out(defaults)
+    return files, [*_unopened(out), *_left_out(defaults)]
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> str:
@@ -81,6 +85,15 @@ def _describe_tokenizer(folder: Path, defaults: GenerationDefaults) -> dict[str,
         token = tokenizer.id_to_token(ids[0]) if tokenizer is not None and ids else None
         described |= {} if token is None else {role: token}
     return {TOKENIZER_CONFIG_FILE: _write_json(folder / TOKENIZER_CONFIG_FILE, described)}
+
+
+def _unopened(folder: Path) -> list[str]:
+    if (folder / TOKENIZER_FILE).exists() or not any((folder / name).exists() for name in _OTHER_TOKENIZERS):
+        return []
+    return [
+        f"onnxruntime-genai opens no tokenizer without a {TOKENIZER_FILE}: give it token ids, or save the source's tokenizer "
+        "with AutoTokenizer.from_pretrained(FOLDER).save_pretrained(FOLDER) and compile again."
+    ]
 
 
 def _left_out(defaults: GenerationDefaults) -> list[str]:

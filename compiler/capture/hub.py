@@ -5,13 +5,26 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from compile_sparse.compiler.capture.side_files import NEVER_COPIED, SIDE_FILES
 from compile_sparse.compiler.errors import ModelError, UsageError
 
 __all__ = ["find_model", "hub_id_of"]
 
 HUB_ID = re.compile(r"(?P<id>[A-Za-z0-9][\w.-]*/[\w.-]+)(?:@(?P<revision>[\w./-]+))?")
-FETCHED = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja", "LICENSE*"]
-"""Patterns leave pickles and code behind."""
+
+
+def _in_any_case(pattern: str) -> str:
+    """The pattern for matching that tells cases apart, as the hub's does."""
+    return re.sub(
+        r"\[[^]]*\]|[A-Za-z]",
+        lambda found: f"[{found[0].strip('[]').lower()}{found[0].strip('[]').upper()}]",
+        pattern,
+    )
+
+
+FETCHED = sorted({"*.json", "*.safetensors", *(_in_any_case(entry.pattern) for entry in SIDE_FILES)})
+IGNORED = [_in_any_case(f"*{ending}") for ending in NEVER_COPIED]
+"""Code and pickles stay behind, whatever the rest of their names is."""
 _FILES = {
     ".gguf": ("a GGUF file", "Compile the safetensors folder that it was converted from"),
     ".onnx": ("an ONNX graph", "Compile the Hugging Face folder that it was exported from"),
@@ -54,7 +67,11 @@ def find_model(model: str) -> Path:
         from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
         try:
-            return Path(snapshot_download(found["id"], revision=found["revision"], allow_patterns=FETCHED))
+            return Path(
+                snapshot_download(
+                    found["id"], revision=found["revision"], allow_patterns=FETCHED, ignore_patterns=IGNORED
+                )
+            )
         except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
             why = f"There is no such folder, and the hub gave nothing for this id ({type(error).__name__})."
     raise UsageError(

@@ -22,6 +22,7 @@ from compile_sparse.compiler.ir.program import Program
 
 __all__ = [
     "LABELS_FILE",
+    "NEVER_COPIED",
     "SIDE_FILES",
     "SideFile",
     "check_folder",
@@ -59,6 +60,7 @@ SIDE_FILES = (
     SideFile("preprocessor_config.json", "preparation of images and audio"),
     SideFile("video_preprocessor_config.json", "preparation of videos"),
     SideFile("processor_config.json", "preparation of several kinds of input together"),
+    SideFile("audio_tokenizer_config.json", "which codec makes tokens of audio"),
     SideFile("tokenizer.json", "fast tokenizer"),
     SideFile("tokenizer_config.json", "class and options of the tokenizer"),
     SideFile("special_tokens_map.json", "roles of special tokens"),
@@ -71,29 +73,50 @@ SIDE_FILES = (
     SideFile("spiece.model", "SentencePiece model of T5, ALBERT and their kin"),
     SideFile("*.spm", "SentencePiece models of Marian"),
     SideFile("spm*.model", "SentencePiece model of DeBERTa and its kin"),
-    SideFile("vocab.json", "vocabulary of byte-pair encodings"),
+    SideFile("*vocab.json", "vocabulary of byte-pair encodings, of targets, of entities"),
+    SideFile("vocab-*.json", "vocabularies of translation, by side"),
     SideFile("vocab.txt", "vocabulary of WordPiece"),
     SideFile("merges.txt", "merges of byte-pair encodings"),
     SideFile("bpe.codes", "merges of byte-pair encodings"),
+    SideFile("dict.txt", "vocabulary of fairseq's models"),
+    SideFile("prophetnet.tokenizer", "vocabulary of ProphetNet"),
+    SideFile("byte_maps.json", "bytes of BLT's and MyT5's tokens"),
+    SideFile("emoji.json", "spellings of Japanese GPT-NeoX"),
+    SideFile("word_*.json", "shapes and pronunciations of RoCBert's words"),
     SideFile("normalizer.json", "spelling rules of speech recognition"),
     SideFile("modules.json", "what a sentence embedding is made of"),
     SideFile("config_sentence_transformers.json", "prompts and similarity of embeddings"),
     SideFile("sentence_bert_config.json", "longest text of an embedding"),
     SideFile("*_Pooling/config.json", "how hidden states become an embedding"),
+    SideFile("[1-9]_*/config.json", "further layers of a sentence embedding"),
+    SideFile("[1-9]_*/model.safetensors", "their weights"),
     SideFile("chat_template.jinja", "how a conversation becomes a prompt"),
     SideFile("chat_template.json", "how a conversation becomes a prompt, of processors"),
     SideFile("additional_chat_templates/*.jinja", "further ways, by name"),
+    SideFile("*.jinja", "further ways, as servers are given them"),
     SideFile("id2label.json", "names of classes"),
     SideFile("labels.txt", "names of classes"),
     SideFile("LICEN[CS]E*", "under which terms the model may be used; they hold for what is made of it"),
+    SideFile("*LICEN[CS]E", "the same with the model's name before it"),
+    SideFile("*LICEN[CS]E.md", "the same"),
+    SideFile("*LICEN[CS]E.txt", "the same"),
+    SideFile("*LICEN[CS]E.pdf", "the same"),
+    SideFile("LICEN[CS]ES/*", "the same, one file for each"),
     SideFile("COPYING*", "the same under GNU's name"),
-    SideFile("NOTICE*", "what must be said with every copy"),
+    SideFile("COPYRIGHT*", "whose it is"),
+    SideFile("TERMS*", "under which terms it may be used"),
+    SideFile("*NOTICE*.md", "what must be said with every copy, of third parties too"),
+    SideFile("*NOTICE*.txt", "the same"),
+    SideFile("NOTICE*", "the same"),
     SideFile("USE_POLICY*", "what the model may not be used for"),
     # What it says of sizes, speed and quality is said of the dense model: it must not pass for the artifact's own.
     SideFile("README.md", "the source model's card", name="source_README.md"),
     SideFile("source_README.md", "the card of the model that the source was made from"),
     SideFile("model.safetensors.index.json", "which weight files belong to the model; an artifact has its own", copied=False),
 )  # fmt: skip
+
+NEVER_COPIED = (".py", ".pyc", ".so", ".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
+"""Endings of code and pickles, whatever the rest of the name is."""
 
 _KEPT = (
     *("model_type", "architectures", "id2label", "label2id", "problem_type"),
@@ -162,6 +185,8 @@ def _files(folder: Path, depth: int) -> Iterator[Path]:
 
 def _matches(path: PurePosixPath, pattern: str) -> bool:
     parts, wanted = path.parts, PurePosixPath(pattern).parts
+    if path.suffix.lower() in NEVER_COPIED:
+        return False
     return len(parts) == len(wanted) and all(
         fnmatchcase(part.lower(), each.lower()) for part, each in zip(parts, wanted, strict=True)
     )

@@ -39,7 +39,7 @@ from compile_sparse.compiler.ir.verifier import verify_program
 from compile_sparse.compiler.pipeline.job import Job, baseline_key, runtime_threads
 from compile_sparse.compiler.pipeline.lowering import lower_program
 from compile_sparse.compiler.pipeline.runner import run_passes
-from compile_sparse.compiler.pipeline.source_types import as_stored, source_bytes
+from compile_sparse.compiler.pipeline.source_types import as_stored, rounding_note, source_bytes
 from compile_sparse.compiler.progress import Progress
 from compile_sparse.compiler.result import CompileResult
 from compile_sparse.compiler.runtimes.client import Worker
@@ -134,7 +134,7 @@ class _Build:
             job.backend, program, context, staging.fresh("model"), text=job.text, verify_each=self.verify_each
         )
         digests = {f"model/{name}": digest for name, digest in lowered.files.items()}
-        limits = list(lowered.limits)
+        limits = [*lowered.limits, *rounding_note(job.folder, job.precision)]
         for deployment in job.deployments:
             deployed = deployment.write(
                 staging.folder / "model",

@@ -16,7 +16,9 @@ from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.storage import cast_weights, commonest_type, precision_of, stored_types, torch_dtype
 from compile_sparse.compiler.targets.target import Precision, Target
 
-__all__ = ["as_stored", "source_bytes", "source_precision"]
+__all__ = ["as_stored", "rounding_note", "source_bytes", "source_precision"]
+
+_SIGNIFICANT_BITS: dict[Precision, int] = {"fp32": 24, "fp16": 11, "bf16": 8}
 
 
 def source_precision(folder: ModelFolder) -> Precision | None:
@@ -25,6 +27,19 @@ def source_precision(folder: ModelFolder) -> Precision | None:
     None for a type that is no precision of a target.
     """
     return precision_of(_commonest_in(folder.weight_files(required=False)) or folder.config.dtype)
+
+
+def rounding_note(folder: ModelFolder, precision: Precision) -> tuple[str, ...]:
+    """A sentence where ``precision`` has fewer significant bits than the weight files: the baseline's weights are rounded too, so
+    that no comparison with it shows what that costs.
+    """
+    stored = source_precision(folder)
+    if stored is None or _SIGNIFICANT_BITS[precision] >= _SIGNIFICANT_BITS[stored]:
+        return ()
+    return (
+        f"Weights that are not quantized are stored as {precision} ({_SIGNIFICANT_BITS[precision]} significant bits), the dense "
+        f"baseline's too; the source's files have {stored} ({_SIGNIFICANT_BITS[stored]}).",
+    )
 
 
 def source_bytes(folder: ModelFolder) -> int:

@@ -90,8 +90,8 @@ class Target(BaseModel):
     )
     keeps_precision: bool = Field(
         default=False,
-        description="whether the model's own type is the one where --precision says nothing, if it is among the precisions; what "
-        "is stored then keeps its type tensor by tensor",
+        description="whether tensors keep the type they have in the model's files, where most have the precision of the run; "
+        "that is the model's own where --precision says nothing, if it is among the precisions",
     )
     alignment: int = Field(ge=1, description="kept widths are multiples of this many elements")
     compute_capability: str = Field(default="", description="of an NVIDIA GPU, such as '8.0'")

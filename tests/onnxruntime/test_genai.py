@@ -118,6 +118,16 @@ def test_sampling_is_the_models_and_what_cannot_be_said_is_named(source: Path, t
     assert "num_beams" not in limit
 
 
+def test_a_tokenizer_that_is_not_opened_is_named(source: Path, tmp_path: Path) -> None:
+    model = Path(shutil.copytree(source, tmp_path / "sentencepiece"))
+    (model / "tokenizer.json").rename(model / "tokenizer.model")
+    folder, said = lowered(model, tmp_path)
+    with pytest.raises(RuntimeError, match="tokenizer"):
+        og.Tokenizer(og.Model(str(folder)))
+    assert any("tokenizer.json" in limit for limit in said.limits)
+    assert not any("tokenizer.json" in limit for limit in lowered(source, tmp_path / "fast")[1].limits)
+
+
 def test_a_tokenizer_of_one_file_is_opened(source: Path, tmp_path: Path) -> None:
     folder, said = lowered(source, tmp_path)
     text = "hello, world 12"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
+import re
 import shutil
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 import pytest
@@ -20,6 +23,7 @@ from compile_sparse.backends.tensorrt.options import TensorRtOptions
 from compile_sparse.backends.triton.repository import write_repository
 from compile_sparse.backends.vllm.backend import VllmBackend
 from compile_sparse.compiler.capture import capture, open_folder, side_files
+from compile_sparse.compiler.capture.hub import FETCHED, IGNORED
 from compile_sparse.compiler.capture.side_files import SIDE_FILES, SideFile, find_side_files
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.extension.backend_contract import Backend
@@ -44,7 +48,7 @@ QUIET = SilentProgress()
 
 def instance(pattern: str) -> str:
     """A file that the pattern of an entry means."""
-    return pattern.replace("*", "1").replace("[CS]", "S")
+    return pattern.replace("*", "1").replace("[CS]", "S").replace("[1-9]", "2")
 
 
 COPIES = {instance(entry.pattern): entry.name or instance(entry.pattern) for entry in SIDE_FILES if entry.copied}
@@ -170,10 +174,54 @@ def test_a_new_entry_reaches_every_artifact(
     assert (tmp_path / "notes.json").is_file()
 
 
-@pytest.mark.parametrize("name", ["LICENSE", "License.txt", "LICENCE.md", "NOTICE.txt", "Readme.md", "USE_POLICY.md"])
+TERMS = (
+    *(
+        "LICENSE",
+        "License.txt",
+        "LICENCE.md",
+        "LICENSE-APACHE",
+        "MODEL_LICENSE",
+        "Llama-License.txt",
+        "licenses/MIT.txt",
+    ),
+    *("NOTICE.txt", "ThirdPartyNotices.txt", "THIRD_PARTY_NOTICES.md", "Terms_of_Use.md", "Readme.md", "USE_POLICY.md"),
+)
+
+
+@pytest.mark.parametrize("name", TERMS)
 def test_terms_are_found_however_they_are_spelled(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text("terms")
-    assert [path.name for path in find_side_files(tmp_path, copied=True)] == [name]
+    assert [path.relative_to(tmp_path).as_posix() for path in find_side_files(tmp_path, copied=True)] == [name]
+    assert any(fnmatchcase(name, pattern) for pattern in FETCHED)
+
+
+def test_no_code_and_no_pickle_is_found(tmp_path: Path) -> None:
+    for name in (
+        "license_plates.py",
+        "modeling_license.py",
+        "1_Pooling/pytorch_model.bin",
+        "2_Dense/pytorch_model.bin",
+    ):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x")
+        fetched = any(fnmatchcase(name, pattern) for pattern in FETCHED)
+        assert not fetched or any(fnmatchcase(name, pattern) for pattern in IGNORED), name
+    assert find_side_files(tmp_path) == []
+
+
+def test_files_of_every_tokenizer_of_transformers_are_on_the_list(tmp_path: Path) -> None:
+    models = Path(hf.__file__).parent / "models"
+    tables = [
+        found
+        for path in sorted(models.glob("*/tokenization_*.py"))
+        for found in re.findall(r"^VOCAB_FILES_NAMES\b[^={]*= (\{.*?\})", path.read_text(), re.MULTILINE | re.DOTALL)
+    ]
+    names = {name for table in tables for name in ast.literal_eval(table).values()}
+    assert len(names) > 20
+    for name in names:
+        (tmp_path / name).write_text("{}")
+    assert {path.name for path in find_side_files(tmp_path, copied=True)} == names
 
 
 def test_a_card_of_the_source_is_kept_under_another_name_twice_over(program: Program, tmp_path: Path) -> None:
@@ -237,7 +285,7 @@ def test_an_earlier_result_is_not_resumed_when_a_side_file_changed(folder: Path,
 
 def test_a_file_that_two_entries_name_is_found_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(side_files, "SIDE_FILES", (*SIDE_FILES, SideFile("tokenizer*", "again")))
-    found = [path.name for path in find_side_files(folder)]
+    found = find_side_files(folder)
     assert len(found) == len(set(found))
 
 
