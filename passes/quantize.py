@@ -13,6 +13,7 @@ from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.extension.quantizers import find_quantizer
+from compile_sparse.compiler.ir.graph_edits import Edits
 from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName
@@ -23,7 +24,6 @@ from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT, ActivationQuantizer
 from compile_sparse.passes.quantization.calibrated import calibrated_weights, input_powers
 from compile_sparse.passes.quantization.choice import Choices, choose_schemes
-from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.group_hint import group_hint
 from compile_sparse.passes.quantization.rewriting import Rewriter
 from compile_sparse.passes.quantization.weights import Quantized, Weight, weights_of

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compile_sparse.compiler.capture.quantized.detection import QUANTIZATION_FILES, find_method, without_quantization
+from compile_sparse.compiler.capture.quantized.reading import Method
 from compile_sparse.compiler.capture.side_files import find_side_files
 from compile_sparse.compiler.errors import ModelError, UsageError
 
@@ -31,15 +33,18 @@ class ModelFolder:
         path: the folder.
         config: parsed by the config class of its ``model_type``.
         model_class: the transformers class named by ``architectures``.
+        quantization: how its weights are quantized; None where they are not.
     """
 
     path: Path
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
+    quantization: Method | None = None
 
     def digest(self) -> str:
         """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
-        return _digest([self.path / "config.json", *sorted(self.path.glob("*.safetensors"))])
+        described = [file for name in QUANTIZATION_FILES if (file := self.path / name).is_file()]
+        return _digest([self.path / "config.json", *described, *sorted(self.path.glob("*.safetensors"))])
 
     def side_files_digest(self) -> str:
         """sha256 over everything else that decides how text becomes token ids, or is copied into an artifact."""
@@ -59,13 +64,14 @@ def open_folder(model: str | Path) -> ModelFolder:
 
     Raises:
         UsageError: CS1002 no such folder; CS1003 config.json missing or unreadable.
-        ModelError: CS2002 the architecture is not one of transformers' own.
+        ModelError: CS2002 the architecture is not one of transformers' own; CS2020, CS2021 its weights are quantized in a way
+            that is not read.
     """
     path = Path(model).expanduser()
     if not path.is_dir():
         path = _from_hub(str(model))
     raw = _read_config(path)
-    return ModelFolder(path.resolve(), *read_classes(raw, path))
+    return ModelFolder(path.resolve(), *read_classes(raw, path), find_method(raw, path))
 
 
 def is_causal(model_class: type) -> bool:
@@ -142,7 +148,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """The config and the model class that ``raw``, a config.json, describes.
+    """The config and the model class that ``raw``, a config.json, describes. How weights are quantized is not part of it.
 
     Args:
         raw: plain data.
@@ -170,7 +176,7 @@ def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, typ
         )
     try:
         with quiet_transformers():
-            config = CONFIG_MAPPING[model_type].from_dict(raw)
+            config = CONFIG_MAPPING[model_type].from_dict(without_quantization(raw))
     except (TypeError, ValueError, KeyError, AttributeError, StrictDataclassError) as error:
         raise UsageError(
             "CS1003",

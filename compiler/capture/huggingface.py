@@ -23,9 +23,11 @@ from compile_sparse.compiler.capture.fold import fold_constants
 from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.functional import is_functional
 from compile_sparse.compiler.capture.normalize import normalize
+from compile_sparse.compiler.capture.quantized.decoding import decoded, fused
 from compile_sparse.compiler.capture.safetensors_reader import read_checkpoint
 from compile_sparse.compiler.capture.samples import Sample, sample_for
 from compile_sparse.compiler.capture.skeleton import build_skeleton, new_fake_mode, quiet_transformers
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
 from compile_sparse.compiler.ir.program import Binding, ModelSource, Program
@@ -46,7 +48,8 @@ def capture(
 
     Args:
         folder: an opened model folder.
-        dtype: type the weights are converted to when they are loaded.
+        dtype: type the weights are converted to when they are loaded. Those of a quantized checkpoint are the values its codes
+            stand for (``QuantizedTensor``).
         require_weights: False for planning: a folder without safetensors then gives a program of shapes only.
         progress: where the three steps are reported.
 
@@ -54,8 +57,9 @@ def capture(
         ModelError: CS2003 to CS2008, see the modules of this package.
     """
     checkpoint: Mapping[str, TensorSource] = {}
+    said: tuple[Diagnostic, ...] = ()
     if require_weights or any(folder.path.glob("*.safetensors")):
-        checkpoint = read_checkpoint(folder.path, dtype)
+        checkpoint, said = decoded(read_checkpoint(folder.path, dtype), folder.quantization, dtype)
         if not checkpoint:
             raise ModelError(
                 "CS2003",
@@ -67,8 +71,9 @@ def capture(
     mode = new_fake_mode()
     model = build_skeleton(folder.model_class, folder.config, dtype, mode)
     sources = bind_weights(model, checkpoint or None)
+    said += fused(checkpoint, sources)
     program = _capture(model, folder.config, sources, mode, progress or SilentProgress())
-    return replace(program, source=ModelSource(folder.path))
+    return replace(program, source=ModelSource(folder.path, said))
 
 
 def capture_model(model: PreTrainedModel) -> Program:

@@ -33,7 +33,15 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+CODED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
+"""Types whose values mean nothing without a scale: they are never converted."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +120,13 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(dtype, str):
         raise _bad(path, f"The entry of tensor {name!r} is malformed.")
     if dtype not in DTYPES:
-        raise _bad(path, f"Tensor {name!r} has the dtype {dtype!r}, which this version does not read.")
+        raise ModelError(
+            "CS2020",
+            f"Weights of the type {dtype!r} are not read by this version.",
+            where=f"{path.name}, {name}",
+            why=f"It reads {', '.join(DTYPES)}.",
+            hint="Convert them with the package that wrote them, and save_pretrained the result.",
+        )
     if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
         raise _bad(path, f"The entry of tensor {name!r} is malformed.")
     expected = prod(shape) * DTYPES[dtype].itemsize
@@ -140,12 +154,13 @@ def _shards(folder: Path) -> list[Path]:
 
 
 def read_checkpoint(folder: Path, dtype: torch.dtype) -> dict[str, StoredTensor]:
-    """Every tensor of the folder's safetensors files; floating-point ones are converted to ``dtype`` on load.
+    """Every tensor of the folder's safetensors files; floating-point ones of 16 bits and more are converted to ``dtype`` on load.
 
     Returns an empty mapping when there is no safetensors file.
 
     Raises:
-        ModelError: CS2003 pickle files only; CS2004 damaged file or index; a tensor in two shards.
+        ModelError: CS2003 pickle files only; CS2004 damaged file or index; a tensor in two shards; CS2020 a type that is not
+            read.
     """
     shards = _shards(folder)
     if not shards:
@@ -165,7 +180,6 @@ def read_checkpoint(folder: Path, dtype: torch.dtype) -> dict[str, StoredTensor]
             if name in found:
                 raise _bad(path, f"Tensor {name!r} is also in {found[name].path.name}.")
             stored = DTYPES[entry["dtype"]]
-            found[name] = StoredTensor(
-                path, name, tuple(entry["shape"]), stored, dtype if stored.is_floating_point else stored
-            )
+            converted = stored.is_floating_point and stored not in CODED
+            found[name] = StoredTensor(path, name, tuple(entry["shape"]), stored, dtype if converted else stored)
     return found

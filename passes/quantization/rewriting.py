@@ -7,11 +7,11 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import fx
 
+from compile_sparse.compiler.ir.graph_edits import Edits
 from compile_sparse.compiler.ir.linears import Linear
 from compile_sparse.compiler.ir.program import CODES, Program, SparsityMask
 from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.passes.quantization.activations import ActivationQuantizer
-from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.weights import Weight
 
 __all__ = ["Rewriter"]
