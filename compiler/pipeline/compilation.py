@@ -104,7 +104,7 @@ class _Build:
     @cached_property
     def _passed(self) -> tuple[Program, tuple[PassSection, ...]]:
         context = self.job.context(self.progress)
-        program, sections = run_passes(self.dense, self.job.passes, context, verify_each=self.verify_each)
+        program, sections = run_passes(self.dense, self.job.steps(self.dense), context, verify_each=self.verify_each)
         return cast_weights(program, torch_dtype(self.job.precision)), sections
 
     def lower(self, staging: Staging) -> LoweringRecord:
