@@ -13,7 +13,10 @@ from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import ModelError, Refusal, UsageError
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.extension.quantizers import find_quantizer
+from compile_sparse.compiler.ir.edit import op_name
+from compile_sparse.compiler.ir.graph_edits import Edits
 from compile_sparse.compiler.ir.linears import Linear, find_linears, is_lm_head
+from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program, SparsityMask
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES, Scheme, SchemeName
 from compile_sparse.compiler.ir.sparsity_pattern import SparsityPattern
@@ -23,7 +26,6 @@ from compile_sparse.compiler.targets.target import Target
 from compile_sparse.passes.quantization.activations import OUTPUT_FORMAT, ActivationQuantizer
 from compile_sparse.passes.quantization.calibrated import calibrated_weights, input_powers
 from compile_sparse.passes.quantization.choice import Choices, choose_schemes
-from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.group_hint import group_hint
 from compile_sparse.passes.quantization.rewriting import Rewriter
 from compile_sparse.passes.quantization.weights import Quantized, Weight, weights_of
@@ -62,7 +64,7 @@ class Quantize(Pass):
 
     Raises:
         Refusal: CS4102, the target has no kernel for the scheme, or none that gives int8.
-        ModelError: CS2201, there is nothing to quantize.
+        ModelError: CS2201, there is nothing to quantize; CS2213, the weights are codes already.
         UsageError: CS1121, ranges or statistics are to be measured and there is no calibration text; CS1122, an option does
             not apply to the scheme.
         EnvironmentFailure: CS5013, the quantizer does not keep its contract.
@@ -118,6 +120,7 @@ class Quantize(Pass):
 
     def run(self, program: Program, context: PassContext) -> PassResult:
         self._require(context)
+        _require_unquantized(program)
         scheme = SCHEMES[self.scheme]
         if self.reduce_range:
             scheme = replace(scheme, weights=replace(scheme.weights, reduced_range=True))
@@ -293,6 +296,19 @@ class Quantize(Pass):
     def _meaningless(self, option: str, why: str, hint: str) -> UsageError:
         what = f"{option} does not apply to {self.scheme}."
         return UsageError("CS1122", what, where=f"quantize.{option}", why=why, hint=hint)
+
+
+def _require_unquantized(program: Program) -> None:
+    coded = [node for node in program.graph.nodes if op_name(node) in WEIGHT_DEQUANTIZERS]
+    if coded:
+        raise ModelError(
+            "CS2213",
+            "The model is quantized already.",
+            where=coded[0].name,
+            why=f"{len(coded)} of its weights are codes, which would be rounded a second time.",
+            hint="Leave --quantize out: the codes are kept. For others start from the model it was made of, or compile it for hf "
+            "first, which writes it in floating point.",
+        )
 
 
 def _nothing(diagnostics: Sequence[Diagnostic]) -> ModelError:

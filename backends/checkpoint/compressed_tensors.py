@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.ir.quantization_schemes import Scheme, WeightFormat
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
 
 __all__ = ["WEIGHT", "encoded", "pack_codes", "quantization_config"]

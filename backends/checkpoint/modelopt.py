@@ -21,12 +21,13 @@ from compile_sparse.backends.checkpoint.modelopt_layout import (
     hf_quant_config,
     quantization_config,
 )
-from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor, dequantized
+from compile_sparse.backends.checkpoint.quantized_tensor import dequantized
 from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.files.digests import digest_file
 from compile_sparse.compiler.files.durable import write_durably
 from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.ir.storage import stored_form
 from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
 from compile_sparse.compiler.progress import Progress

@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from torch import fx
 
 from compile_sparse.backends.checkpoint.modelopt_layout import GROUP_SIZES, Algorithm
-from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.edit import op_name
 from compile_sparse.compiler.ir.gemms import gemm_of
@@ -18,6 +17,7 @@ from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.ops.quantization import WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import Scheme
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 
 __all__ = ["algorithm_of", "joined", "require_expressible"]
 

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import torch
 
-from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.errors import Refusal
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.ir.weights import DerivedTensor, TensorSource
 
 __all__ = ["GROUP_SIZES", "Algorithm", "encoded", "hf_quant_config", "quantization_config"]

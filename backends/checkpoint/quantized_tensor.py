@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-import torch
 from torch import fx
 
 from compile_sparse.compiler.errors import Refusal
@@ -15,39 +13,10 @@ from compile_sparse.compiler.ir.gemms import gemm_of
 from compile_sparse.compiler.ir.ops.quantization import NVFP4_GROUP, WEIGHT_DEQUANTIZERS
 from compile_sparse.compiler.ir.program import CODES, Binding, Program
 from compile_sparse.compiler.ir.quantization_schemes import ActivationFormat, Scheme, WeightFormat
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.ir.weights import AbsentTensor, TensorSource
 
-__all__ = ["QuantizedTensor", "dequantized"]
-
-ours = torch.ops.compile_sparse
-
-
-@dataclass(frozen=True)
-class QuantizedTensor:
-    """A weight that is stored as codes. ``load`` gives the float values they stand for.
-
-    Attributes:
-        scheme: of the weight, and of the input of the linear layers that read it.
-        parts: ``codes``, ``scale`` and, where there are any, ``zero_point``, ``global_scale``, ``input_scale``.
-        shape: ``[N, K]``.
-        dtype: of the float values.
-    """
-
-    scheme: Scheme
-    parts: Mapping[str, TensorSource]
-    shape: tuple[int, ...]
-    dtype: torch.dtype = torch.float32
-
-    def load(self) -> torch.Tensor:
-        values = {name: source.load() for name, source in self.parts.items()}
-        weights = self.scheme.weights
-        if weights.kind == "fp4":
-            return ours.dequantize_nvfp4(values["codes"], values["scale"], values["global_scale"])
-        if weights.block:
-            return ours.dequantize_block(values["codes"], values["scale"], weights.block)
-        return ours.dequantize_weight(
-            values["codes"], values["scale"], 1, weights.group, weights.bits, values.get("zero_point")
-        )
+__all__ = ["dequantized"]
 
 
 def dequantized(program: Program) -> tuple[Program, dict[str, QuantizedTensor]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.axes.analysis import analyse
 from compile_sparse.compiler.axes.groups import Group
 from compile_sparse.compiler.diagnostics import Diagnostic, Severity
 from compile_sparse.compiler.ir.linears import find_linears
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import SCHEMES
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.targets.target import Target
 
 __all__ = ["violations"]

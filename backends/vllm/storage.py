@@ -10,7 +10,7 @@ import torch
 
 from compile_sparse.backends.checkpoint.architecture import architecture_of
 from compile_sparse.backends.checkpoint.compressed_tensors import WEIGHT, encoded, quantization_config
-from compile_sparse.backends.checkpoint.quantized_tensor import QuantizedTensor, dequantized
+from compile_sparse.backends.checkpoint.quantized_tensor import dequantized
 from compile_sparse.backends.checkpoint.tensors import Tensors
 from compile_sparse.backends.vllm.cache_scales import CACHE_SCHEME, cache_scales
 from compile_sparse.backends.vllm.factored import FactoredTensor, multiplied
@@ -18,6 +18,7 @@ from compile_sparse.backends.vllm.sparse24 import SPARSE_RUN, LastCompressed, Sp
 from compile_sparse.compiler.errors import Refusal
 from compile_sparse.compiler.ir.program import Program
 from compile_sparse.compiler.ir.quantization_schemes import Scheme
+from compile_sparse.compiler.ir.quantized_tensor import QuantizedTensor
 from compile_sparse.compiler.ir.storage import stored_form
 from compile_sparse.compiler.ir.weights import TensorSource
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from compile_sparse.compiler.capture.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, base_of_adapter
 from compile_sparse.compiler.capture.config_file import as_loaded, read_config, rejected, rejections
 from compile_sparse.compiler.capture.hub import find_model, hub_id_of
+from compile_sparse.compiler.capture.quantized.detection import QUANTIZATION_FILES, find_method, without_quantization
+from compile_sparse.compiler.capture.quantized.reading import Method
 from compile_sparse.compiler.capture.side_files import find_side_files
 from compile_sparse.compiler.capture.weight_files import weight_files
 from compile_sparse.compiler.errors import ModelError
@@ -31,12 +33,14 @@ class ModelFolder:
         config: parsed by the config class of its ``model_type``.
         model_class: the transformers class named by ``architectures``.
         adapter: folder of a LoRA adapter that is merged into the model in ``path``; None for most.
+        quantization: how its weights are quantized; None where they are not.
     """
 
     path: Path
     config: PretrainedConfig
     model_class: type[PreTrainedModel]
     adapter: Path | None = None
+    quantization: Method | None = None
 
     @property
     def name(self) -> str:
@@ -56,7 +60,8 @@ class ModelFolder:
 
     def digest(self) -> str:
         """sha256 over names and bytes of the config and every safetensors file: the identity of the source model."""
-        own = [self.path / "config.json", *self.weight_files(required=False)]
+        described = [file for name in QUANTIZATION_FILES if (file := self.path / name).is_file()]
+        own = [self.path / "config.json", *described, *self.weight_files(required=False)]
         return _digest(own + [self.adapter / name for name in (ADAPTER_CONFIG, ADAPTER_WEIGHTS) if self.adapter])
 
     def side_files_digest(self) -> str:
@@ -80,13 +85,14 @@ def open_folder(model: str | Path) -> ModelFolder:
     Raises:
         UsageError: CS1002 no such folder; CS1003 config.json missing or unreadable.
         ModelError: CS2002 the architecture is not one of transformers' own; CS2003 a file of another form; CS2014 values that no
-            model can have; CS2015 an adapter whose base is missing.
+            model can have; CS2015 an adapter whose base is missing; CS2020, CS2021 weights that are quantized in a way that is
+            not read.
     """
     path = find_model(str(model))
     base = base_of_adapter(path)
     adapter, path = (None, path) if base is None else (path.resolve(), base)
     raw = read_config(path)
-    return ModelFolder(path.resolve(), *read_classes(raw, path), adapter)
+    return ModelFolder(path.resolve(), *read_classes(raw, path), adapter, find_method(raw, path))
 
 
 def is_causal(model_class: type) -> bool:
@@ -118,7 +124,7 @@ def find_model_class(config: PretrainedConfig, name: str) -> type[PreTrainedMode
 
 
 def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, type[PreTrainedModel]]:
-    """The config and the model class that ``raw``, a config.json, describes.
+    """The config and the model class that ``raw``, a config.json, describes. How weights are quantized is not part of it.
 
     Args:
         raw: plain data.
@@ -144,7 +150,7 @@ def read_classes(raw: dict[str, Any], path: Path) -> tuple[PretrainedConfig, typ
             hint="Use a model type of transformers, or a newer transformers.",
         )
     where = f"{path.name}/config.json"
-    config_class, values = CONFIG_MAPPING[model_type], as_loaded(raw, where)
+    config_class, values = CONFIG_MAPPING[model_type], as_loaded(without_quantization(raw), where)
     with quiet_transformers():
         try:
             config = config_class.from_dict(dict(values))

@@ -24,9 +24,10 @@ from compile_sparse.compiler.capture.fold import fold_constants
 from compile_sparse.compiler.capture.folder import ModelFolder
 from compile_sparse.compiler.capture.functional import is_functional
 from compile_sparse.compiler.capture.normalize import normalize
+from compile_sparse.compiler.capture.quantized.decoding import fused
 from compile_sparse.compiler.capture.samples import Sample, sample_for
 from compile_sparse.compiler.capture.skeleton import build_skeleton, named_key, new_fake_mode, quiet_transformers, untie
-from compile_sparse.compiler.capture.stored import stored_tensors
+from compile_sparse.compiler.capture.stored import read_stored
 from compile_sparse.compiler.errors import ModelError
 from compile_sparse.compiler.ir.edit import eliminate_dead_code
 from compile_sparse.compiler.ir.program import Binding, ModelSource, Program
@@ -48,7 +49,8 @@ def capture(
 
     Args:
         folder: an opened model folder.
-        dtype: type the weights are converted to when they are loaded.
+        dtype: type the weights are converted to when they are loaded. Those of a quantized checkpoint are the values its codes
+            stand for (``QuantizedTensor``).
         require_weights: False for planning: a folder without safetensors then gives a program of shapes only.
         image_size: height and width of images; None: the config's.
         progress: where the three steps are reported.
@@ -56,7 +58,7 @@ def capture(
     Raises:
         ModelError: CS2003 to CS2008, see the modules of this package.
     """
-    checkpoint = stored_tensors(folder, dtype, required=require_weights)
+    checkpoint, said = read_stored(folder, dtype, required=require_weights)
     mode = new_fake_mode()
     try:
         model = build_skeleton(folder.model_class, folder.config, dtype, mode)
@@ -69,8 +71,9 @@ def capture(
             config = copy.deepcopy(config)
             untie(model, config, different, mode)
     sources = bind_weights(model, stored)
+    said += fused(checkpoint, sources)
     program = _capture(model, config, sources, mode, progress or SilentProgress(), image_size)
-    return replace(program, source=ModelSource(folder.path))
+    return replace(program, source=ModelSource(folder.path, said))
 
 
 def capture_model(model: PreTrainedModel) -> Program:

@@ -34,7 +34,15 @@ DTYPES = {
     "I8": torch.int8,
     "U8": torch.uint8,
     "BOOL": torch.bool,
+    "U16": torch.uint16,
+    "U32": torch.uint32,
+    "U64": torch.uint64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E8M0": torch.float8_e8m0fnu,
 }
+CODED = frozenset({torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu})
+"""Types whose values mean nothing without a scale: they are never converted."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +139,13 @@ def _check_entry(path: Path, name: str, entry: Any) -> tuple[int, int]:
     if not isinstance(dtype, str):
         raise damaged(path, f"The entry of tensor {name!r} is malformed.")
     if dtype not in DTYPES:
-        raise damaged(path, f"Tensor {name!r} has the dtype {dtype!r}, which this version does not read.")
+        raise ModelError(
+            "CS2020",
+            f"Weights of the type {dtype!r} are not read by this version.",
+            where=f"{path.name}, {name}",
+            why=f"It reads {', '.join(DTYPES)}.",
+            hint="Convert them with the package that wrote them, and save_pretrained the result.",
+        )
     if len(shape) > MAX_DIMENSIONS or any(type(n) is not int or n < 0 for n in numbers):
         raise damaged(path, f"The entry of tensor {name!r} is malformed.")
     expected = prod(shape) * DTYPES[dtype].itemsize
@@ -147,8 +161,10 @@ def read_checkpoint(files: Sequence[Path], dtype: torch.dtype) -> dict[str, Stor
         files: see ``weight_files``.
         dtype: floating-point.
 
+    Types of 8 bits mean nothing without a scale and are left as they are.
+
     Raises:
-        ModelError: CS2004 a damaged file; a tensor in two shards.
+        ModelError: CS2004 a damaged file; a tensor in two shards; CS2020 a type that is not read.
     """
     found: dict[str, StoredTensor] = {}
     seen: set[str] = set()
@@ -157,7 +173,6 @@ def read_checkpoint(files: Sequence[Path], dtype: torch.dtype) -> dict[str, Stor
             if name in found:
                 raise damaged(path, f"Tensor {name!r} is also in {found[name].path.name}.")
             stored = DTYPES[entry["dtype"]]
-            found[name] = StoredTensor(
-                path, name, tuple(entry["shape"]), stored, dtype if stored.is_floating_point else stored, seen
-            )
+            converted = stored.is_floating_point and stored not in CODED
+            found[name] = StoredTensor(path, name, tuple(entry["shape"]), stored, dtype if converted else stored, seen)
     return found

@@ -20,6 +20,7 @@ import torch
 from torch import fx
 
 import compile_sparse.compiler.ir.ops  # noqa: F401  registers the operators a graph may hold
+from compile_sparse.compiler.diagnostics import Diagnostic
 from compile_sparse.compiler.ir.weights import WeightStore
 
 CODES = ".codes"
@@ -98,9 +99,11 @@ class ModelSource:
     Attributes:
         folder: the model folder, for backends that copy tokenizer files from it; None for a model that was in memory. It is a
             place on this machine: nothing that is written may name it.
+        said: what reading its weights had to say.
     """
 
     folder: Path | None = None
+    said: tuple[Diagnostic, ...] = ()
 
 
 @dataclass(frozen=True)

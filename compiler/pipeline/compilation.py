@@ -112,7 +112,7 @@ class _Build:
     @cached_property
     def _passed(self) -> tuple[Program, tuple[PassSection, ...]]:
         context = self.job.context(self.progress)
-        program, sections = run_passes(self.dense, self.job.passes, context, verify_each=self.verify_each)
+        program, sections = run_passes(self.dense, self.job.steps(self.dense), context, verify_each=self.verify_each)
         return as_stored(program, self.dense, self.job.target, self.job.precision), sections
 
     def source(self) -> SourceSection:

@@ -27,6 +27,8 @@ from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, Z
 from compile_sparse.compiler.extension.run_settings import RunSettings
 from compile_sparse.compiler.files.cache import cache_key
 from compile_sparse.compiler.ir.model_facts import context_length
+from compile_sparse.compiler.ir.program import Program
+from compile_sparse.compiler.pipeline.imported import KeepCodes
 from compile_sparse.compiler.pipeline.settling import settle_run
 from compile_sparse.compiler.pipeline.source_types import source_precision
 from compile_sparse.compiler.pipeline.text_reader import DEFAULT_WINDOW_TOKENS, SAMPLE_TOKENS, TextReader
@@ -108,6 +110,14 @@ class Job:
             workload=self.workload,
             settings=self.settings,
         )
+
+    def steps(self, captured: Program) -> tuple[Pass, ...]:
+        """What ``captured`` goes through: the passes and, for a quantized checkpoint, the return of its codes."""
+        if self.folder.quantization is None:
+            return self.passes
+        early = [step for step in self.passes if step.phase != "quantization"]
+        keeping = KeepCodes(method=self.folder.quantization.name, captured=captured)
+        return (*early, keeping, *(step for step in self.passes if step.phase == "quantization"))
 
     @property
     def text(self) -> Sequence[Sequence[int]]:

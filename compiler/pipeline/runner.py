@@ -53,7 +53,7 @@ def run_passes(
 def _section(step: Pass | LoweringStep, result: PassResult, cost: Cost) -> PassSection:
     return PassSection(
         name=step.name,
-        changes_numerics=isinstance(step, Pass) and step.changes_numerics,
+        changes_numerics=isinstance(step, Pass) and step.changes_numerics and result.modified,
         requested=dict(result.requested),
         achieved=dict(result.achieved),
         seconds=cost.seconds,

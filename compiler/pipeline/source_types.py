@@ -67,4 +67,5 @@ def as_stored(program: Program, dense: Program, target: Target, precision: Preci
 
 def _commonest_in(files: Sequence[Path]) -> torch.dtype | None:
     tensors = read_checkpoint(files, torch.float32).values()
-    return commonest_type((tensor.stored_dtype, prod(tensor.shape)) for tensor in tensors)
+    # Codes of 8 bits are no precision.
+    return commonest_type((t.stored_dtype, prod(t.shape)) for t in tensors if precision_of(t.stored_dtype))

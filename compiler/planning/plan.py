@@ -45,7 +45,7 @@ def plan_job(job: Job, progress: Progress, *, accept_useless: bool = False) -> d
     refusals = [] if accept_useless else [skip.as_dict() for skip in job.useless]
     context = job.context(progress, plan_only=True)
     program, sections = dense, []
-    for step in job.passes:
+    for step in job.steps(dense):
         try:
             program, done = run_passes(program, [step], context)
         except (Refusal, ModelError) as error:

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import fx
 
+from compile_sparse.compiler.ir.graph_edits import Edits
 from compile_sparse.compiler.ir.linears import Linear
 from compile_sparse.compiler.ir.ops.quantization import FP8_MAX
 from compile_sparse.compiler.ir.quantization_schemes import ActivationFormat
 from compile_sparse.compiler.ir.weights import AbsentTensor, ResidentTensor, TensorSource
-from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.scales import as_stored
 from compile_sparse.passes.quantization.weights import NVFP4_TOP
 

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 
-import torch
 from torch import fx
 
+from compile_sparse.compiler.ir.dequantizing import add_dequantized
+from compile_sparse.compiler.ir.graph_edits import Edits
 from compile_sparse.compiler.ir.linears import Linear
 from compile_sparse.compiler.ir.program import CODES, Program, SparsityMask
 from compile_sparse.compiler.ir.weights import TensorSource
 from compile_sparse.passes.quantization.activations import ActivationQuantizer
-from compile_sparse.passes.quantization.edits import Edits
 from compile_sparse.passes.quantization.weights import Weight
 
 __all__ = ["Rewriter"]
-
-ours = torch.ops.compile_sparse
 
 
 class Rewriter:
@@ -63,25 +61,8 @@ class Rewriter:
         key = (weight.tensor, weight.axis)
         if key in self._weights:
             return self._weights[key]
-        edits, place, fmt = self._edits, linear.node, weight.format
-        stem, tensor = linear.weight.name, weight.tensor
-
-        def buffer(part: str) -> fx.Node:
-            return edits.placeholder(f"{stem}_{part}", f"{tensor}.{part}", made[part])
-
-        codes = edits.placeholder(f"{stem}_codes", tensor + CODES, made["codes"], "parameter")
-        scale = buffer("scale")
-        transposed = () if weight.axis == 1 else (weight.axis,)
-        if fmt.kind == "fp4":
-            whole = buffer("global_scale")
-            node = edits.before(place, ours.dequantize_nvfp4.default, codes, scale, whole, *transposed)
-        elif fmt.block:
-            node = edits.before(place, ours.dequantize_block.default, codes, scale, fmt.block, *transposed)
-        else:
-            zero = () if fmt.symmetric else (buffer("zero_point"),)
-            node = edits.before(
-                place, ours.dequantize_weight.default, codes, scale, weight.axis, fmt.group, fmt.bits, *zero
-            )
+        edits, tensor, fmt = self._edits, weight.tensor, weight.format
+        node = add_dequantized(edits, linear.node, linear.weight, tensor, fmt, weight.axis, made)
         self.code_bits += weight.source.shape[0] * weight.source.shape[1] * fmt.bits
         if tensor in edits.program.masks:  # every format keeps zeros: symmetric, or with the zero point a code
             self._masks[tensor + CODES] = edits.program.masks[tensor]

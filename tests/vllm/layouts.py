@@ -28,7 +28,19 @@ from compile_sparse.compiler.targets.target import Target, find_target
 from compile_sparse.passes.quantize import Quantize
 from tests.support.contexts import context as any_context
 
-__all__ = ["IDS", "Answer", "calibration", "context", "emit", "gpu", "llama", "quantized", "read_back", "tied_llama"]
+__all__ = [
+    "IDS",
+    "Answer",
+    "calibration",
+    "context",
+    "emit",
+    "gpu",
+    "llama",
+    "llama_model",
+    "quantized",
+    "read_back",
+    "tied_llama",
+]
 
 WORKER = Path(__file__).with_name("transformers_worker.py")
 PASSED_ON = ("PATH", "HOME", "LANG", "LC_ALL", "LD_LIBRARY_PATH", "TMPDIR")
@@ -54,8 +66,7 @@ class Answer:
     failure: str = ""
 
 
-@cache
-def llama() -> Program:
+def llama_model() -> hf.LlamaForCausalLM:
     """Every size that could be taken for another differs: 256 wide, 384 channels, 128 for keys and values, 160 tokens."""
     torch.manual_seed(0)
     config = hf.LlamaConfig(
@@ -75,7 +86,13 @@ def llama() -> Program:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         parameter.data = noise * 0.3 + 1.0 if "norm" in name else noise * 0.06
-    return capture_model(model)
+    return model
+
+
+@cache
+def llama() -> Program:
+    """``llama_model``, captured."""
+    return capture_model(llama_model())
 
 
 def tied_llama() -> Program:

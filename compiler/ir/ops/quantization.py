@@ -127,7 +127,7 @@ def _(q: torch.Tensor, scale: torch.Tensor, block: int, axis: int = 1) -> torch.
 def dequantize_nvfp4(
     codes: torch.Tensor, scale: torch.Tensor, global_scale: torch.Tensor, axis: int = 1
 ) -> torch.Tensor:
-    """Float weight ``e2m1(code) * scale / global_scale``, of the shape of ``codes``.
+    """Float weight ``e2m1(code) * (scale / global_scale)``, of the shape of ``codes``; in this order, as compressed-tensors.
 
     Args:
         codes: int8, 0 to 15, 2-D.
@@ -136,8 +136,9 @@ def dequantize_nvfp4(
         axis: contraction dimension of codes (1 for ``[N, K]``, 0 for ``[K, N]``).
     """
     values = torch.tensor((*FP4_VALUES, *(-v for v in FP4_VALUES)), dtype=torch.float32)
-    spread = scale.to(torch.float32).repeat_interleave(NVFP4_GROUP, 1)[:, : codes.shape[axis]]
-    return values[codes.long()] * (spread if axis == 1 else spread.t()) / global_scale
+    steps = scale.to(torch.float32) / global_scale
+    spread = steps.repeat_interleave(NVFP4_GROUP, 1)[:, : codes.shape[axis]]
+    return values[codes.long()] * (spread if axis == 1 else spread.t())
 
 
 @dequantize_nvfp4.register_fake
