@@ -79,7 +79,7 @@ def test_a_damaged_file_is_named_with_the_reason(tmp_path: Path, name: str) -> N
 def test_a_type_that_is_not_read_is_no_damage(tmp_path: Path, dtype: str) -> None:
     (tmp_path / "model.safetensors").write_bytes(file_bytes({"w": entry(dtype=dtype, shape=(8,))}))
     with pytest.raises(ModelError) as caught:
-        read_checkpoint(tmp_path, torch.float32)
+        read_checkpoint(weight_files(tmp_path), torch.float32)
     assert caught.value.code == "CS2020"
     assert repr(dtype) in caught.value.what
 

@@ -26,6 +26,6 @@ def read(tmp_path: Path) -> Read:
             for name, value in tensors.items()
         }
         save_file(kept, tmp_path / "model.safetensors")
-        return method.read(read_checkpoint(tmp_path, torch.float32))
+        return method.read(read_checkpoint([tmp_path / "model.safetensors"], torch.float32))
 
     return through
