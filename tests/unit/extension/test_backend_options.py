@@ -99,7 +99,7 @@ def test_a_recipe_has_it(model: Path, tmp_path: Path) -> None:
     result = api.compile(model, target="fake-cpu", recipe=file, out=tmp_path / "a", verify=False)
     assert lowered_with() == {"tile_size": 32, "layout": None, "fast": False}
     manifest = json.loads((result.artifact / "manifest.json").read_text())
-    assert manifest["recipe"]["building"] == {"precision": None, "emit": [], "tile_size": 32}
+    assert manifest["recipe"]["building"] == {"precision": None, "image_size": None, "emit": [], "tile_size": 32}
     assert Recipe.model_validate(manifest["recipe"] | {"evaluation": {}}).building.options == {"tile_size": 32}
 
 

@@ -25,10 +25,13 @@ AGREEMENT = 0.98
 
 
 class _Idle(Pass):
+    """Says that it did something, though it did nothing."""
+
     phase: ClassVar[Phase] = "quantization"
+    modified: ClassVar[bool] = True
 
     def run(self, program: Program, context: PassContext) -> PassResult:
-        return PassResult(program, modified=False)
+        return PassResult(program, modified=self.modified)
 
 
 class Gptq(_Idle):
@@ -39,6 +42,11 @@ class Gptq(_Idle):
 class QuantizeNothing(_Idle):
     name: ClassVar[str] = "quantize-nothing"
     changes_numerics: ClassVar[bool] = False
+
+
+class FoundNothing(Gptq):
+    name: ClassVar[str] = "found-nothing"
+    modified: ClassVar[bool] = False
 
 
 def judged(*sections: PassSection) -> Report:
@@ -53,12 +61,13 @@ def judged(*sections: PassSection) -> Report:
     return judge(report, measured, ())
 
 
-@pytest.mark.parametrize(("name", "accepted"), [("gptq", True), ("quantize-nothing", False)])
+@pytest.mark.parametrize(("name", "accepted"), [("gptq", True), ("quantize-nothing", False), ("found-nothing", False)])
 def test_a_pass_of_others_gets_the_bound_of_what_it_does(
     monkeypatch: pytest.MonkeyPatch, name: str, accepted: bool
 ) -> None:
     assert TOP1_WITHOUT_NOISE_QUANTIZED < AGREEMENT < TOP1_WITHOUT_NOISE
-    install(monkeypatch, "compile_sparse.passes", {"gptq": Gptq, "quantize-nothing": QuantizeNothing})
+    made = {"gptq": Gptq, "quantize-nothing": QuantizeNothing, "found-nothing": FoundNothing}
+    install(monkeypatch, "compile_sparse.passes", made)
     passes = recipe_from_yaml(f"passes: [{name}]").build_passes()
     _, sections = run_passes(toy_program(Linear(torch.ones(3, 4)), [torch.zeros(2, 4)]), passes, context())
     assert [gate.passed for gate in judged(*sections).gates] == ([] if accepted else [False])
