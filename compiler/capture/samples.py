@@ -18,7 +18,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import _pytree as pytree
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_TEXT_ENCODING_MAPPING
 
 from compile_sparse.compiler.capture.folder import is_causal
@@ -212,6 +212,8 @@ def _plain(
             why=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
             hint="Use the encoder or the decoder of the model on its own, or another size of its input.",
         ) from error
+    if any(isinstance(value, Cache) for value in result.values()):
+        raise _unsupported(type(model), "it keeps a key-value cache and has no language-model head")
     outputs: list[Output] = []
     for name, value in result.items():
         leaves = pytree.tree_leaves(value)

@@ -82,6 +82,20 @@ def test_an_image_that_is_too_small(saved: Callable[[str], Path]) -> None:
         capture(open_folder(saved("vit")), image_size=(2, 40))
 
 
+@pytest.mark.parametrize("head", [hf.LlamaModel, hf.LlamaForSequenceClassification])
+def test_a_cache_without_a_language_model_head_is_refused(head: type[hf.PreTrainedModel], tmp_path: Path) -> None:
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "vocab_size": 64,
+    }
+    head(hf.LlamaConfig(**sizes, pad_token_id=0)).save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"CS2007(.|\n)*key-value cache"):
+        capture(open_folder(tmp_path))
+
+
 def _relabel(folder: Path, architecture: str) -> Path:
     file = folder / "config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "architectures": [architecture]}))
