@@ -268,7 +268,7 @@ def test_nvfp4_is_restored(depth: int) -> None:
     for row, column in itertools.product(range(ROWS), range(depth)):
         code = int(codes[row, column])
         value = E2M1[code % 8] * (-1 if code >= 8 else 1)
-        wanted[row, column] = float(F(value * float(scale[row, column // 16])) / F(3.7))
+        wanted[row, column] = float(F(value) * (F(float(scale[row, column // 16])) / F(3.7)))
     assert torch.equal(ours.dequantize_nvfp4(codes, scale, divisor), wanted)
 
 
