@@ -133,6 +133,10 @@ def _integers(stem: str, own: Own, weights: Arguments) -> Integers:
     groups = -(-columns // group) if group else 1
     shapes = [(rows, groups)] if group else [(rows, 1), (rows,), (1,), (), (1, 1)]
     require_shape(stem, "weight_scale", scale, *shapes)
+    if not scale.stored_dtype.is_floating_point:
+        raise misfit(
+            f"{stem}.weight_scale", f"It has the type {scale.stored_dtype}; a floating-point type was expected."
+        )
     wide = computed((rows, groups), lambda: scale.load().reshape(-1, groups).expand(rows, groups), scale.stored_dtype)
     middle = 2 ** (bits - 1)
 
@@ -142,6 +146,10 @@ def _integers(stem: str, own: Own, weights: Arguments) -> Integers:
         return (own["weight"].load().to(torch.int16) + middle).to(torch.uint8)
 
     zeros = None
+    if (point := own.get("weight_zero_point")) is not None and point.stored_dtype.is_floating_point:
+        raise misfit(f"{stem}.weight_zero_point", f"It has the type {point.stored_dtype}; integers were expected.")
+    if weights.symmetric and point is not None and not _all_in_the_middle(point.load(), bits):
+        raise misfit(f"{stem}.weight_zero_point", "It is not zero, and its group in the config says symmetric.")
     if not weights.symmetric:
         require(stem, own, ["weight_zero_point"])
         point = own["weight_zero_point"]
@@ -158,6 +166,12 @@ def _integers(stem: str, own: Own, weights: Arguments) -> Integers:
 
     order = _order(stem, own, group, groups) if group else None
     return Integers(shape, bits, group, codes, wide, zeros, order)
+
+
+def _all_in_the_middle(points: torch.Tensor, bits: int) -> bool:
+    """Whether stored zero points, packed or not, move no code."""
+    packed = points.dtype == torch.int32 and bool((unpacked(points.reshape(1, -1), bits, 1) == 2 ** (bits - 1)).all())
+    return packed or not bool(points.any())
 
 
 def _shape(stem: str, own: Own, bits: int) -> tuple[int, int]:
