@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,12 @@ from compile_sparse.compiler.capture.hub import find_model
 from compile_sparse.compiler.capture.weight_files import INDEX_NAME, SINGLE_NAME
 from compile_sparse.compiler.errors import CompileSparseError, ModelError
 from compile_sparse.compiler.files.inside import require_inside
+from compile_sparse.compiler.files.json_object import read_object
 
 __all__ = ["ADAPTER_CONFIG", "ADAPTER_WEIGHTS", "base_of_adapter"]
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-MAX_BYTES = 4 * 1024 * 1024
 
 
 def base_of_adapter(folder: Path) -> Path | None:
@@ -63,14 +62,9 @@ def base_of_adapter(folder: Path) -> Path | None:
 def _settings(folder: Path, file: Path) -> dict[str, Any]:
     require_inside(folder, file)
     try:
-        if file.stat().st_size > MAX_BYTES:
-            raise ValueError(f"it has more than {MAX_BYTES} bytes")
-        settings = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise ValueError("it is not a JSON object")
+        return read_object(file)
     except (ValueError, RecursionError) as error:
         raise _error(f"{ADAPTER_CONFIG} cannot be read.", str(error), "Restore the file.") from error
-    return settings
 
 
 def _error(what: str, why: str, hint: str) -> ModelError:

@@ -9,10 +9,10 @@ from typing import Any
 
 from compile_sparse.compiler.errors import ModelError, UsageError
 from compile_sparse.compiler.files.inside import require_inside
+from compile_sparse.compiler.files.json_object import read_object
 
 __all__ = ["as_loaded", "read_config", "rejected", "rejections"]
 
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
 _IMPLEMENTATIONS = ("attn_implementation", "_attn_implementation", "experts_implementation", "_experts_implementation")
 """Kernels the model was last run with: a choice of whoever runs it, not a property of the model."""
 
@@ -43,16 +43,11 @@ def read_config(path: Path) -> dict[str, Any]:
         )
     require_inside(path, file)
     try:
-        if file.stat().st_size > MAX_CONFIG_BYTES:
-            raise ValueError(f"it has more than {MAX_CONFIG_BYTES} bytes")
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        return read_object(file)
     except (ValueError, RecursionError, OSError) as error:
         raise UsageError(
             "CS1003", "config.json cannot be read.", where=str(file.name), why=str(error), hint="Restore the file."
         ) from error
-    return raw
 
 
 def as_loaded(raw: Mapping[str, Any], where: str) -> dict[str, Any]:

@@ -6,7 +6,6 @@ models have all of it. Several tokens may end a text, and then every one of them
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,11 +14,11 @@ from typing import Any
 
 from compile_sparse.compiler.errors import UsageError
 from compile_sparse.compiler.files.inside import require_inside
+from compile_sparse.compiler.files.json_object import read_object
 
 __all__ = ["GENERATION_FILE", "GenerationDefaults", "generation_defaults"]
 
 GENERATION_FILE = "generation_config.json"
-_MAX_BYTES = 4 * 1024 * 1024
 _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _SAMPLING = (
     *("do_sample", "temperature", "top_k", "top_p", "min_p", "typical_p", "repetition_penalty"),
@@ -87,14 +86,9 @@ def _read(folder: Path, name: str) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(found, dict):
-            raise ValueError("it is not a JSON object")
+        return read_object(path)
     except (ValueError, RecursionError, OSError) as error:
         raise _malformed(str(error), name) from error
-    return found
 
 
 def _malformed(why: str, name: str = GENERATION_FILE) -> UsageError:

@@ -57,23 +57,13 @@ class CompressedTensors:
         """See ``Method``."""
         found, rest = modules(tensors, _MARKS, _BESIDE)
         reading = Reading()
-        for name, tensor in rest.items():
-            if name.rpartition(".")[2] in _CACHE:
-                why = (
-                    "The key-value cache stays in floating point; --kv-cache fp8 quantizes it, with scales of its own."
-                )
-                reading.dropped.setdefault(why, []).append(name)
-            else:
-                reading.sources[name] = tensor
+        reading.keep(rest, _CACHE)
         for stem, own in found.items():
             group = self.config.group_of(stem)
             if group.weights is None:
                 raise misfit(stem, "It has codes, and its group in the config quantizes no weights.")
-            weight = f"{stem}.weight"
-            source, why = _weight(stem, {part: as_stored(each) for part, each in own.items()}, group, group.weights)
-            reading.sources[weight] = source
-            if why:
-                reading.floats.setdefault(why, []).append(weight)
+            stored = {part: as_stored(each) for part, each in own.items()}
+            reading.add(f"{stem}.weight", *_weight(stem, stored, group, group.weights))
         return reading
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from compile_sparse.compiler.capture.quantized.gptq import read_gptq
 from compile_sparse.compiler.capture.quantized.modelopt import read_modelopt
 from compile_sparse.compiler.capture.quantized.mxfp4 import Mxfp4
 from compile_sparse.compiler.capture.quantized.reading import Method, misfit, unread
+from compile_sparse.compiler.files.json_object import read_object
 
 __all__ = ["QUANTIZATION_FILES", "find_method", "without_quantization"]
 
@@ -126,11 +126,6 @@ def _beside(folder: Path, name: str) -> dict[str, Any] | None:
     if not file.is_file():
         return None
     try:
-        if file.stat().st_size > _MAX_BYTES:
-            raise ValueError(f"it has more than {_MAX_BYTES} bytes")
-        raw = json.loads(file.read_text(encoding="utf-8"))
-        if not isinstance(raw, dict):
-            raise ValueError("it is not a JSON object")
+        return read_object(file, most=_MAX_BYTES)
     except (ValueError, RecursionError, OSError) as error:
         raise misfit(name, f"It cannot be read: {error}.") from error
-    return raw

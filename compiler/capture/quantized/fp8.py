@@ -60,17 +60,11 @@ class Fp8:
                     continue
                 scales.add(scale)
                 self._weight(name, as_stored(tensor), as_stored(tensors[scale]), tensors, reading)
-        for name, tensor in tensors.items():
-            last = name.rpartition(".")[2]
-            if name in reading.sources or name in scales or last in _INPUTS:
-                continue
-            if last in _CACHE:
-                why = (
-                    "The key-value cache stays in floating point; --kv-cache fp8 quantizes it, with scales of its own."
-                )
-                reading.dropped.setdefault(why, []).append(name)
-            else:
-                reading.sources[name] = tensor
+        done = reading.sources.keys() | scales
+        rest = {
+            name: each for name, each in tensors.items() if name not in done and name.rpartition(".")[2] not in _INPUTS
+        }
+        reading.keep(rest, _CACHE)
         return reading
 
     def _weight(

@@ -59,9 +59,7 @@ class Gptq:
         reading = Reading(dict(rest))
         for stem, own in found.items():
             made = self._weight(stem, {part: as_stored(tensor) for part, tensor in own.items()})
-            reading.sources[f"{stem}.weight"] = made.source(Activations())
-            if made.why_float:
-                reading.floats.setdefault(made.why_float, []).append(f"{stem}.weight")
+            reading.add(f"{stem}.weight", made.source(Activations()), made.why_float)
         return reading
 
     def _weight(self, stem: str, own: Mapping[str, StoredTensor]) -> Integers:

@@ -75,22 +75,13 @@ class ModelOpt:
         """See ``Method``."""
         found, rest = modules(tensors, _MARKS, _BESIDE)
         reading = Reading()
-        for name, tensor in rest.items():
-            if name.rpartition(".")[2] in _CACHE:
-                why = (
-                    "The key-value cache stays in floating point; --kv-cache fp8 quantizes it, with scales of its own."
-                )
-                reading.dropped.setdefault(why, []).append(name)
-            else:
-                reading.sources[name] = tensor
+        reading.keep(rest, _CACHE)
         for stem, own in found.items():
             algorithm = self.layers.get(stem, self.whole)
             if algorithm not in _READ:
                 raise _refused(algorithm, stem)
-            source, why = _weight(stem, {part: as_stored(each) for part, each in own.items()}, algorithm)
-            reading.sources[f"{stem}.weight"] = source
-            if why:
-                reading.floats.setdefault(why, []).append(f"{stem}.weight")
+            stored = {part: as_stored(each) for part, each in own.items()}
+            reading.add(f"{stem}.weight", *_weight(stem, stored, algorithm))
         return reading
 
 

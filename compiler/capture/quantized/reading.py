@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
@@ -16,6 +16,7 @@ from compile_sparse.compiler.ir.weights import TensorSource
 
 __all__ = ["Method", "Reading", "as_stored", "misfit", "parsed", "unread"]
 
+_CACHE = "The key-value cache stays in floating point; --kv-cache fp8 quantizes it, with scales of its own."
 M = TypeVar("M", bound=BaseModel)
 HINT = (
     "Load it with transformers and the package that wrote it, call model.dequantize(), and save_pretrained the result."
@@ -56,6 +57,22 @@ class Reading:
     sources: dict[str, TensorSource] = field(default_factory=dict)
     floats: dict[str, list[str]] = field(default_factory=dict)
     dropped: dict[str, list[str]] = field(default_factory=dict)
+
+    def keep(self, rest: Mapping[str, StoredTensor], cache: Collection[str]) -> None:
+        """Take in the tensors that are no part of a quantized weight; those called one of ``cache``, the scales of a quantized
+        key-value cache, are left out.
+        """
+        for name, tensor in rest.items():
+            if name.rpartition(".")[2] in cache:
+                self.dropped.setdefault(_CACHE, []).append(name)
+            else:
+                self.sources[name] = tensor
+
+    def add(self, weight: str, source: TensorSource, why_float: str) -> None:
+        """Take in a quantized weight, and why it is in floating point; empty where it is codes."""
+        self.sources[weight] = source
+        if why_float:
+            self.floats.setdefault(why_float, []).append(weight)
 
     def diagnostics(self) -> tuple[Diagnostic, ...]:
         """One for every reason, naming the first of its weights."""
