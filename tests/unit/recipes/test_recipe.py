@@ -9,12 +9,11 @@ from typing import Any, ClassVar, Literal
 import jsonschema
 import pytest
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from compile_sparse.compiler.errors import Refusal, UsageError
 from compile_sparse.compiler.extension.pass_contract import Pass, PassContext, PassResult, Phase
 from compile_sparse.compiler.ir.program import Program
-from compile_sparse.compiler.recipes.building import Building
 from compile_sparse.compiler.recipes.flags import merge_options
 from compile_sparse.compiler.recipes.recipe import Recipe, built_in_recipes, load_recipe, recipe_from_yaml
 from compile_sparse.compiler.recipes.schema import schema_text
@@ -380,29 +379,3 @@ def test_requests_at_once_and_gpus_are_parts_of_the_workload() -> None:
         merge_options(None, concurrency="1,0")
     with pytest.raises(UsageError, match="CS1105"):
         merge_options(None, concurrency="many")
-
-
-@pytest.mark.parametrize(
-    ("written", "size"),
-    [
-        ("224", (224, 224)),
-        (96, (96, 96)),
-        ("64x96", (64, 96)),
-        ("64X96", (64, 96)),
-        ([64, 96], (64, 96)),
-        ([32], (32, 32)),
-    ],
-)
-def test_sizes_of_images(written: Any, size: tuple[int, int]) -> None:
-    assert Building.model_validate({"image_size": written}).image_size == size
-    assert merge_options(image_size=written).building.image_size == size
-
-
-@pytest.mark.parametrize(
-    "written", ["", "x", "64x", "64x96x3", "a", "-1", "0", "1e2", "²", 0, -4, 9000, 1.5, True, [], [1, 2, 3], "64x9000"]
-)
-def test_sizes_that_are_none(written: Any) -> None:
-    with pytest.raises(ValidationError):
-        Building.model_validate({"image_size": written})
-    with pytest.raises(UsageError):
-        merge_options(image_size=written)
